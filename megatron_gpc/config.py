@@ -1,0 +1,358 @@
+"""The configuration: frozen dataclasses, filled from a YAML file and `key=value` overrides.
+
+Every default stands here and only here.  Nothing is configured through environment variables.  This
+module imports no torch, so that a wrong key is reported in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_gpc.errors import UserError
+
+PositiveInt = typing.Annotated[int, Field(ge=1)]
+NonNegativeInt = typing.Annotated[int, Field(ge=0)]
+PositiveFloat = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = typing.Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
+
+_section = dataclass(
+    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
+)
+
+
+@_section
+class ParallelConfig:
+    """How the policy is laid out over processes: tp * pp * cp * dp of them."""
+
+    tp: PositiveInt = 1
+    """Tensor parallelism: every matrix is cut into tp parts."""
+    pp: PositiveInt = 1
+    """Pipeline parallelism: the layers are cut into pp stages."""
+    vpp: PositiveInt | None = None
+    """Virtual pipeline: model chunks a stage (interleaved schedule); needs pp > 1."""
+    cp: PositiveInt = 1
+    """Context parallelism: sequences are cut into cp parts; needs transformer-engine and CUDA."""
+    ep: PositiveInt = 1
+    """Expert parallelism, inside the data-parallel ranks; for mixture-of-experts models."""
+    dp: PositiveInt | None = None
+    """Data parallelism.  Left out it follows from the number of processes; `megatron-gpc train`
+    starting its own processes then takes 1."""
+    sequence_parallel: bool = False
+    """Cut activations between matrices along the sequence; needs tp > 1."""
+
+
+@_section
+class ModelConfig:
+    """The policy."""
+
+    hf: Path
+    """Hugging Face checkpoint folder to start from (config.json, safetensors, tokenizer)."""
+    build: Path | None = None
+    """Python script that makes that folder where it is missing; called with the folder's path."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations.  The optimizer keeps fp32 either way."""
+
+
+@_section
+class DataConfig:
+    """Prompts: JSON lines with `prompt` (text) and `label` (for the verifier)."""
+
+    prompts: Path
+    """Prompts to train on; shuffled anew every epoch, from the run's seed."""
+    verifier: str
+    """Name of the reward function, from megatron_gpc.rewards."""
+
+
+@_section
+class ServerConfig:
+    """Where rollouts come from: a server with SGLang's HTTP interface."""
+
+    url: str | None = None
+    """Address of a running server.  Left out, the project's embedded server is started."""
+    start_timeout_s: PositiveFloat = 180.0
+    """How long a server may take to become healthy [s]."""
+    request_timeout_s: PositiveFloat = 300.0
+    """How long one HTTP request may take [s]."""
+    retries: NonNegativeInt = 4
+    """How often a failed request is sent again, with growing pauses."""
+    max_in_flight: PositiveInt = 256
+    """Samples that are asked for at the same time."""
+    sync: Literal["disk", "tensor"] = "disk"
+    """How new weights reach the server: safetensors in a shared folder, or inside the request."""
+
+
+@_section
+class RolloutConfig:
+    """What is sampled in one training step."""
+
+    prompts_per_step: PositiveInt = 32
+    """P: prompts of a training step."""
+    group_size: typing.Annotated[int, Field(ge=2)] = 8
+    """G: samples a prompt; their mean reward is the baseline, so at least 2."""
+    max_response_tokens: PositiveInt = 256
+    """Responses are cut at this length."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probs, ratios and entropies are those of this distribution."""
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+
+
+@_section
+class TrainConfig:
+    """One training step: a rollout, then mini_batches * epochs updates of the policy."""
+
+    steps: PositiveInt = 100
+    """T: training steps of the run; the clip schedule stretches over them."""
+    mini_batches: PositiveInt = 4
+    """Updates an epoch: the rollout is cut into so many mini-batches."""
+    epochs: PositiveInt = 2
+    """Passes over the rollout."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences of one forward pass on one data-parallel rank; changes memory, never numbers."""
+    advantage: Literal["std", "mean"] = "std"
+    """Reward minus the group's mean, divided by the group's standard deviation (GRPO) or not
+    (`mean`, Dr. GRPO)."""
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """Denominator of the importance ratio: recomputed by the trainer before the first update, or
+    as the server returned it."""
+    entropy_coef: FiniteFloat = 0.0
+    """Weight of an entropy bonus in the objective; 0 keeps no state for its gradient."""
+    logit_chunk_tokens: PositiveInt = 1024
+    """Tokens whose fp32 logits exist at the same time in log-prob and entropy."""
+
+
+@_section
+class OptimConfig:
+    """Adam (megatron-core's).  Everything else it offers is under `megatron.optimizer`."""
+
+    lr: PositiveFloat = 1e-6
+    """Learning rate after warm-up."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where cosine and linear decay end."""
+    warmup_updates: NonNegativeInt = 0
+    """Updates in which the learning rate rises from 0."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the learning rate over all updates of the run."""
+    beta1: typing.Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: typing.Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 turns clipping of the gradient off."""
+    distributed: bool = True
+    """Cut optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
+
+
+@_section
+class ClipConfig:
+    """Flexible entropy control (arXiv 2602.09782): how far the importance ratio may move."""
+
+    schedule: Literal["static", "id", "did", "od"] = "id"
+    """`static`: [1 - eps_low, 1 + eps_high] throughout (PPO, GRPO; DAPO with eps_high 0.28);
+    `id`: entropy up, then down; `did`: down, up, down; `od`: oscillation that decays."""
+    eps_low: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Standard lower threshold (eps_std in the paper)."""
+    eps_high: PositiveFloat = 0.2
+    """Standard upper threshold (eps_std in the paper)."""
+    phase_split: typing.Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """s: share of the run that phase 1 of `id` and `did` takes."""
+    hi_slope: FiniteFloat = -0.25
+    """a_hi in Hi(p) = a_hi p + b_hi, the upper threshold that raises entropy."""
+    hi_intercept: PositiveFloat = 0.5
+    """b_hi."""
+    lo_slope: FiniteFloat = -0.13
+    """a_lo in Lo(p) = a_lo p + b_lo, the lower threshold that lowers entropy."""
+    lo_intercept: typing.Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """b_lo."""
+    od_floor: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """H_min / H_init: the entropy at which `od` turns to raising it, as a share of the first."""
+
+
+@_section
+class EvalConfig:
+    """Sampling on held-out prompts, before the first and after the last step."""
+
+    prompts: Path | None = None
+    """Held-out prompts, in the format of data.prompts.  Left out, nothing is evaluated."""
+    samples: PositiveInt = 64
+    """Samples a prompt."""
+    every: NonNegativeInt = 0
+    """Evaluate every so many steps as well; 0: only before and after."""
+
+
+@_section
+class CheckpointConfig:
+    """What is kept to continue from."""
+
+    every: NonNegativeInt = 20
+    """Save every so many training steps, and after the last; 0: only after the last."""
+    keep: PositiveInt = 2
+    """Older checkpoints are removed."""
+
+
+@_section
+class MegatronConfig:
+    """megatron-core's own settings, by the names of its dataclasses, for what has no key above."""
+
+    transformer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of megatron.core.transformer.TransformerConfig."""
+    ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of megatron.core.distributed.DistributedDataParallelConfig."""
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of megatron.core.optimizer.OptimizerConfig."""
+
+
+@_section
+class Config:
+    """A run."""
+
+    run_dir: Path
+    """Folder of the run: resolved configuration, metrics, plots, checkpoints."""
+    model: ModelConfig
+    data: DataConfig
+    seed: NonNegativeInt = 0
+    """Decides every random choice: prompt order, samples, mini-batches."""
+    resume: Literal["auto", "none"] = "auto"
+    """`auto`: continue from run_dir's newest checkpoint; `none`: set an old run_dir aside and
+    start over."""
+    timeout_s: PositiveFloat = 600.0
+    """How long a rank waits for the others before the run ends with an error [s]."""
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
+
+
+def keys(section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every key that can be set, sections left out."""
+    found = {}
+    for name, kind in typing.get_type_hints(section, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            found.update(keys(kind, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, check everything.
+
+    Relative paths in the file are relative to the file, those in overrides to the current folder.
+
+    Raises:
+        UserError: unreadable file, unknown key (names the nearest valid one), wrong type or value.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
+    flat = _resolve_paths(_flatten(content, str(path)), path.resolve().parent)
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise UserError(f"override {override!r}: expected key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        flat.update(_resolve_paths(_flatten(nested, f"override {override!r}"), Path.cwd()))
+    return _build(flat, str(path))
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` gives the same configuration back."""
+    plain = TypeAdapter(Config).dump_python(config, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, width=100)
+
+
+def _flatten(content: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted keys, every one checked to exist."""
+    valid = keys()
+    sections = {
+        name.rsplit(".", depth)[0] for name in valid for depth in range(1, name.count(".") + 1)
+    }
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key in sections:
+            if value is None:  # `clip:` with nothing below it
+                continue
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{source}: {key} is a section; set its keys, such as "
+                    f"{next(k for k in valid if k.startswith(key + '.'))}"
+                )
+            flat.update(_flatten(value, source, key + "."))
+        elif key in valid:
+            if typing.get_origin(valid[key]) is dict and isinstance(value, dict):
+                flat.update({f"{key}.{field}": inner for field, inner in value.items()})
+            else:
+                flat[key] = value
+        else:
+            raise UserError(f"{source}: unknown key {key!r}{_nearest(key, [*valid, *sections])}")
+    return flat
+
+
+def _nearest(key: str, valid: typing.Iterable[str]) -> str:
+    names = list(valid)
+    match = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not match:  # right name, wrong section
+        last = key.rsplit(".", 1)[-1]
+        match = [name for name in names if name.rsplit(".", 1)[-1] == last][:1]
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
+    valid = keys()
+    is_path = {key for key, kind in valid.items() if kind is Path or Path in typing.get_args(kind)}
+    return {
+        key: str((base / Path(value).expanduser()).resolve())
+        if key in is_path and isinstance(value, str)
+        else value
+        for key, value in flat.items()
+    }
+
+
+def _build(flat: dict[str, Any], source: str) -> Config:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        here = nested
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[name] = value
+    for section in ("model", "data"):  # without it pydantic would name the section, not the key
+        nested.setdefault(section, {})
+    try:
+        return TypeAdapter(Config).validate_python(nested)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            what = (
+                "is required"
+                if problem["type"] == "missing"
+                else (f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}")
+            )
+            lines.append(f"{key}: {what}")
+        raise UserError(f"{source}: " + "; ".join(lines)) from None

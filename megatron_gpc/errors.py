@@ -1,0 +1,9 @@
+"""The one exception that users see without a traceback."""
+
+
+class UserError(ValueError):
+    """Input that a user can mend: a wrong key, a missing file, a contradictory layout.
+
+    The message names the field, file or tensor and the way out.  The command line prints it alone
+    and exits with code 2; from Python it is an ordinary ValueError.
+    """

@@ -1,0 +1,126 @@
+"""Parallel layout: how many processes a run has, and layouts that cannot work, refused by name.
+
+Imports no torch: a layout is refused before any process starts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_gpc.config import Config, ParallelConfig
+from megatron_gpc.errors import UserError
+
+
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Processes that hold one copy of the policy."""
+    return parallel.tp * parallel.pp * parallel.cp
+
+
+def world_size(parallel: ParallelConfig) -> int:
+    """Processes that `megatron-gpc train` starts when nobody else started them."""
+    return model_parallel_size(parallel) * (parallel.dp or 1)
+
+
+def check_world(parallel: ParallelConfig, started: int) -> None:
+    """Hold the number of processes that torchrun or srun started to the configured layout.
+
+    Raises:
+        UserError: `started` is no multiple of tp * pp * cp, or contradicts parallel.dp.
+    """
+    copy = model_parallel_size(parallel)
+    if started % copy:
+        raise UserError(
+            f"{started} processes were started, but parallel.tp * pp * cp = {copy} does not divide "
+            f"that; start a multiple of {copy}"
+        )
+    if parallel.dp is not None and started != copy * parallel.dp:
+        raise UserError(
+            f"{started} processes were started, but parallel.tp * pp * cp * dp = "
+            f"{copy * parallel.dp}; start that many, or leave parallel.dp out"
+        )
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face checkpoint.
+
+    Raises:
+        UserError: the folder or the file is missing or unreadable.
+    """
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"model.hf: {folder} is not a Hugging Face checkpoint (no config.json); "
+            "give the folder of one, or set model.build"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return content
+
+
+def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
+    """Refuse layouts that contradict themselves, the model or the machine.
+
+    Args:
+        config: the run.
+        hf: the model's config.json; None where model.build has yet to make it, then only what does
+            not depend on the model is checked.
+        cuda: whether the run has CUDA devices.
+
+    Raises:
+        UserError: names the key and what would be valid.
+    """
+    p = config.parallel
+    if (p.vpp or 1) > 1 and p.pp == 1:
+        raise UserError(f"parallel.vpp={p.vpp} needs parallel.pp > 1; leave vpp out")
+    if p.sequence_parallel and p.tp == 1:
+        raise UserError("parallel.sequence_parallel=true needs parallel.tp > 1")
+    if p.cp > 1 and not cuda:
+        raise UserError(
+            f"parallel.cp={p.cp}: context parallelism needs CUDA and "
+            "transformer-engine; on a CPU use parallel.tp, pp or dp"
+        )
+    if p.ep > 1 and (p.dp or 1) * p.cp % p.ep:
+        raise UserError(f"parallel.ep={p.ep} must divide parallel.dp * cp = {(p.dp or 1) * p.cp}")
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    if samples < config.train.mini_batches:
+        raise UserError(
+            f"train.mini_batches={config.train.mini_batches} is more than the samples of a step, "
+            f"rollout.prompts_per_step * group_size = {samples}"
+        )
+    if hf is not None:
+        _check_model(p, hf)
+
+
+def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:
+    heads, layers = hf.get("num_attention_heads"), hf.get("num_hidden_layers")
+    experts = hf.get("num_experts") or 0
+    if not isinstance(heads, int) or not isinstance(layers, int):
+        raise UserError("model.hf: config.json lacks num_attention_heads or num_hidden_layers")
+    groups = hf.get("num_key_value_heads") or heads
+    if heads % p.tp:
+        raise UserError(f"parallel.tp={p.tp} does not divide the model's {heads} attention heads")
+    if groups % p.tp and p.tp % groups:
+        raise UserError(
+            f"parallel.tp={p.tp}: neither divides the model's {groups} key-value heads "
+            "nor is a multiple of them"
+        )
+    width = hf.get("moe_intermediate_size") if experts else hf.get("intermediate_size")
+    if isinstance(width, int) and width % p.tp:
+        raise UserError(f"parallel.tp={p.tp} does not divide the feed-forward size {width}")
+    stages = p.pp * (p.vpp or 1)
+    if layers % stages:
+        raise UserError(f"parallel.pp * vpp = {stages} does not divide the model's {layers} layers")
+    if p.ep > 1 and not experts:
+        raise UserError(f"parallel.ep={p.ep}: the model has no experts")
+    if experts and experts % p.ep:
+        raise UserError(f"parallel.ep={p.ep} does not divide the model's {experts} experts")
+    if experts and p.tp > 1 and not p.sequence_parallel:
+        raise UserError(
+            "a mixture of experts with parallel.tp > 1 needs parallel.sequence_parallel=true"
+        )

@@ -1,0 +1,173 @@
+"""Every object that crosses a module boundary, and the legend of the shape suffixes.
+
+Shape suffixes (a name's last letters say its shape; the order of letters is the order of
+dimensions):
+
+    N  samples of a rollout (prompts x group size)      P  prompts of a rollout
+    G  samples of one prompt (the group)                B  sequences of one micro-batch
+    S  positions of a padded sequence                   T  response tokens, packed without padding
+    V  this rank's shard of the vocabulary              D  hidden size
+
+Log-probabilities and entropies are natural (nats) and fp32.  They are those of the distribution
+that the tokens were sampled from, that is, after division by the sampling temperature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task instance.
+
+    >>> Prompt(index=7, text="500=", token_ids=(53, 48, 48, 61), label={"target": 500})
+    """
+
+    index: int
+    """Position in the prompt file, counted from 0; part of every sample's random seed."""
+    text: str
+    token_ids: tuple[int, ...]
+    label: Any
+    """Whatever the verifier needs to judge an answer; never shown to the policy."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response to one prompt, as the rollout server returned it, then judged.
+
+    >>> Sample(prompt, sample_index=0, token_ids=(49, 43, 36), logprobs=(-0.5, -1.2, -0.1),
+    ...        text="1+$", finish_reason="stop", weight_version="3", reward=0.0)
+    """
+
+    prompt: Prompt
+    sample_index: int
+    """Position in the prompt's group, 0 <= sample_index < G."""
+    token_ids: tuple[int, ...]
+    """Response tokens, the stop token included."""
+    logprobs: tuple[float, ...]
+    """The server's log-probability of each response token [nats]."""
+    text: str
+    finish_reason: str
+    """`stop` (the policy ended the answer), `length` (cut at the limit) or `abort`."""
+    weight_version: str
+    """Which weights made the response: the trainer's weight version as a string."""
+    reward: float = 0.0
+
+    def judged(self, reward: float) -> Sample:
+        return replace(self, reward=reward)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The interval that the importance ratio r = p/q is kept in, affine in the current probability
+    p.
+
+        upper(p) = 1 + eps_plus(p)  = upper_slope * p + upper_intercept
+        lower(p) = 1 - eps_minus(p) = lower_slope * p + lower_intercept
+
+    Every schedule of METHOD (static, ID, DID, OD) gives such a pair of lines at every step, so
+    these four numbers are all that the loss needs to know of it.  PPO's [0.8, 1.2]:
+
+    >>> Bounds(upper_slope=0.0, upper_intercept=1.2, lower_slope=0.0, lower_intercept=0.8)
+    """
+
+    upper_slope: float
+    upper_intercept: float
+    lower_slope: float
+    lower_intercept: float
+
+    def eps_high_at(self, p: float) -> float:
+        """eps_plus(p): how far above 1 the ratio may go."""
+        return self.upper_slope * p + self.upper_intercept - 1.0
+
+    def eps_low_at(self, p: float) -> float:
+        """eps_minus(p): how far below 1 the ratio may go."""
+        return 1.0 - (self.lower_slope * p + self.lower_intercept)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """All samples of one training step, packed; the same on every rank.
+
+    Sample n is `tokens[starts_N[n] : starts_N[n] + prompt_lengths_N[n] + response_lengths_N[n]]`.
+    Per-token values are packed over response tokens only, sample after sample: sample n's are at
+    `response_slice(n)`.  A prompt of 2 tokens with responses of 3 and 1 tokens:
+
+        tokens              5 6 | 7 8 9 || 5 6 | 8        int64
+        starts_N            0, 5
+        prompt_lengths_N    2, 2
+        response_lengths_N  3, 1
+        rollout_logp_T      four values
+        rewards_N           two values
+    """
+
+    tokens: torch.Tensor
+    starts_N: torch.Tensor
+    prompt_lengths_N: torch.Tensor
+    response_lengths_N: torch.Tensor
+    rollout_logp_T: torch.Tensor
+    """The server's log-probs of the response tokens."""
+    rewards_N: torch.Tensor
+    advantages_N: torch.Tensor
+    group_N: torch.Tensor
+    """Which prompt of the rollout a sample belongs to, 0 <= group < P."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.starts_N)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_lengths_N.sum())
+
+    def response_slice(self, n: int) -> slice:
+        start = int(self.response_lengths_N[:n].sum())
+        return slice(start, start + int(self.response_lengths_N[n]))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A few sequences, right-padded to a common length, as one pipeline micro-batch.
+
+    `rows_T[i]` says from which position of the flattened [B, S] grid response token i is predicted,
+    `targets_T[i]` which token it is, `slots_T[i]` where its values stand in the rollout's packed
+    [T] arrays.  All three are empty where a data-parallel rank has nothing left to do: the
+    micro-batch is run all the same, because pipeline and collectives need every rank.
+    """
+
+    tokens_BS: torch.Tensor
+    rows_T: torch.Tensor
+    targets_T: torch.Tensor
+    slots_T: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What the policy says about T response tokens; all [T], fp32, at the sampling temperature.
+
+    `sum_p2` and `sum_p2_logp` are sums over the vocabulary of p^2 and of p^2 ln p: with them the
+    exact inner product of policy gradient and entropy gradient is known in logit space
+    (METHOD, "token term - baseline term").
+    """
+
+    logp_T: torch.Tensor
+    entropy_T: torch.Tensor
+    sum_p2_T: torch.Tensor
+    sum_p2_logp_T: torch.Tensor
+
+
+@dataclass
+class TrainState:
+    """What a restart must know besides weights, optimizer and random generators."""
+
+    step: int = 0
+    """Finished training steps; the next one is step + 1."""
+    prompt_cursor: int = 0
+    """Prompts handed out so far, over all epochs."""
+    controller: dict[str, Any] = field(default_factory=dict)
+    """State of the clip schedule (OD: s and H_init; empty for the others)."""
