@@ -1,0 +1,50 @@
+"""Group-relative advantages: how much better a sample is than its siblings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+STD_EPSILON = 1e-6
+"""Keeps the division finite; small beside the least nonzero std of 0/1 rewards, 1/sqrt(G)."""
+
+
+def group_advantages(
+    rewards_N: torch.Tensor, group_N: torch.Tensor, normalize: Literal["std", "mean"]
+) -> torch.Tensor:
+    """Reward minus the mean of the sample's group; with `std` divided by the group's deviation.
+
+    `std` is GRPO (arXiv 2402.03300, section 4.1.2; the sample deviation, correction 1), `mean` is
+    Dr. GRPO (arXiv 2503.20783), which drops the division because it favours easy and hard prompts.
+    A group whose rewards are all equal teaches nothing: its advantages are exactly 0.
+
+    Args:
+        rewards_N: reward of each sample.
+        group_N: which group a sample belongs to, 0 <= group < P, int64.
+        normalize: `std` or `mean`.
+
+    Returns:
+        advantages_N, fp32.  Computed in float64, so that it does not depend on the order of samples
+        within rounding of fp32.
+
+    >>> group_advantages(torch.tensor([1., 0., 3., 3.]), torch.tensor([0, 0, 1, 1]), "mean")
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    rewards_N = rewards_N.double()
+    groups = int(group_N.max()) + 1
+    count_P = torch.zeros(groups, dtype=torch.float64).index_add_(
+        0, group_N, torch.ones_like(rewards_N)
+    )
+    sum_P = torch.zeros(groups, dtype=torch.float64).index_add_(0, group_N, rewards_N)
+    centred_N = rewards_N - (sum_P / count_P)[group_N]
+    if normalize == "std":
+        square_P = torch.zeros(groups, dtype=torch.float64).index_add_(0, group_N, centred_N**2)
+        std_P = (square_P / (count_P - 1).clamp(min=1)).sqrt()
+        centred_N = centred_N / (std_P[group_N] + STD_EPSILON)
+    # The mean of equal rewards can be off by an ulp; "nothing to learn" must be exact.
+    low_P = torch.full((groups,), float("inf"), dtype=torch.float64)
+    low_P.scatter_reduce_(0, group_N, rewards_N, "amin")
+    high_P = torch.full((groups,), float("-inf"), dtype=torch.float64)
+    high_P.scatter_reduce_(0, group_N, rewards_N, "amax")
+    return centred_N.masked_fill((low_P == high_P)[group_N], 0.0).float()

@@ -1,0 +1,1 @@
+"""Log-probability and entropy over a sharded vocabulary."""
