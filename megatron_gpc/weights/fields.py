@@ -1,0 +1,180 @@
+"""config.json -> the fields that megatron-core builds the same model from.
+
+transformers 4.5x writes `rope_theta`, `rope_scaling` and `torch_dtype`; 5.x writes
+`rope_parameters` and `dtype`, and renames Qwen3-MoE's `num_experts` to `num_local_experts`.  Both
+read the same here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_gpc.errors import UserError
+
+_RENAMED = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
+
+_ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+             "mscale_all_dim", "attention_factor", "truncate"},
+}
+"""Rope types that megatron-core computes as transformers does, and what each may set."""
+
+
+@dataclass(frozen=True)
+class ModelFields:
+    """What megatron-core needs to build the model; nothing of it is for a user to retype."""
+
+    transformer: dict[str, Any]
+    """Fields of TransformerConfig, as plain values: `activation_func` is the string "silu"."""
+    gpt: dict[str, Any]
+    """Keyword arguments of GPTModel, but for the vocabulary and the sequence length below."""
+    vocab_size: int
+    """True size; pad it with `table.padded_vocab_size`."""
+    max_position_embeddings: int
+    """Longest sequence the model was made for (GPTModel's max_sequence_length) [tokens]."""
+    qk_layernorm: bool
+    """Norms on query and key heads; layer specs are chosen by it."""
+    dtype: str | None
+    """Type that the checkpoint says it is in ("bfloat16"); None where it says nothing."""
+    config_attributes: dict[str, Any] = field(default_factory=dict)
+    """To be set on the TransformerConfig object once it exists: GPTModel reads yarn's settings from
+    there, although the dataclass has no such fields."""
+    notes: tuple[str, ...] = ()
+    """What of config.json is deliberately not followed; a sentence each, for the user to see."""
+
+
+def normalise(hf_config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """One spelling for both generations of config.json; absent and null keys take defaults."""
+    given = {key: value for key, value in hf_config.items() if value is not None}
+    return {**defaults, **{_RENAMED.get(key, key): value for key, value in given.items()}}
+
+
+def whole_number(config: Mapping[str, Any], key: str) -> int:
+    """A positive integer of config.json.
+
+    Raises:
+        UserError: absent or something else.
+    """
+    value = config.get(key)
+    if value is None:
+        raise UserError(f"config.json lacks {key}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config.json: {key} must be a positive whole number, got {value!r}")
+    return value
+
+
+def number(config: Mapping[str, Any], key: str) -> float:
+    """A positive finite number of config.json.
+
+    Raises:
+        UserError: absent or something else.
+    """
+    value = config.get(key)
+    if value is None:
+        raise UserError(f"config.json lacks {key}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"config.json: {key} must be a positive number, got {value!r}")
+    return value
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """true or false in config.json.
+
+    Raises:
+        UserError: absent or something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, bool):
+        raise UserError(f"config.json: {key} must be true or false, got {value!r}")
+    return value
+
+
+def refuse_unsupported(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Hold the settings that megatron-core cannot follow to the one value that it can.
+
+    Args:
+        fixed: the family's setting -> the only value that is supported.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for key, only in fixed.items():
+        if key in config and config[key] != only:
+            raise UserError(f"config.json: {key}={config[key]!r} is not supported, only {only!r}")
+    if config.get("use_sliding_window", False):
+        raise UserError(
+            "config.json: use_sliding_window=true is not supported; set it to false if every "
+            f"sequence is shorter than sliding_window={config.get('sliding_window')}")
+    other = sorted({str(kind) for kind in config.get("layer_types", ())} - {"full_attention"})
+    if other:
+        raise UserError(f"config.json: layer_types {', '.join(other)} not supported, only "
+                        "full_attention")
+    if "quantization_config" in config:
+        raise UserError("config.json: quantization_config: quantized checkpoints are not "
+                        "supported; start from the bfloat16 one")
+
+
+def rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rotary embedding: GPTModel's keyword arguments, and attributes for the TransformerConfig.
+
+    Raises:
+        UserError: a rope type or setting that megatron-core computes otherwise, or not at all.
+    """
+    given = config.get("rope_parameters")
+    if given is None:
+        given = config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
+        raise UserError("config.json: rope_parameters must be one set of values for all layers, "
+                        f"got {given!r}")
+    settings = {key: value for key, value in given.items() if value is not None}
+    theta = number({"rope_theta": config.get("rope_theta"), **settings}, "rope_theta")
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise UserError(f"config.json: rope type {kind!r} is not supported, only "
+                        f"{', '.join(_ROPE_KEYS)}")
+    if settings.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config.json: partial_rotary_factor is not supported, only 1.0")
+    unknown = sorted(set(settings) - _ROPE_KEYS[kind] - {"rope_theta", "rope_type", "type"})
+    if unknown:
+        raise UserError(f"config.json: rope setting {unknown[0]} is not supported for rope type "
+                        f"{kind!r}")
+    gpt = {"position_embedding_type": "rope", "rotary_base": theta, "rotary_percent": 1.0}
+    if kind == "linear":
+        gpt["seq_len_interpolation_factor"] = number(settings, "factor")
+    if kind == "yarn":
+        gpt["position_embedding_type"] = "yarn"
+        return gpt, _yarn(settings, whole_number(config, "max_position_embeddings"))
+    return gpt, {}
+
+
+def _yarn(settings: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+    """transformers' names (modeling_rope_utils, `_compute_yarn_parameters`) -> megatron-core's.
+
+    Both scale cos and sin by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1, or by
+    m(1) where those are unset.  transformers alone takes that ratio as `attention_factor`; m solved
+    for x says the same to megatron-core.
+    """
+    factor = number(settings, "factor")
+    mscale, mscale_all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    if not (mscale and mscale_all_dim):
+        mscale = mscale_all_dim = None
+    if "attention_factor" in settings:
+        if factor <= 1:
+            raise UserError("config.json: rope setting attention_factor needs factor > 1")
+        mscale = (number(settings, "attention_factor") - 1) / (0.1 * math.log(factor))
+        mscale_all_dim = 0.0
+    return {
+        "yarn_rotary_scaling_factor": factor,
+        "yarn_original_max_position_embeddings": settings.get(
+            "original_max_position_embeddings", max_positions),
+        "yarn_beta_fast": settings.get("beta_fast", 32.0),
+        "yarn_beta_slow": settings.get("beta_slow", 1.0),
+        "yarn_mscale": mscale,
+        "yarn_mscale_all_dim": mscale_all_dim,
+        "yarn_correction_range_round_to_int": settings.get("truncate", True),
+    }

@@ -1,0 +1,371 @@
+"""Hugging Face checkpoint folders, a tensor at a time.
+
+A safetensors file is an 8-byte length, that many bytes of JSON (name -> dtype, shape, offsets),
+then the numbers.  Reading goes through ordinary reads and not through a memory map, whose pages
+would count as this process's memory; writing appends tensor after tensor behind room that is kept
+for the JSON.  Either way no more than one tensor is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.weights.table import Param
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""safetensors' names of the dtypes that weights may have."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_CARRIED = ("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt",
+            "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken",
+            "LICENSE*", "NOTICE*")
+_HEADER_BYTES = 2**18
+"""Room for the JSON of a shard: about 2000 tensors; then the next one begins."""
+_SINGLE_HEADER_BYTES = 2**23
+"""Room for the JSON of the one file that `write_single` makes: about 60,000 tensors."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+    nbytes: int
+
+
+class HFReader:
+    """The tensors of a folder with `model.safetensors`, or with an index and its shards.
+
+    Opening reads headers only.
+
+    Raises:
+        UserError: no weights, an index that contradicts its files, a truncated or foreign file, a
+            dtype other than float32, bfloat16, float16.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.entries: dict[str, Entry] = {}
+        index = self.folder / INDEX
+        if index.exists() and (self.folder / SINGLE).exists():
+            raise UserError(f"{self.folder} has both {SINGLE} and {INDEX}; remove the stale one")
+        where = _read_index(index) if index.exists() else None
+        for name in sorted(set(where.values())) if where else [SINGLE]:
+            found = _read_header(self.folder / name, where)
+            if where is not None:
+                _compare_with_index(self.folder / name, found, where)
+            self.entries.update(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            UserError: there is none of that name, or the file cannot be read to its end.
+        """
+        if name not in self.entries:
+            raise UserError(f"{self.folder} has no tensor {name}")
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        try:
+            with entry.file.open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                while buffer:  # one read gives at most 2 GiB
+                    got = file.readinto(buffer)
+                    if not got:
+                        raise UserError(f"{entry.file} ends inside tensor {name}; fetch it again")
+                    buffer = buffer[got:]
+        except OSError as error:
+            raise UserError(f"{entry.file}: cannot read tensor {name}: {error.strerror}") from None
+        return tensor
+
+    def check(self, params: Sequence[Param], copies: Mapping[str, str] | None = None) -> None:
+        """Hold the folder to a family's table; reads no data, but for `copies`.
+
+        Args:
+            params: `family.params(config)`.
+            copies: `family.copies(config)`: tensors that may be there if they equal another.
+
+        Raises:
+            UserError: missing, surplus or misshapen tensors, by name and file.
+        """
+        copies = copies or {}
+        expected = {name: (shape, param.megatron) for param in params
+                    for name, shape in zip(param.hf, param.hf_shapes, strict=True)}
+        missing = [f"{name} (for {expected[name][1]})" for name in expected
+                   if name not in self.entries]
+        if missing:
+            raise UserError(f"{self.folder} lacks {_some(missing)}")
+        surplus = [f"{name} in {entry.file.name}" for name, entry in self.entries.items()
+                   if name not in expected and name not in copies]
+        if surplus:
+            raise UserError(f"{self.folder} has tensors that its config.json leaves no place for: "
+                            f"{_some(surplus)}")
+        for name, (shape, _) in expected.items():
+            entry = self.entries[name]
+            if entry.shape != shape:
+                raise UserError(f"{name} in {entry.file} has shape {list(entry.shape)}, but "
+                                f"config.json says {list(shape)}")
+        for name, original in copies.items():
+            if name in self.entries and not torch.equal(self.get(name), self.get(original)):
+                raise UserError(
+                    f"{name} in {self.entries[name].file} differs from {original}, but config.json "
+                    "ties them; set tie_word_embeddings to false to keep both")
+
+
+def write_hf(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, source: Path,
+             dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write a checkpoint folder that `from_pretrained` and SGLang load as it is.
+
+    Everything is written to a hidden folder beside, which takes its name at the end: a reader never
+    sees half a checkpoint, and nothing is left behind when this is interrupted.
+
+    Args:
+        folder: absent or empty.
+        tensors: Hugging Face names and tensors; consumed one by one.
+        source: folder whose configuration, tokenizer, chat template and licence go along.
+        dtype: convert to this, and say so in config.json; None: every tensor as it comes.
+        max_shard_bytes: a file that would grow larger is followed by another, and an index.
+
+    Raises:
+        UserError: folder is not empty, source has no config.json, a dtype that is none of `DTYPES`,
+            a name that comes twice, or the disk is full.
+    """
+    folder, source = Path(folder), Path(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder; give another, or remove it first")
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        carry_over(source, partial, dtype)
+        _write_shards(partial, tensors, dtype, max_shard_bytes)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_single(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put `model.safetensors` into an existing folder, in place of an older one.
+
+    For weight sync: quick, because it does not wait for the disk; and a reader finds the old file
+    or the new one, never a mixture.
+
+    Raises:
+        UserError: as `write_hf`.
+    """
+    folder = Path(folder)
+    partial = folder / f".{SINGLE}.partial-{os.getpid()}"
+    try:
+        with partial.open("wb") as file:
+            writer = _Shard(file, _SINGLE_HEADER_BYTES)
+            for name, tensor in tensors:
+                writer.add(name, _plain(name, tensor, None))
+            writer.finish()
+        partial.replace(folder / SINGLE)
+    except OSError as error:
+        raise UserError(f"{folder / SINGLE}: cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):  # after success there is nothing to remove
+            partial.unlink()
+
+
+def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy what a checkpoint holds besides weights: configuration, tokenizer, template, licence.
+
+    Args:
+        dtype: what config.json is to say; None: as it is, byte for byte.
+
+    Raises:
+        UserError: source has no config.json.
+    """
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source} has no config.json")
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    if dtype is not None:
+        config = json.loads((folder / "config.json").read_text())
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class _Shard:
+    """One safetensors file in the making: room for the header, then tensors as they come."""
+
+    def __init__(self, file: BinaryIO, header_bytes: int) -> None:
+        self.file, self.header_bytes = file, header_bytes
+        self.entries = ['"__metadata__": {"format": "pt"}']
+        self.data_bytes, self.json_bytes = 0, len(self.entries[0]) + 2
+        file.seek(8 + header_bytes)
+
+    def fits(self, name: str, tensor: Tensor) -> bool:
+        """Whether the header has room for the tensor, and the data an aligned place."""
+        text = self._entry(name, tensor)
+        return (self.json_bytes + len(text) + 2 <= self.header_bytes
+                and self.data_bytes % tensor.itemsize == 0)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a contiguous CPU tensor.
+
+        Raises:
+            UserError: it does not fit, or the disk is full.
+        """
+        if not self.fits(name, tensor):
+            raise UserError(f"{self.file.name}: no room for tensor {name} in one safetensors file")
+        try:
+            self.file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        except OSError as error:
+            raise UserError(f"{self.file.name}: cannot write tensor {name}: "
+                            f"{error.strerror}") from None
+        self.entries.append(self._entry(name, tensor))
+        self.json_bytes += len(self.entries[-1]) + 2
+        self.data_bytes += tensor.nbytes
+
+    def finish(self) -> None:
+        """Write the header.  Spaces fill it up: the format allows them, and offsets stay put."""
+        text = "{" + ", ".join(self.entries) + "}"
+        self.file.seek(0)
+        self.file.write(self.header_bytes.to_bytes(8, "little"))
+        self.file.write(text.encode().ljust(self.header_bytes))
+        self.file.flush()
+
+    def _entry(self, name: str, tensor: Tensor) -> str:
+        value = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
+                 "data_offsets": [self.data_bytes, self.data_bytes + tensor.nbytes]}
+        return f"{json.dumps(name)}: {json.dumps(value)}"
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None,
+                  max_shard_bytes: int) -> None:
+    """Files of at most max_shard_bytes, then the index if there is more than one."""
+    shard_of: dict[str, int] = {}
+    total_bytes = count = 0
+    with contextlib.ExitStack() as stack:
+        shard = None
+        for name, tensor in tensors:
+            if name in shard_of:
+                raise UserError(f"tensor {name} comes twice")
+            tensor = _plain(name, tensor, dtype)
+            if shard is None or not shard.fits(name, tensor) or (
+                    shard.data_bytes and shard.data_bytes + tensor.nbytes > max_shard_bytes):
+                if shard is not None:
+                    _settle(shard)
+                stack.close()
+                count += 1
+                file = stack.enter_context((folder / f"{count}.partial").open("wb"))
+                shard = _Shard(file, _HEADER_BYTES)
+            shard.add(name, tensor)
+            shard_of[name] = count
+            total_bytes += tensor.nbytes
+        if shard is None:
+            raise UserError(f"{folder}: no tensors to write")
+        _settle(shard)
+    names = [SINGLE] if count == 1 else [
+        f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for i, name in enumerate(names, start=1):
+        (folder / f"{i}.partial").rename(folder / name)
+    if count > 1:
+        index = {"metadata": {"total_size": total_bytes},
+                 "weight_map": {name: names[i - 1] for name, i in sorted(shard_of.items())}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _settle(shard: _Shard) -> None:
+    """Finish the file and wait for the disk: the folder's new name must not outrun its content."""
+    shard.finish()
+    os.fsync(shard.file.fileno())
+
+
+def _plain(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """On the CPU, contiguous, in a dtype that a checkpoint may have."""
+    tensor = tensor.detach()
+    if dtype is not None:
+        tensor = tensor.to(dtype)
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise UserError(f"{name} is {tensor.dtype}; a checkpoint holds float32, bfloat16, float16")
+    return tensor.cpu().contiguous()
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{index}: weight_map must be a mapping of tensors to files")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: tensor {name}: {file!r} is not the name of a file beside it")
+    return where
+
+
+def _read_header(file: Path, where: Mapping[str, str] | None) -> dict[str, Entry]:
+    """Every tensor of one file."""
+    try:
+        with safe_open(file, "pt"):
+            pass  # the library holds header and length of the file against each other
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        if where is None:
+            raise UserError(f"{file.parent} has neither {SINGLE} nor {INDEX}; only safetensors "
+                            "checkpoints are read") from None
+        first = next(name for name, shard in where.items() if shard == file.name)
+        raise UserError(f"{file.parent / INDEX} names {file.name} (for {first}), "
+                        "which is absent") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: truncated or not a safetensors file ({error}); fetch it "
+                        "again") from None
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{name} in {file} is {entry['dtype']}; only {', '.join(DTYPES)} are "
+                            "supported")
+        begin, end = entry["data_offsets"]
+        found[name] = Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]),
+                            8 + length + begin, end - begin)
+    return found
+
+
+def _compare_with_index(file: Path, found: Mapping[str, Entry], where: Mapping[str, str]) -> None:
+    absent = [name for name, shard in where.items() if shard == file.name and name not in found]
+    if absent:
+        raise UserError(f"{file.parent / INDEX} says that {file.name} holds {_some(absent)}, "
+                        "which it does not")
+    elsewhere = [name for name in found if where.get(name) != file.name]
+    if elsewhere:
+        raise UserError(f"{file} holds {_some(elsewhere)}, which {INDEX} does not place there")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

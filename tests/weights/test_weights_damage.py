@@ -1,0 +1,197 @@
+"""Damaged checkpoints and failed writes: a message that names tensor and file, nothing left."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import names
+from torch import Tensor
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.weights import HFReader, family_of, write_hf, write_single
+from megatron_gpc.weights.hf_files import INDEX, SINGLE
+
+
+def rewrite_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE)
+
+
+def cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def first_file(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+SHARD_1 = "model-00001-of-00004.safetensors"
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "no weights": ("single", lambda f: (f / SINGLE).unlink(),
+                   "has neither model.safetensors nor model.safetensors.index.json"),
+    "two generations of weights": ("sharded", lambda f: shutil.copy(first_file(f), f / SINGLE),
+                                   "remove the stale one"),
+    "index is no JSON": ("sharded", lambda f: (f / INDEX).write_text("{"), "not an index"),
+    "index without map": ("sharded", lambda f: (f / INDEX).write_text("{}"), "not an index"),
+    "index with an empty map": ("sharded", lambda f: (f / INDEX).write_text('{"weight_map": {}}'),
+                                "weight_map must be a mapping"),
+    "index points outside": (
+        "sharded", lambda f: rewrite_index(f, lambda m: m.update({"model.norm.weight": "../x"})),
+        "tensor model.norm.weight: '../x' is not the name of a file beside it"),
+    "a shard is absent": ("sharded", lambda f: first_file(f).unlink(),
+                          "index.json names model-00001-of-00004.safetensors (for "),
+    "index places a tensor wrongly": (
+        "sharded", lambda f: rewrite_index(f, lambda m: m.update({"nowhere": SHARD_1})),
+        "says that model-00001-of-00004.safetensors holds nowhere, which it does not"),
+    "index forgets a tensor": (
+        "sharded", lambda f: rewrite_index(f, lambda m: m.pop("model.norm.weight")),
+        "holds model.norm.weight, which model.safetensors.index.json does not place there"),
+    "truncated file": ("single", lambda f: cut(f / SINGLE, 20_000), "truncated"),
+    "truncated shard": ("sharded", lambda f: cut(first_file(f), 270_000), "00001-of-00004"),
+    "truncated header": ("single", lambda f: cut(f / SINGLE, 100), "truncated"),
+    "empty file": ("single", lambda f: cut(f / SINGLE, 0), "truncated"),
+    "a web page instead": ("single", lambda f: (f / SINGLE).write_text("<html>" * 99),
+                           "not a safetensors file"),
+    "integer weights": (
+        "single", lambda f: rewrite_tensors(f, lambda t: t.update({
+            "model.norm.weight": torch.ones(32, dtype=torch.int32)})),
+        "model.norm.weight in"),
+    "8-bit weights": (
+        "single", lambda f: rewrite_tensors(f, lambda t: t.update({
+            "model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})),
+        "is F8_E4M3; only F32, BF16, F16 are supported"),
+    "missing tensor": (
+        "single", lambda f: rewrite_tensors(f, lambda t: t.pop(
+            "model.layers.1.self_attn.k_proj.bias")),
+        "lacks model.layers.1.self_attn.k_proj.bias (for decoder.layers.1.self_attention"),
+    "missing layer": (
+        "single", lambda f: rewrite_tensors(f, lambda t: [
+            t.pop(name) for name in list(t) if ".layers.1." in name]), "and 9 more"),
+    "surplus tensor": (
+        "single", lambda f: rewrite_tensors(f, lambda t: t.update({"score.weight": torch.ones(1)})),
+        "leaves no place for: score.weight in model.safetensors"),
+    "misshapen tensor": (
+        "single", lambda f: rewrite_tensors(f, lambda t: t.update({
+            "model.norm.weight": torch.ones(33)})),
+        "has shape [33], but config.json says [32]"),
+    "transposed tensor": (
+        "single", lambda f: rewrite_tensors(f, lambda t: t.update({
+            "model.layers.0.mlp.down_proj.weight": torch.ones(48, 32)})),
+        "model.layers.0.mlp.down_proj.weight in"),
+    "a file that cannot be opened": (
+        "single", lambda f: ((f / SINGLE).unlink(), (f / SINGLE).mkdir()), "not a safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(damage: str, request: pytest.FixtureRequest) -> None:
+    fixture, inflict, says = DAMAGE[damage]
+    folder = request.getfixturevalue(fixture)
+    config = json.loads((folder / "config.json").read_text())
+    HFReader(folder).check(family_of(config).params(config))  # whole before
+    inflict(folder)
+    with pytest.raises(UserError) as refusal:
+        HFReader(folder).check(family_of(config).params(config))
+    assert says in str(refusal.value)
+    assert str(folder) in str(refusal.value)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(single: Path) -> None:
+    reader = HFReader(single)
+    last = max(reader.entries, key=lambda name: reader.entries[name].offset)
+    cut(single / SINGLE, (single / SINGLE).stat().st_size - 4)
+    with pytest.raises(UserError, match=f"ends inside tensor {last}"):
+        reader.get(last)
+    (single / SINGLE).unlink()
+    with pytest.raises(UserError, match=f"cannot read tensor {last}: No such file"):
+        reader.get(last)
+    with pytest.raises(UserError, match="has no tensor nowhere"):
+        reader.get("nowhere")
+
+
+# Trouble while writing: a clear word, and nothing left behind
+
+
+def broken() -> Iterator[tuple[str, Tensor]]:
+    yield "a", torch.ones(100)
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_checkpoint_leaves_nothing_behind(single: Path) -> None:
+    before = names(single.parent)
+
+    def looked_at() -> Iterator[tuple[str, Tensor]]:
+        yield "a", torch.ones(100)
+        assert not (single.parent / "out").exists()  # nobody can take half of it for the whole
+        yield from broken()
+
+    with pytest.raises(UserError, match="tensor a comes twice"):
+        write_hf(single.parent / "out", looked_at(), source=single)
+    with pytest.raises(KeyboardInterrupt):
+        write_hf(single.parent / "out", broken(), source=single)
+    assert names(single.parent) == before
+
+
+def test_an_interrupted_weight_sync_keeps_the_old_file(tmp_path: Path) -> None:
+    write_single(tmp_path, [("a", torch.zeros(3))])
+    with pytest.raises(KeyboardInterrupt):
+        write_single(tmp_path, broken())
+    assert names(tmp_path) == {SINGLE}
+    assert not load_file(tmp_path / SINGLE)["a"].any()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Files cannot grow beyond 300 kB: the kernel refuses the write, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_is_named_with_tensor_and_file_and_leaves_nothing_behind(single: Path) -> None:
+    before = names(single.parent)
+    tensors = [("small", torch.ones(10)), ("large", torch.ones(100_000))]
+    with pytest.raises(UserError, match=r"out.*partial: cannot write tensor large: File too large"):
+        write_hf(single.parent / "out", tensors, source=single)
+    assert names(single.parent) == before
+    with pytest.raises(UserError, match="model.safetensors: cannot be written: File too large"):
+        write_single(single, tensors)
+    assert names(single) == {SINGLE, "config.json", "generation_config.json"}
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda f: write_hf(f, [("a", torch.ones(1))], source=f), "is not an empty folder"),
+    (lambda f: write_hf(f / SINGLE, [("a", torch.ones(1))], source=f), "is not an empty folder"),
+    (lambda f: write_hf(f / "out", [("a", torch.ones(1))], source=f.parent),
+     "has no config.json"),
+    (lambda f: write_hf(f / "out", [], source=f), "no tensors to write"),
+    (lambda f: write_hf(f / "out", [("a", torch.ones(1).double())], source=f),
+     "a is torch.float64; a checkpoint holds float32, bfloat16, float16"),
+    (lambda f: write_hf(f / SINGLE / "out", [("a", torch.ones(1))], source=f),
+     "cannot be written: "),
+    (lambda f: write_single(f / "absent", [("a", torch.ones(1))]),
+     "cannot be written: No such file or directory"),
+])
+def test_what_cannot_be_written_is_said(make: Callable[[Path], None], says: str,
+                                        single: Path) -> None:
+    before = names(single), names(single.parent)
+    with pytest.raises(UserError) as refusal:
+        make(single)
+    assert says in str(refusal.value)
+    assert (names(single), names(single.parent)) == before
