@@ -1,0 +1,395 @@
+"""Pictures of one run and of several over each other, from metrics.jsonl and config.yaml alone.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; steps are on matplotlib's viridis.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.metrics.runs import PLOT_NAME, Group, Run, Series, group_runs, load_run
+
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PINK, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#333333", "#8C8C8C"
+GROUP_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, GREY)
+REGIONS = (  # from the bottom up: what raises entropy, then what lowers it
+    ("share_e2", "E2 unlikely, A > 0: H ↑", BLUE),
+    ("share_e3", "E3 likely, A < 0: H ↑", SKY),
+    ("share_e1", "E1 likely, A > 0: H ↓", ORANGE),
+    ("share_e4", "E4 unlikely, A < 0: H ↓", RED),
+)
+EVAL_TITLES = {
+    "eval_reward": "held-out reward",
+    "eval_distinct_right": "distinct right answers a prompt",
+}
+FEW = 12
+"""Series up to this length are drawn with their points."""
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E8E8E8",
+    "grid.linewidth": 0.8,
+    "xtick.color": BLACK,
+    "ytick.color": BLACK,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.fontsize": 8,
+    "legend.framealpha": 0.8,
+    "legend.edgecolor": "none",
+    "legend.handlelength": 1.4,
+    "legend.borderpad": 0.2,
+    "legend.borderaxespad": 0.3,
+    "figure.titlesize": 11,
+    "savefig.dpi": 130,
+}
+
+
+def plot_run(run_dir: Path, out: Path | None = None) -> Path:
+    """Draw one run; returns the picture's path (`out`, or plots.png in the run's folder).
+
+    Raises:
+        UserError: not a run directory, or one without any training step; `out` cannot be written.
+    """
+    out = Path(run_dir) / PLOT_NAME if out is None else Path(out)
+    return _save(run_figure(load_run(run_dir)), out)
+
+
+def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Draw several runs over each other, pooled over seeds; returns `out`.
+
+    Raises:
+        UserError: as `plot_run`.
+    """
+    return _save(overlay_figure([load_run(run_dir) for run_dir in run_dirs]), Path(out))
+
+
+def run_figure(run: Run) -> Figure:
+    """Nine panels.  Light lines are the values of single steps, strong ones a mean over 5 %."""
+    _check_has_steps(run)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 8.2), layout="constrained")
+        axes = figure.subplots(3, 3).flat
+        _entropy_panel(next(axes), run)
+        _reward_panel(next(axes), run)
+        _diversity_panel(next(axes), run)
+        _bounds_over_p_panel(next(axes), run)
+        _bounds_over_steps_panel(next(axes), run)
+        _clip_panel(next(axes), run)
+        _regions_panel(next(axes), run)
+        _one_metric_panel(next(axes), run, "grad_norm", "gradient norm")
+        _one_metric_panel(next(axes), run, "ratio_max", "largest importance ratio")
+        figure.suptitle(f"{run.schedule}, seed {run.seed} ({run.folder.name})", x=0.01, ha="left")
+    return figure
+
+
+def overlay_figure(runs: Sequence[Run]) -> Figure:
+    """One panel a metric, one colour a group: mean over seeds, a band of one standard deviation,
+    and every run as a thin line."""
+    for run in runs:
+        _check_has_steps(run)
+    groups = group_runs(runs)
+    evaluated = dict.fromkeys(
+        name for run in runs for name in run.names() if name.startswith("eval_")
+    )
+    panels = [
+        ("entropy", "entropy [nats a token]"),
+        ("reward", "reward"),
+        ("clip_fraction_high", "tokens clipped at the upper bound"),
+        ("clip_fraction_low", "tokens clipped at the lower bound"),
+        *((name, EVAL_TITLES.get(name, name)) for name in evaluated),
+    ]
+    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    rows = -(-len(panels) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11 if columns == 3 else 8, 0.6 + 2.7 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns).flatten()
+        for ax, (name, title) in zip(axes, panels, strict=False):
+            _overlay_panel(ax, groups, name, title)
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        handles, labels = axes[0].get_legend_handles_labels()
+        in_a_row = max(1, 150 // max(len(label) + 6 for label in labels))
+        figure.legend(handles, labels, loc="outside upper left", ncols=in_a_row)
+    return figure
+
+
+# --- panels of one run ------------------------------------------------------------------------
+
+
+def _entropy_panel(ax: Axes, run: Run) -> None:
+    _start_panel(ax, "entropy [nats a token]", run)
+    _trace(ax, run.series("entropy"), BLUE)
+    ax.set_ylim(bottom=0)
+    if run.phase_boundary is not None:
+        ax.annotate(
+            "phase 2",
+            (run.phase_boundary, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -2),
+            textcoords="offset points",
+            va="top",
+            color=GREY,
+            fontsize=8,
+        )
+
+
+def _reward_panel(ax: Axes, run: Run) -> None:
+    _start_panel(ax, "reward", run)
+    _trace(ax, run.series("reward"), BLUE, "training prompts")
+    held_out = run.series("eval_reward")
+    if len(held_out):
+        _points(ax, held_out, RED, "held-out prompts")
+        ax.legend(loc="lower right")
+
+
+def _diversity_panel(ax: Axes, run: Run) -> None:
+    """Distinct right answers where they were counted, else the length of responses."""
+    distinct = run.series("eval_distinct_right")
+    if len(distinct):
+        _start_panel(ax, "distinct right answers a prompt", run)
+        _points(ax, distinct, RED)
+        ax.set_ylim(bottom=0)
+    else:
+        _one_metric_panel(ax, run, "response_length", "response length [tokens]")
+
+
+def _bounds_over_p_panel(ax: Axes, run: Run) -> None:
+    """The interval of the ratio at up to five steps: earlier ones are drawn thicker, so that lines
+    which coincide are seen inside each other."""
+    ax.set_title("ratio bounds over p")
+    ax.set_xlabel("p, current probability of the token")
+    ax.set_xlim(0, 1)
+    ax.axhline(1, color=GREY, linewidth=0.8)
+    bounds = _bounds(run)
+    if not bounds:
+        _say_missing(ax)
+        return
+    (_, *at_p0), _, (_, *at_p1) = bounds
+    steps = at_p0[0].steps
+    colours = ScalarMappable(Normalize(0, run.steps), "viridis_r")
+    shown = np.unique(np.linspace(0, len(steps) - 1, 5).round().astype(int))
+    for number, i in enumerate(shown):
+        for left, right in zip(at_p0, at_p1, strict=True):  # affine in p: two ends are the line
+            ax.plot(
+                [0, 1],
+                [left.values[i], right.values[i]],
+                color=colours.to_rgba(steps[i]),
+                linewidth=4.2 - 0.75 * number,
+            )
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(bottom, top)
+    scale = ax.inset_axes((0.3, (_between(at_p1[1]) - bottom) / (top - bottom), 0.6, 0.03))
+    scale.set_in_layout(False)
+    ax.figure.colorbar(
+        colours, cax=scale, orientation="horizontal", ticks=MaxNLocator(4, integer=True)
+    )
+    scale.tick_params(labelsize=8, length=2)
+    scale.set_title("step", loc="left", x=-0.2, y=-1.2, fontsize=8, fontweight="normal")
+
+
+def _bounds_over_steps_panel(ax: Axes, run: Run) -> None:
+    _start_panel(ax, "ratio bounds over steps", run)
+    ax.axhline(1, color=GREY, linewidth=0.8)
+    bounds = _bounds(run)
+    if not bounds:
+        _say_missing(ax)
+        return
+    looks = ((BLUE, 3.4), (SKY, 2.3), (ORANGE, 1.2))
+    for (label, upper, lower), (colour, width) in zip(bounds, looks, strict=True):
+        _line(ax, upper, color=colour, linewidth=width, label=label)
+        _line(ax, lower, color=colour, linewidth=width)
+    ax.legend(
+        loc="center",
+        bbox_to_anchor=(0.5, _between(lower)),
+        ncols=3,
+        bbox_transform=ax.get_yaxis_transform(),
+    )
+
+
+def _clip_panel(ax: Axes, run: Run) -> None:
+    _start_panel(ax, "tokens clipped", run)
+    _trace(ax, run.series("clip_fraction_high"), RED, "at the upper bound")
+    _trace(ax, run.series("clip_fraction_low"), BLUE, "at the lower bound")
+    ax.yaxis.set_major_formatter(_percent)
+    ax.margins(y=0.25)  # room for the legend
+    ax.set_ylim(bottom=0)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", ncols=2)
+
+
+def _regions_panel(ax: Axes, run: Run) -> None:
+    _start_panel(ax, "tokens by region (rest: A = 0)", run)
+    ax.set_title(ax.get_title("left"), pad=30)  # the legend stands below it
+    shares = [run.series(name).smooth() for name, _, _ in REGIONS]
+    steps = shares[0].steps
+    if not len(steps) or any(len(share) != len(steps) for share in shares):
+        _say_missing(ax)
+        return
+    values = np.array([share.values for share in shares])
+    if len(steps) == 1:  # an area needs two points
+        steps, values = np.array([steps[0] - 0.5, steps[0] + 0.5]), values.repeat(2, axis=1)
+    ax.stackplot(
+        steps,
+        values,
+        labels=[label for _, label, _ in REGIONS],
+        colors=[colour for _, _, colour in REGIONS],
+        alpha=0.85,
+    )
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(_percent)
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, handlelength=0.8, columnspacing=1
+    )
+
+
+def _one_metric_panel(ax: Axes, run: Run, name: str, title: str) -> None:
+    _start_panel(ax, title, run)
+    _trace(ax, run.series(name), BLUE)
+
+
+def _bounds(run: Run) -> list[tuple[str, Series, Series]]:
+    """Upper and lower bound of the ratio over steps, 1 + eps_plus and 1 - eps_minus, at p = 0, 0.5
+    and 1; empty where one of them was not recorded at every step."""
+    found = []
+    for at, label in (("p0", "p = 0"), ("p05", "p = 0.5"), ("p1", "p = 1")):
+        high, low = run.series(f"eps_high_at_{at}"), run.series(f"eps_low_at_{at}")
+        upper, lower = Series(high.steps, 1 + high.values), Series(low.steps, 1 - low.values)
+        found.append((label, upper, lower))
+    lengths = {len(series) for _, *pair in found for series in pair}
+    return found if len(lengths) == 1 and 0 not in lengths else []
+
+
+def _between(lower: Series) -> float:
+    """A height at which nothing is drawn, half-way between 1 and the lower bounds."""
+    return (1 + float(np.nanmax(lower.values))) / 2
+
+
+# --- panels of several runs -------------------------------------------------------------------
+
+
+def _overlay_panel(ax: Axes, groups: Sequence[Group], name: str, title: str) -> None:
+    ax.set_title(title)
+    ax.set_xlabel("step")
+    for group, colour in zip(groups, itertools.cycle(GROUP_COLOURS), strict=False):
+        for run in group.runs:
+            _line(
+                ax, run.series(name).smooth(), color=colour, alpha=0.35, linewidth=0.9, markersize=3
+            )
+        mean, spread = group.mean_over_seeds(name)
+        ax.fill_between(
+            mean.steps,
+            mean.values - spread.values,
+            mean.values + spread.values,
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
+        number = len(group.runs)
+        _line(
+            ax,
+            mean,
+            color=colour,
+            linewidth=2.2,
+            label=f"{group.label} ({number} seed{'s' * (number > 1)})",
+        )
+    boundaries = {run.phase_boundary for group in groups for run in group.runs} - {None}
+    if len(boundaries) == 1:  # of several, a line would not say whose it is
+        _mark_phase(ax, boundaries.pop())
+    ax.set_xlim(0, max(run.steps for group in groups for run in group.runs))
+    if name == "entropy":
+        ax.set_ylim(bottom=0)
+    if name.startswith("clip_fraction"):
+        ax.yaxis.set_major_formatter(_percent)
+    if not any(len(run.series(name)) for group in groups for run in group.runs):
+        _say_missing(ax)
+
+
+# --- shared by both ---------------------------------------------------------------------------
+
+
+def _start_panel(ax: Axes, title: str, run: Run) -> None:
+    """Title, the whole run as x axis, and where phase 2 begins."""
+    ax.set_title(title)
+    ax.set_xlabel("step")
+    ax.set_xlim(0, run.steps)
+    _mark_phase(ax, run.phase_boundary)
+
+
+def _mark_phase(ax: Axes, boundary: float | None) -> None:
+    if boundary is not None:
+        ax.axvline(boundary, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="_phase")
+
+
+def _trace(ax: Axes, series: Series, colour: str, label: str | None = None) -> None:
+    """A noisy metric: single steps light, their running mean strong."""
+    if not len(series):
+        _say_missing(ax)
+        return
+    if series.window > 1:
+        _line(ax, series, color=colour, alpha=0.3, linewidth=0.9)
+    _line(ax, series.smooth(), color=colour, label=label)
+
+
+def _points(ax: Axes, series: Series, colour: str, label: str | None = None) -> None:
+    """A metric of few steps, such as evaluations: every one is a point; the line joins them."""
+    ax.plot(
+        series.steps,
+        series.values,
+        color=colour,
+        label=label,
+        marker="o",
+        linewidth=1.2,
+        linestyle=":",
+        clip_on=False,
+        zorder=3,
+    )
+
+
+def _line(ax: Axes, series: Series, **look: object) -> None:
+    """A line; few values are points as well, because of a single one a line shows nothing."""
+    few = 0 < len(series) <= FEW
+    ax.plot(series.steps, series.values, marker="o" if few else None, clip_on=not few, **look)
+
+
+def _percent(share: float, _position: int) -> str:
+    return f"{100 * share:g} %"
+
+
+def _say_missing(ax: Axes) -> None:
+    ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=GREY)
+
+
+def _check_has_steps(run: Run) -> None:
+    if not len(run.series("reward")):
+        raise UserError(f"{run.folder}: no training step has been written yet; nothing to draw")
+
+
+def _save(figure: Figure, out: Path) -> Path:
+    formats = figure.canvas.get_supported_filetypes()
+    if out.suffix.lstrip(".").lower() not in formats:
+        raise UserError(f"{out}: a picture's name ends in one of {', '.join(formats)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context(STYLE):  # ticks are made as late as now
+            figure.savefig(out)
+    except OSError as error:
+        raise UserError(f"{out}: the picture cannot be written: {error.strerror}") from None
+    return out

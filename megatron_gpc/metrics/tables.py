@@ -1,0 +1,163 @@
+"""Tables of finished runs: the summary of one, the comparison of several."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import rich.console
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_gpc.metrics.runs import PLOT_NAME, Group, Run, Series, group_runs, load_run
+
+
+def summary_table(run_dir: Path) -> Table:
+    """A run in a few rows: what happened to reward, entropy and diversity, and at what speed.
+
+    Start and end are means over 5 % of the steps, at least one; the peak of entropy is that of the
+    mean over as many steps.  Held-out rows are the first and the last evaluation, where there are.
+    The picture is named once it lies in the run's folder.
+
+    Raises:
+        UserError: not a run directory, or a damaged one.
+    """
+    run = load_run(run_dir)
+    reward, entropy = run.series("reward"), run.series("entropy")
+    peak_step, peak = entropy.peak()
+    table = _table(f"{run.schedule}, seed {run.seed}: {len(reward)} of {run.steps} steps")
+    table.add_column("", overflow="fold")
+    for heading in ("start", "peak", "end", "whole run"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_row("reward", _text(reward.first()), "", _text(reward.last()))
+    table.add_row(
+        "entropy, nats a token",
+        _text(entropy.first()),
+        f"{_text(peak)} (step {peak_step})" if peak_step else "-",
+        _text(entropy.last()),
+    )
+    for name, title in (
+        ("eval_reward", "held-out reward"),
+        ("eval_distinct_right", "distinct right answers"),
+    ):
+        evaluations = run.series(name).values
+        if len(evaluations):
+            after = evaluations[-1] if len(evaluations) > 1 else math.nan
+            table.add_row(title, _text(evaluations[0]), "", _text(after))
+    table.add_section()
+    for title, value in _whole_run(run).items():
+        table.add_row(title, "", "", "", value)
+    plot = run.folder / PLOT_NAME
+    if plot.exists():
+        table.caption = escape(f"plots: {min(str(plot), os.path.relpath(plot), key=len)}")
+    return table
+
+
+def _whole_run(run: Run) -> dict[str, str]:
+    timed = [
+        (
+            line["tokens_per_second"],
+            sum(line.get(f"seconds_{part}", 0.0) for part in ("rollout", "train", "sync")),
+        )
+        for line in run.lines
+        if "tokens_per_second" in line
+    ]
+    seconds = sum(taken for _, taken in timed)
+    tokens = sum(rate * taken for rate, taken in timed)
+    rows = {
+        f"clipped at {side} bound, %": _text(100 * run.series(f"clip_fraction_{name}").mean(), 2)
+        for name, side in (("low", "lower"), ("high", "upper"))
+    }
+    rows["tokens a second"] = _text(tokens / seconds if seconds else math.nan, 0)
+    rows["time in steps"] = str(timedelta(seconds=round(seconds)))
+    return rows
+
+
+_COMPARED: Mapping[str, Callable[[Run], float]] = {
+    "reward, end": lambda run: run.series("reward").last(),
+    "entropy, start": lambda run: run.series("entropy").first(),
+    "peak": lambda run: run.series("entropy").peak()[1],
+    "end": lambda run: run.series("entropy").last(),
+    "distinct right, end": lambda run: _last_evaluation(run.series("eval_distinct_right")),
+}
+
+
+def _last_evaluation(series: Series) -> float:
+    return float(series.values[-1]) if len(series) else math.nan
+
+
+def compare_table(run_dirs: Sequence[Path]) -> Table:
+    """Several runs, pooled over seeds, and how each group differs from the first.
+
+    Numbers are mean ± standard deviation (n - 1) over seeds; start, peak and end as in
+    `summary_table`.  Differences are taken seed by seed and only over seeds that both groups have:
+    what the seed decides (prompts, first samples) cancels.
+
+    Raises:
+        UserError: not a run directory, or a damaged one.
+    """
+    first, *others = group_runs([load_run(run_dir) for run_dir in run_dirs])
+    table = _table("mean ± standard deviation over seeds")
+    table.add_column("runs")
+    for heading in ("seeds", *_COMPARED):
+        table.add_column(heading, justify="right")
+    for group in (first, *others):
+        columns = [[of_run(run) for run in group.runs] for of_run in _COMPARED.values()]
+        table.add_row(escape(group.label), str(len(group.runs)), *map(_mean_and_spread, columns))
+    table.add_section()
+    for group in others:
+        seeds, columns = _paired_differences(first, group)
+        if seeds:
+            table.add_row(
+                escape(f"{group.label} - {first.label}"),
+                f"{len(seeds)} paired",
+                *map(_mean_and_spread, columns),
+            )
+    return table
+
+
+def _paired_differences(first: Group, other: Group) -> tuple[list[int], list[list[float]]]:
+    """Seeds that both groups have, and for every compared number other - first, seed by seed."""
+    of_first = {run.seed: run for run in first.runs}
+    of_other = {run.seed: run for run in other.runs}
+    seeds = sorted(of_first.keys() & of_other.keys())
+    return seeds, [
+        [number(of_other[seed]) - number(of_first[seed]) for seed in seeds]
+        for number in _COMPARED.values()
+    ]
+
+
+def print_table(table: Table) -> None:
+    """To standard output; a pipe or log, which has no width, gets the table as wide as it is."""
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=1000)  # a limit: tables are as wide as they need
+    console.print(table)
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption_style="",
+        box=SIMPLE_HEAD,
+    )
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    known = np.array(values)[~np.isnan(values)]
+    if not len(known):
+        return "-"
+    spread = f" ± {_text(known.std(ddof=1))}" if len(known) > 1 else ""
+    return _text(known.mean()) + spread
+
+
+def _text(value: float, digits: int = 3) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"

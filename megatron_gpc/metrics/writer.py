@@ -1,0 +1,126 @@
+"""metrics.jsonl (an object a step), eval.jsonl (an object an evaluation), TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_gpc.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+EVAL_NAME = "eval.jsonl"
+
+
+class MetricsWriter:
+    """Appends to a run's metrics; one process of a run (rank 0) has one.
+
+    A run that was killed has written steps beyond its last checkpoint.  They are about to be made
+    again, so their lines are dropped first, and a last line that was only half written.
+
+    Args:
+        run_dir: the run's folder; made where it does not exist.
+        resume_step: finished steps of the checkpoint that the run continues from.
+
+    Raises:
+        UserError: a file is there but damaged, other than by a half-written last line.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int):
+        # Here, because it takes a second or two that `train --dry-run` and `plot` need not wait.
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # An evaluation after k steps comes before step k + 1, so resuming after k makes it again.
+        self._steps = _open(run_dir / FILE_NAME, resume_step + 1)
+        self._evaluations = _open(run_dir / EVAL_NAME, resume_step)
+        # TensorBoard hides events from purge_step on that an earlier process wrote.
+        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one object: `step`, then `values`, in full precision; on disk when this returns.
+
+        JSON has no nan and no infinity: both become null (and `read_metrics` gives nan).
+        """
+        self._append(self._steps, step, values)
+
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the evaluation of the policy after `step` finished steps, in the same way."""
+        self._append(self._evaluations, step, values)
+
+    def _append(self, file: TextIO, step: int, values: Mapping[str, float]) -> None:
+        assert "step" not in values
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()  # a killed run does not write these steps again, see purge_step
+
+    def close(self) -> None:
+        self._steps.close()
+        self._evaluations.close()
+        self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: Path, name: str = FILE_NAME) -> list[dict[str, float]]:
+    """The objects of metrics.jsonl (or eval.jsonl) in the file's order; null is read as nan.
+
+    A last line without its end is left out: the run is being written, or was killed.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object with a `step`.
+    """
+    return [
+        {name: math.nan if value is None else value for name, value in content.items()}
+        for _, content in _read(Path(run_dir) / name)
+    ]
+
+
+def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every complete line, as text and as its content."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the folder of a run (run_dir)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    *lines, _half_written = text.split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+            raise UserError(
+                f"{file}, line {number}: not a JSON object with a step; "
+                "remove the line, or start over with resume=none"
+            )
+        found.append((line, content))
+    return found
+
+
+def _open(file: Path, first_step: int) -> TextIO:
+    """Ready for appending `first_step` and what follows."""
+    if file.exists():
+        _drop_from(file, first_step)
+    return file.open("a", encoding="utf-8")
+
+
+def _drop_from(file: Path, first_step: int) -> None:
+    """Rewrite the file without steps >= first_step; a reader sees the old file or the new one."""
+    kept = [line for line, content in _read(file) if content["step"] < first_step]
+    new = file.with_name(file.name + ".tmp")
+    new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(new, file)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+import rich.console
+
+from megatron_gpc.metrics.console import Console
+
+VALUES = {
+    "reward": 0.5,
+    "entropy": 1.25,
+    "clip_fraction_low": 0.021,
+    "clip_fraction_high": 0.034,
+    "tokens_per_second": 1234.5,
+}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves."""
+    now = [0.0]
+    monkeypatch.setattr("megatron_gpc.metrics.console.time.monotonic", lambda: now[0])
+    return now
+
+
+def _log(total, start=0, width=20, seconds=1.0, clock=None):
+    """What a run of `total` steps writes into a log."""
+    output = io.StringIO()
+    with Console(total, start, rich.console.Console(file=output, width=width)) as console:
+        for step in range(start + 1, total + 1):
+            if clock:
+                clock[0] += seconds
+            console.step(step, VALUES)
+    return output.getvalue().splitlines()
+
+
+def _step_numbers(lines):
+    return [int(line.split()[1].split("/")[0]) for line in lines]
+
+
+def test_a_pipe_gets_plain_lines():
+    program = (
+        "from megatron_gpc.metrics.console import Console\n"
+        "console = Console(2, 0)\n"
+        "console.note('server [ready] at http://localhost:1')\n"
+        "console.warn('the clip can never act')\n"
+        f"console.step(1, {VALUES})\n"
+        "console.step(2, {})\n"
+        "console.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    note, warning, first, last = done.stdout.splitlines()
+    assert note == "server [ready] at http://localhost:1"
+    assert warning == "warning: the clip can never act"
+    assert (
+        first == "step 1/2  reward  0.500  entropy  1.250  clip  2.1/3.4 %    1,234 tok/s  "
+        "0:00:00 left"
+    )
+    assert (
+        last == "step 2/2  reward      -  entropy      -  clip      -/- %        - tok/s  "
+        "0:00:00 left"
+    )
+
+
+def test_a_short_run_logs_every_step_on_one_line_each():
+    lines = _log(20)
+    assert _step_numbers(lines) == list(range(1, 21))
+    assert len({len(line) for line in lines}) == 1  # aligned, and never wrapped at the width of 20
+
+
+def test_a_long_run_logs_the_first_the_last_and_every_twentieth(clock):
+    assert _step_numbers(_log(101, clock=clock)) == [1, *range(6, 101, 6), 101]
+    assert _step_numbers(_log(400, start=350, clock=clock)) == [351, *range(353, 400, 3), 400]
+
+
+def test_a_slow_run_logs_at_least_every_minute(clock):
+    assert _step_numbers(_log(400, start=300, seconds=61, clock=clock)) == list(range(301, 401))
+
+
+def test_the_time_left_follows_the_last_steps_and_not_the_slow_first_one(clock):
+    output = io.StringIO()
+    console = Console(100, 0, rich.console.Console(file=output, width=200))
+    for step in range(1, 51):
+        clock[0] += 600 if step == 1 else 2
+        console.step(step, VALUES)
+    lines = output.getvalue().splitlines()
+    assert lines[0].endswith("16:30:00 left") and lines[-1].endswith("0:01:40 left")
+
+
+def test_a_value_that_is_not_finite_is_a_dash():
+    output = io.StringIO()
+    Console(1, 0, rich.console.Console(file=output)).step(1, VALUES | {"reward": math.nan})
+    assert "reward      -  entropy  1.250" in output.getvalue()
+
+
+def test_a_terminal_gets_one_line_that_changes_in_place():
+    output = io.StringIO()
+    terminal = rich.console.Console(
+        file=output,
+        force_terminal=True,
+        width=80,
+        color_system=None,
+        legacy_windows=False,
+        _environ={"TERM": "xterm"},
+    )
+    console = Console(30, 10, terminal)
+    for step in range(11, 31):
+        console.step(step, VALUES)
+    console.note("a line that stays")
+    console.close()
+    console.close()
+    text = output.getvalue()
+    last = text.rsplit("\x1b[2K", 1)[1].splitlines()[0].rstrip()
+    assert last.startswith("30/30 ━") and "reward 0.500 entropy 1.250 clip 2.1/3.4 %" in last
+    assert last.endswith("left") and len(last) <= 80
+    assert text.count("\n") == 2  # the note, and the end of the progress line
+    assert text.endswith("\x1b[?25h")  # the cursor is back

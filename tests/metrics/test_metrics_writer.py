@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.metrics.writer import MetricsWriter, read_metrics
+
+
+def _write(run_dir, resume_step, steps, value=0.5):
+    with MetricsWriter(run_dir, resume_step) as writer:
+        for step in steps:
+            writer.write(step, {"reward": value})
+
+
+def _steps(run_dir):
+    return [line["step"] for line in read_metrics(run_dir)]
+
+
+def test_a_line_is_one_object_with_the_step_first_in_full_precision_at_once(tmp_path):
+    with MetricsWriter(tmp_path / "new" / "run", 0) as writer:
+        writer.write(1, {"reward": 0.1 + 0.2, "weight_version": 8})
+        text = (tmp_path / "new" / "run" / "metrics.jsonl").read_text()
+        assert text == '{"step": 1, "reward": 0.30000000000000004, "weight_version": 8}\n'
+        assert read_metrics(tmp_path / "new" / "run") == json.loads(f"[{text}]")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_are_strict_json_and_read_as_nan(tmp_path, value):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    _write(tmp_path, 0, [1], value)
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "reward": None}
+    assert math.isnan(read_metrics(tmp_path)[0]["reward"])
+
+
+def test_resuming_drops_the_steps_after_the_checkpoint_and_goes_on(tmp_path):
+    _write(tmp_path, 0, [0, 1, 2, 3, 4])
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    _write(tmp_path, 2, [3, 4, 5])
+    assert _steps(tmp_path) == [0, 1, 2, 3, 4, 5]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:3] == before[:3]
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "metrics.jsonl",
+        "eval.jsonl",
+        "tensorboard",
+    }
+
+
+def test_resuming_at_the_last_step_keeps_everything(tmp_path):
+    _write(tmp_path, 0, [0, 1, 2])
+    _write(tmp_path, 2, [])
+    assert _steps(tmp_path) == [0, 1, 2]
+
+
+def test_resuming_after_k_steps_makes_the_evaluation_of_k_again(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        for step in (0, 2, 4):
+            writer.write_evaluation(step, {"eval_reward": 0.5})
+    with MetricsWriter(tmp_path, 2) as writer:
+        writer.write_evaluation(2, {"eval_reward": 0.6})
+    lines = read_metrics(tmp_path, "eval.jsonl")
+    assert [(line["step"], line["eval_reward"]) for line in lines] == [(0, 0.5), (2, 0.6)]
+
+
+@pytest.mark.parametrize("half", ['{"st', '{"step": 3, "reward": 0.', '{"step": 2'])
+def test_a_half_written_last_line_is_left_out_and_dropped_on_resume(tmp_path, half):
+    _write(tmp_path, 0, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(half)
+    assert _steps(tmp_path) == [1, 2]
+    _write(tmp_path, 2, [3])
+    assert _steps(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", ["{broken\n", "[1]\n", '{"reward": 1.0}\n', "\n"])
+def test_a_damaged_line_is_refused_by_its_number(tmp_path, damage):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + damage + '{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
+        read_metrics(tmp_path)
+    with pytest.raises(UserError, match="line 2"):
+        MetricsWriter(tmp_path, 3)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="give the folder of a run"):
+        read_metrics(tmp_path)
+
+
+def test_tensorboard_shows_the_same_numbers_and_forgets_what_was_made_again(tmp_path):
+    _write(tmp_path, 0, [1, 2, 3, 4], value=0.25)
+    _write(tmp_path, 2, [3], value=0.75)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("reward")]
+    assert shown == [(1, 0.25), (2, 0.25), (3, 0.75)]
