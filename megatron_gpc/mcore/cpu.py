@@ -1,0 +1,339 @@
+"""megatron-core on CPU tensors over gloo.  Every patch of a foreign library stands in this file.
+
+`install()` runs before the first megatron import and does nothing where CUDA works.  Written for
+megatron-core 0.16.1.  Inside `megatron.core`, and only there, the name `torch` becomes a stand-in
+whose CUDA surface answers for the CPU; everybody else keeps the real torch, but for `Tensor.cuda`
+and `Tensor.type`, because a method has no module in which to replace it.
+
+Each patch says why upstream needs it and when it can go.  "A device argument" means: when the
+module takes its device from the tensor or from a parameter, instead of writing "cuda".
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import sys
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+# Imported before the stand-in is put in place: a module that comes later would see the real torch.
+_MODULES = [
+    "models.gpt",
+    "models.gpt.gpt_layer_specs",
+    "models.gpt.moe_module_specs",
+    "distributed",
+    "optimizer",
+    "optimizer_param_scheduler",
+    "pipeline_parallel",
+    "transformer.attention",
+    "transformer.multi_latent_attention",
+    "dist_checkpointing",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.torch",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.tensor_aware_state_dict",
+]
+
+
+def install() -> None:
+    """Let megatron-core run without CUDA; once a process, nothing where CUDA is present."""
+    if torch.cuda.is_available() or hasattr(torch.Tensor.cuda, "megatron_gpc"):
+        return
+    # @jit_fuser is torch.compile, which would want a C++ compiler on the user's machine and costs
+    # up to 2.5 s of start.  Goes when core makes compilation an option.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _patch_tensor_methods()
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    stand_in = _torch_for_cpu()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = stand_in
+    for patch in (_patch_random, _patch_p2p, _patch_moe, _patch_norms, _patch_optimizer_state):
+        patch()
+
+
+def _core(name: str) -> Any:
+    return importlib.import_module(f"megatron.core.{name}")
+
+
+class _TypeName(str):
+    """'torch.FloatTensor' that also equals 'torch.cuda.FloatTensor'."""
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == str(other).replace("torch.cuda.", "torch.")
+
+    __hash__ = str.__hash__
+
+
+def _patch_tensor_methods() -> None:
+    """`Tensor.cuda()` gives the tensor itself, and `Tensor.type()` passes for its CUDA twin.
+
+    Why: language_module (tied embeddings with PP), exchange_utils and grad_scaler call `.cuda()`;
+    clip_grads and both optimizers compare `.type()` with 'torch.cuda.FloatTensor'.
+    Gone when: they take a device argument and compare dtypes.
+    """
+    real_type = torch.Tensor.type
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return real_type(self, *args, **kwargs)
+        return _TypeName(real_type(self))
+
+    cuda.megatron_gpc = True  # marks the patch as done
+    torch.Tensor.cuda = cuda
+    torch.Tensor.type = tensor_type
+
+
+class _Done:
+    """Stream and Event at once: CPU work is finished when its call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def record_event(self, *args: Any) -> _Done:
+        return self
+
+    wait_stream = wait_event = synchronize = record = wait = record_event
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _cuda_for_cpu() -> types.ModuleType:
+    """`torch.cuda` as megatron.core sees it.
+
+    Why: `current_device()` is used as `device=` (mappings, layers, p2p, DDP buffers, rotary);
+    streams, events, nvtx and synchronize appear in p2p, filesystem_async and token_dispatcher; the
+    generator functions in tensor_parallel/random and in recomputation.  What is not named here
+    falls through to the real module.  Gone when: core takes a device argument.
+    """
+    cuda = types.ModuleType("torch.cuda")
+    cuda.__dict__.update(torch.cuda.__dict__)
+    stream = _Done()
+    cuda.__dict__.update(
+        current_device=lambda: "cpu",
+        device_count=lambda: 1,
+        set_device=_nothing,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        Stream=_Done,
+        Event=_Done,
+        current_stream=lambda *args, **kwargs: stream,
+        default_stream=lambda *args, **kwargs: stream,
+        stream=lambda stream=None: nullcontext(),
+        nvtx=types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, mark=_nothing),
+        manual_seed=torch.manual_seed,
+        manual_seed_all=torch.manual_seed,
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+    )
+    return cuda
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _torch_for_cpu() -> types.ModuleType:
+    """`torch` as megatron.core sees it: factories read device="cuda" as "cpu".
+
+    Why: schedules, optimizer, clip_grads and transformer/utils write the literal "cuda".
+    Gone when: core takes a device argument.
+    """
+    fake = types.ModuleType("torch")
+    fake.__dict__.update(torch.__dict__)
+    fake.__getattr__ = lambda name: getattr(torch, name)  # submodules that torch loads late
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(fake, name, _on_cpu(getattr(torch, name)))
+    fake.cuda = _cuda_for_cpu()
+    fake.distributed = types.ModuleType("torch.distributed")
+    fake.distributed.__dict__.update(
+        torch.distributed.__dict__, all_gather=_all_gather, reduce_scatter=_reduce_scatter
+    )
+    fake.distributed.__getattr__ = lambda name: getattr(torch.distributed, name)
+    return fake
+
+
+def _all_gather(
+    outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """all_gather of unequal first dimensions: padded to the longest, then cut.
+
+    Why: mappings gathers along the first dimension for the alltoall dispatcher and for expert
+    tensor parallelism; NCCL takes unequal lists, gloo does not.  Gone when: gloo does.
+    """
+    rows = [len(t) for t in outputs]
+    if len(set(rows)) == 1:
+        return torch.distributed.all_gather(outputs, tensor, group=group, async_op=async_op)
+    padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in rows]
+    torch.distributed.all_gather(parts, padded, group=group)
+    for output, part in zip(outputs, parts, strict=True):
+        output.copy_(part[: len(output)])
+    return None
+
+
+def _reduce_scatter(
+    output: torch.Tensor,
+    inputs: list[torch.Tensor],
+    op: Any = torch.distributed.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    """reduce_scatter of unequal first dimensions: everything summed, this rank's part kept.
+
+    Why and until when: as `_all_gather`.
+    """
+    if len({t.shape for t in inputs}) == 1:
+        return torch.distributed.reduce_scatter(
+            output, inputs, op=op, group=group, async_op=async_op
+        )
+    whole = torch.cat(inputs)
+    torch.distributed.all_reduce(whole, op=op, group=group)
+    rank = torch.distributed.get_rank(group)
+    output.copy_(whole.split([len(t) for t in inputs])[rank])
+    return None
+
+
+def _patch_random() -> None:
+    """The generator that tensor parallelism forks is the CPU's.
+
+    Why: tensor_parallel/random.py reads and writes torch.cuda.default_generators.  Its fork() also
+    complains when the CPU generator moves, which here is the one that is forked.
+    Gone when: core takes a device argument.
+    """
+    random = _core("tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _patch_p2p() -> None:
+    """Pipeline sends keep their tensor alive through a detached alias.
+
+    Why: with overlap_p2p_comm and deallocate_pipeline_outputs the schedule frees a tensor that gloo
+    is still sending (on CUDA the stream holds the memory); gradients at VPP 2 were off by
+    0.14-0.61. Gone when: gloo holds what it sends.
+    """
+    p2p = _core("pipeline_parallel.p2p_communication")
+    send_and_receive = p2p._p2p_ops
+
+    def keep_alive(**kwargs: Any) -> Any:
+        return send_and_receive(
+            **{
+                key: value.detach()
+                if key.startswith("tensor_send") and value is not None
+                else value
+                for key, value in kwargs.items()
+            }
+        )
+
+    p2p._p2p_ops = keep_alive
+
+
+def _patch_moe() -> None:
+    """Two names in the mixture of experts.
+
+    Why: moe_utils tests `te_general_gemm is not None` but defines the name only beside
+    transformer-engine (an upstream fault).  token_dispatcher turns split sizes into the numpy
+    integers that all_to_all wants only when it moves them off a GPU.
+    Gone when: the name is defined; core takes a device argument.
+    """
+    _core("transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
+    dispatcher = _core("transformer.moe.token_dispatcher")
+    move = dispatcher.maybe_move_tensor_to_cpu
+
+    def move_or_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, False)
+
+    dispatcher.maybe_move_tensor_to_cpu = move_or_convert
+
+
+class _ParallelNorm:
+    """torch's norm, its weights marked for sequence parallelism."""
+
+    def __new__(
+        cls, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> torch.nn.Module:
+        assert not config.layernorm_zero_centered_gamma and not config.memory_efficient_layer_norm
+        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for weight in norm.parameters():
+            # finalize_model_grads sums the gradients so marked over the tensor-parallel group
+            weight.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+def _patch_norms() -> None:
+    """The local spec's norm works under sequence parallelism.
+
+    Why: WrappedTorchNorm asserts that sequence parallelism is off; past the assert, unmarked, norm
+    gradients would not be summed over TP (off by 0.8-1.0 while the loss is right).  An upstream
+    fault, not about CPUs.  Gone when: WrappedTorchNorm sets the mark.
+    """
+    for name in ("models.backends", "models.gpt.gpt_layer_specs", "transformer.transformer_block"):
+        module = _core(name)
+        module.WrappedTorchNorm = module.LNImpl = module.LayerNormImpl = _ParallelNorm
+
+
+def _patch_optimizer_state() -> None:
+    """The distributed optimizer saves and loads the state of torch's own Adam.
+
+    Why: without transformer-engine and apex, state_dict() fails before the first step (torch's Adam
+    has no state yet); loading raises KeyError 'step', and would leave one "step" tensor shared by
+    all parameters, which Adam advances once for each.  An upstream fault, not about CPUs.
+    Gone when: core reads the state of torch.optim.Adam.
+    """
+    optimizer = _core("optimizer.distrib_optimizer").DistributedOptimizer
+    state_dict = optimizer.state_dict
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    def filled_state_dict(self: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if not self.optimizer.state[p]:
+                    self.optimizer.state[p].update(
+                        step=torch.zeros(()),
+                        exp_avg=torch.zeros_like(p),
+                        exp_avg_sq=torch.zeros_like(p),
+                    )
+        return state_dict(self)
+
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        set_states(self, model_param, {"step": state["step"], **tensors})
+
+    optimizer.state_dict = filled_state_dict
+    optimizer._set_main_param_and_optimizer_states = set_states_with_step

@@ -1,0 +1,119 @@
+"""The policy's network: megatron-core's GPTModel, ending in log-probs and entropies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+
+from megatron_gpc.config import Config
+from megatron_gpc.kernels.vocab_parallel import token_stats
+from megatron_gpc.mcore.native import HAVE_TE, transformer_config
+from megatron_gpc.types import TokenStats
+from megatron_gpc.weights import ModelFields, padded_vocab_size
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage returns TokenStats of the response tokens alone.
+
+    The rows that predict response tokens are taken before the LM head, so that logits of prompts
+    and padding never exist.  Log-prob and entropy are computed inside the model, so that neither
+    Float16Module nor the pipeline ever copies logits.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        true_vocab_size: int,
+        temperature: float,
+        chunk_tokens: int,
+        entropy_grad: bool,
+        **kwargs: Any,
+    ):
+        super().__init__(config, *args, **kwargs)
+        self.true_vocab_size = true_vocab_size
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+        self.entropy_grad = entropy_grad
+        if self.post_process and self.output_layer.sequence_parallel:
+            # Rows are chosen from the whole sequence, so it is gathered here and not in the layer,
+            # which from now on sums its input's gradient as it does without sequence parallelism.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = True
+
+    def forward(
+        self, tokens_BS: torch.Tensor, rows_T: torch.Tensor, targets_T: torch.Tensor
+    ) -> torch.Tensor | TokenStats:
+        """Hidden states [S, B, D] before the last pipeline stage, TokenStats on it.
+
+        Args:
+            tokens_BS: right-padded sequences.
+            rows_T: positions in the flattened [B, S] grid that predict targets_T.
+            targets_T: the tokens predicted there.
+        """
+        self._rows_T, self._targets_T = rows_T, targets_T
+        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(
+            tokens_BS
+        )
+        return super().forward(tokens_BS, positions_BS, attention_mask=None)
+
+    def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor | TokenStats:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        length, batch, hidden = hidden_states.shape
+        rows_T = self._rows_T % length * batch + self._rows_T // length  # [B, S] grid -> [S, B]
+        hidden_TD = hidden_states.reshape(-1, hidden)[rows_T]
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        logits_T1V, _ = self.output_layer(hidden_TD[:, None], weight=weight)
+        return token_stats(
+            logits_T1V[:, 0],
+            self._targets_T,
+            vocab_size=self.true_vocab_size,
+            group=self.pg_collection.tp,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            entropy_grad=self.entropy_grad,
+        )
+
+
+def build_model(config: Config, fields: ModelFields) -> list[PolicyModel]:
+    """This rank's part of the policy, one module a virtual pipeline stage; weights not yet set."""
+    core = transformer_config(config, fields)
+    chunks = []
+    for stage in range(config.parallel.vpp or 1):
+        vp_stage = stage if config.parallel.vpp else None
+        chunks.append(
+            PolicyModel(
+                core,
+                get_gpt_decoder_block_spec(
+                    core, use_transformer_engine=HAVE_TE, normalization="RMSNorm", vp_stage=vp_stage
+                ),
+                padded_vocab_size(fields.vocab_size, config.parallel.tp),
+                fields.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                post_process=parallel_state.is_pipeline_last_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                vp_stage=vp_stage,
+                true_vocab_size=fields.vocab_size,
+                temperature=config.rollout.temperature,
+                chunk_tokens=config.train.logit_chunk_tokens,
+                entropy_grad=config.train.entropy_coef != 0.0,
+                **fields.gpt,
+            )
+        )
+    return chunks

@@ -1,0 +1,224 @@
+"""The policy: score tokens, update weights.
+
+How a gradient is scaled, from one micro-batch to the optimizer (megatron-core with
+calculate_per_token_loss=True):
+
+1. A micro-batch's loss is a SUM over its response tokens (algo/policy_loss.py).
+2. pipeline_parallel/schedules.py leaves it undivided and adds up the token counts that the loss
+   function returns; gradients of micro-batches add up in DDP's buffer.
+3. DDP's gradient_scaling_factor is 1, so reducing over data- and context-parallel ranks sums.
+4. finalize_model_grads sums the token counts over the same ranks and divides every gradient by the
+   total: THE one division.  So
+
+       grad = sum over micro-batches, DP and CP of d loss_sum / global number of response tokens
+
+   whatever the layout, and an empty micro-batch adds 0 to both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_gpc.algo.policy_loss import policy_loss
+from megatron_gpc.batching import micro_batches, padded_length
+from megatron_gpc.config import Config
+from megatron_gpc.mcore.model import build_model
+from megatron_gpc.mcore.native import ddp_config, optimizer_config
+from megatron_gpc.mcore.setup import device, sum_over_ranks
+from megatron_gpc.metrics.reduce import Sums
+from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats
+from megatron_gpc.weights import ModelFields
+
+UPDATE_MEANS = ("loss", "ratio_mean", "clip_fraction_low", "clip_fraction_high")
+UPDATE_MAXIMA = ("ratio_max",)
+
+
+class Policy:
+    """megatron-core's model, data parallelism and optimizer, and what training does to them."""
+
+    def __init__(self, config: Config, fields: ModelFields):
+        self.config = config
+        self.models = build_model(config, fields)
+        core = self.models[0].config
+        ddp = ddp_config(config)
+        self.chunks = [
+            DistributedDataParallel(core, ddp, Float16Module(core, m) if core.bf16 else m)
+            for m in self.models
+        ]
+        self.optimizer = get_megatron_optimizer(optimizer_config(config), self.chunks)
+        self.scheduler = _learning_rate(config, self.optimizer)
+        core.finalize_model_grads_func = finalize_model_grads
+        core.grad_scale_func = self.optimizer.scale_loss
+        if ddp.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            core.no_sync_func = no_sync if config.parallel.vpp else no_sync[0]
+
+    def weights_changed(self) -> None:
+        """Weights were written from outside: the optimizer's fp32 copies follow."""
+        self.optimizer.reload_model_params()
+
+    def score(self, batch: RolloutBatch) -> TokenStats:
+        """What the policy says about every response token of a rollout, on every rank.
+
+        Collectives: a forward pass, and one sum over all ranks of [4, T] fp32.
+        """
+        samples = list(range(batch.num_samples))
+        values_4T = torch.zeros(4, batch.num_response_tokens)
+        with torch.no_grad():
+            results = self._run(batch, samples, _score_loss, forward_only=True)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for slots_T, stats in results:
+                values_4T[:, slots_T] = torch.stack(
+                    [stats.logp_T, stats.entropy_T, stats.sum_p2_T, stats.sum_p2_logp_T]
+                ).cpu()
+        return TokenStats(*sum_over_ranks(values_4T))
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        samples: list[int],
+        old_logp_T: torch.Tensor,
+        bounds: Bounds,
+        sums: Sums,
+    ) -> dict[str, float]:
+        """One optimizer step on one mini-batch.
+
+        Args:
+            batch: the step's rollout.
+            samples: sample numbers of the mini-batch, the same on every rank.
+            old_logp_T: old log-probs of all response tokens of the rollout, packed as `batch` is.
+            bounds: this training step's thresholds.
+            sums: takes this rank's share of UPDATE_MEANS and UPDATE_MAXIMA.
+
+        Returns:
+            grad_norm (before clipping, over all ranks) and learning_rate.
+
+        Raises:
+            RuntimeError: the gradient is not finite.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        token_advantages_T = batch.advantages_N.repeat_interleave(batch.response_lengths_N)
+        loss = partial(
+            _update_loss,
+            old_logp_T=old_logp_T,
+            advantages_T=token_advantages_T,
+            bounds=bounds,
+            entropy_coef=self.config.train.entropy_coef,
+        )
+        results = self._run(batch, samples, loss, forward_only=False)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for add_to in results:
+                add_to(sums)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        if grad_norm is None or not math.isfinite(grad_norm):
+            raise RuntimeError(
+                f"the gradient norm is {grad_norm}: lower optim.lr or look at this step's samples"
+            )
+        self.scheduler.step(increment=1)
+        return {"grad_norm": float(grad_norm), "learning_rate": float(learning_rate)}
+
+    def _run(
+        self, batch: RolloutBatch, samples: list[int], loss: Any, forward_only: bool
+    ) -> list[Any]:
+        """megatron-core's pipeline schedule over some samples; results on the last stage only."""
+        p = self.config.parallel
+        length = padded_length(batch, p.tp if p.sequence_parallel else 1)
+        size = self.config.train.micro_batch_size
+        made = micro_batches(
+            batch,
+            samples,
+            rank=parallel_state.get_data_parallel_rank(),
+            ranks=parallel_state.get_data_parallel_world_size(),
+            size=size,
+            length=length,
+            multiple=p.pp if p.vpp else 1,
+        )
+        iterators = [iter(made) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward, loss=loss),
+            data_iterator=iterators if p.vpp else iterators[0],
+            model=self.chunks if p.vpp else self.chunks[0],
+            num_microbatches=len(made),
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+
+def _forward(iterator: Iterator[MicroBatch], model: Any, loss: Any) -> tuple[Any, Any]:
+    micro, to = next(iterator), device()
+    output = model(micro.tokens_BS.to(to), micro.rows_T.to(to), micro.targets_T.to(to))
+    return output, partial(loss, micro)
+
+
+def _score_loss(
+    micro: MicroBatch, stats: TokenStats, non_loss_data: bool
+) -> tuple[torch.Tensor, TokenStats]:
+    assert non_loss_data
+    return micro.slots_T, stats
+
+
+def _update_loss(
+    micro: MicroBatch,
+    stats: TokenStats,
+    *,
+    old_logp_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    bounds: Bounds,
+    entropy_coef: float,
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(summed loss, token count, what to add to the metrics), as the schedules want it."""
+    to = stats.logp_T.device
+    result = policy_loss(
+        stats.logp_T,
+        old_logp_T[micro.slots_T].to(to),
+        advantages_T[micro.slots_T].to(to),
+        bounds,
+        stats.entropy_T,
+        entropy_coef,
+    )
+    count = len(micro.slots_T)
+    loss_sum = result.loss_sum.detach().clone()
+
+    def add_to(sums: Sums) -> None:
+        sums.add("loss", loss_sum, count)
+        sums.add("ratio_mean", result.ratio_T.sum(), count)
+        sums.add("clip_fraction_low", result.clipped_low_T.sum(), count)
+        sums.add("clip_fraction_high", result.clipped_high_T.sum(), count)
+        if count:
+            sums.add_max("ratio_max", result.ratio_T.max())
+
+    return result.loss_sum, torch.tensor(count, dtype=torch.int, device=to), add_to
+
+
+def _learning_rate(config: Config, optimizer: Any) -> OptimizerParamScheduler:
+    o = config.optim
+    updates = config.train.steps * config.train.mini_batches * config.train.epochs
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=o.min_lr if o.decay != "constant" else 0.0,
+        lr_warmup_steps=o.warmup_updates,
+        lr_decay_steps=max(updates, o.warmup_updates + 1),
+        lr_decay_style=o.decay,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,385 @@
+"""Client of an inference server with SGLang's HTTP interface: the real one or the embedded one.
+
+Checks every answer before it may become training data.  Imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import math
+import pickle
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import httpx
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from megatron_gpc.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+HEALTH_TIMEOUT_S = 30.0
+"""SGLang's /health takes 20 s to say no."""
+LOGPROB_TOLERANCE = 1e-3
+"""A log-probability above 0 by more than this is no rounding error."""
+
+
+class RolloutError(RuntimeError):
+    """The server could not do what was asked of it."""
+
+
+class ServerUnavailable(RolloutError):
+    """No connection, no answer in time, or an error of the server's own (5xx), every time."""
+
+
+class RequestRefused(RolloutError):
+    """The server says that the request is wrong (4xx); asking again would not help."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class MalformedAnswer(RolloutError):
+    """An answer that cannot be true: nothing in it may be trained on."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to be drawn.  `sampling_params` in SGLang's names, with n left out or 1."""
+
+    input_ids: Sequence[int]
+    sampling_params: dict[str, Any]
+    rid: str | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sample, checked."""
+
+    token_ids: tuple[int, ...]
+    """The stop token included."""
+    logprobs: tuple[float, ...]
+    """Of each token [nats], under the temperature-scaled distribution."""
+    text: str
+    finish_reason: Literal["stop", "length", "abort"]
+    weight_versions: tuple[tuple[str, int, int], ...]
+    """(version, start, end): which weights made the tokens start <= i < end."""
+    weight_version: str
+    """Version when the sample ended."""
+
+
+class SGLangClient:
+    """Asynchronous client; belongs to one event loop.  Use as `async with SGLangClient(...)`.
+
+    Every call may raise:
+        ServerUnavailable: no good answer in `retries + 1` attempts.
+        RequestRefused: 4xx, at the first attempt.
+
+    Args:
+        base_url: such as http://127.0.0.1:30000.
+        timeout_s: deadline of one attempt, from sending to the last byte of the answer [s].
+        retries: further attempts after a lost connection, a missed deadline, 5xx or a malformed
+            answer, with growing and jittered pauses.
+        max_in_flight: samples that are asked for at the same time.
+        api_key: sent as bearer token.
+        vocab_size: token ids from this on are refused as malformed.
+    """
+
+    def __init__(self, base_url: str, *, timeout_s: float, retries: int, max_in_flight: int,
+                 api_key: str | None = None, vocab_size: int | None = None):
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._base_url = base_url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._attempts = retries + 1
+        self._max_in_flight = max_in_flight
+        self._vocab_size = vocab_size
+        self._in_flight = 0
+        self._room = asyncio.Condition()
+        # No proxies from the environment; deadlines are kept by _attempt, for the whole exchange.
+        self._http = httpx.AsyncClient(
+            base_url=self._base_url, headers=headers, trust_env=False, timeout=None,
+            limits=httpx.Limits(max_connections=None))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # ---- generation ----
+
+    async def generate(self, input_ids: Sequence[int], sampling_params: dict[str, Any],
+                       rid: str | None = None) -> Generation:
+        """One sample; see generate_many."""
+        return (await self.generate_many([Request(input_ids, sampling_params, rid)]))[0]
+
+    async def generate_many(self, requests: Sequence[Request]) -> list[Generation]:
+        """One sample a request, in the requests' order, in few HTTP posts.
+
+        Raises:
+            MalformedAnswer: an answer was malformed at every attempt; names the request's rid.
+            UserError: a request asks for n > 1.
+        """
+        for request in requests:
+            if request.sampling_params.get("n", 1) != 1:
+                raise UserError("sampling_params: n > 1; send one request a sample instead")
+        if not requests:
+            return []
+        # All at once where allowed; else in parts, so that new ones can start when some end.
+        size = self._max_in_flight
+        if len(requests) > size:
+            size = max(1, size // 4)
+        parts = [requests[i:i + size] for i in range(0, len(requests), size)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._generate_part(part)) for part in parts]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [generation for task in tasks for generation in task.result()]
+
+    async def _generate_part(self, requests: Sequence[Request]) -> list[Generation]:
+        rids = [request.rid or uuid.uuid4().hex for request in requests]
+
+        def body(attempt: int) -> dict[str, Any]:
+            # A server may still hold an attempt that was given up, and refuses its rid twice.
+            suffix = "" if attempt == 1 else f"~{attempt}"
+            return {"input_ids": [list(request.input_ids) for request in requests],
+                    "sampling_params": [request.sampling_params for request in requests],
+                    "return_logprob": True, "rid": [rid + suffix for rid in rids]}
+
+        def read(response: httpx.Response) -> list[Generation]:
+            answers = _json(response)
+            if not isinstance(answers, list) or len(answers) != len(requests):
+                raise MalformedAnswer(f"requests {rids[0]} and following: expected "
+                                      f"{len(requests)} answers")
+            return [read_generation(answer, rid, request.sampling_params, self._vocab_size)
+                    for answer, rid, request in zip(answers, rids, requests, strict=True)]
+
+        async with self._reserved(len(requests)):
+            return await self._request("POST", "/generate", body, read)
+
+    @asynccontextmanager
+    async def _reserved(self, count: int) -> AsyncIterator[None]:
+        async with self._room:
+            await self._room.wait_for(lambda: self._in_flight + count <= self._max_in_flight)
+            self._in_flight += count
+        try:
+            yield
+        finally:
+            async with self._room:
+                self._in_flight -= count
+                self._room.notify_all()
+
+    # ---- state ----
+
+    async def health(self) -> bool:
+        """Whether the server answers and is not paused; asks once."""
+        try:
+            async with asyncio.timeout(min(self._timeout_s, HEALTH_TIMEOUT_S)):
+                return (await self._http.get("/health")).status_code == 200
+        except (httpx.TransportError, TimeoutError):
+            return False
+
+    async def wait_until_healthy(self, timeout_s: float, pause_s: float = 0.5) -> None:
+        """Raises ServerUnavailable where `health` is not True within `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self.health():
+                    await asyncio.sleep(pause_s)
+        except TimeoutError:
+            raise ServerUnavailable(
+                f"{self._base_url}: not healthy after {timeout_s:g} s; is a server running there, "
+                "and not paused?") from None
+
+    async def model_info(self) -> dict[str, Any]:
+        """What the server says of its model, `weight_version` among it."""
+        return await self._request("GET", "/model_info", None, _json)
+
+    # ---- control ----
+
+    async def flush_cache(self) -> None:
+        """Forget cached prefixes.  RequestRefused while sequences are in flight."""
+        await self._post("/flush_cache", {})
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
+        """Stop generation; see SGLang's /pause_generation for what each mode does to sequences."""
+        await self._post("/pause_generation", {"mode": mode})
+
+    async def continue_(self) -> None:
+        """Go on after `pause`."""
+        await self._post("/continue_generation", {})
+
+    async def abort(self, rid: str | None = None) -> None:
+        """End the requests whose id starts with `rid`; None: all."""
+        await self._post("/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+
+    async def begin_weight_update(self) -> bool:
+        """Open an update with tensors.  False: an older server, which needs no such call."""
+        return await self._post_if_known("/begin_weight_update")
+
+    async def end_weight_update(self) -> bool:
+        """Close an update with tensors.  False: an older server, which needs no such call."""
+        return await self._post_if_known("/end_weight_update")
+
+    async def update_weights_from_disk(self, path: str, version: str, *,
+                                       flush_cache: bool = True) -> None:
+        """Have the server read a checkpoint folder, which it must see under the same path.
+
+        With `flush_cache` (not during an in_place pause) nothing computed with old weights is used
+        any more.
+        """
+        await self._post("/update_weights_from_disk", {
+            "model_path": path, "weight_version": version, "flush_cache": flush_cache})
+
+    async def update_weights_from_tensor(
+            self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: str, *,
+            tp_size: int = 1, flush_cache: bool = True) -> None:
+        """Send weights, in any number of parts, between begin_ and end_weight_update.
+
+        Args:
+            named_tensors: whole tensors under their Hugging Face names.
+            tp_size: tensor-parallel ranks of the server; each is sent all tensors.
+        """
+        packed = await asyncio.to_thread(pack_tensors, list(named_tensors))
+        await self._post("/update_weights_from_tensor", {
+            "serialized_named_tensors": [packed] * tp_size, "weight_version": version,
+            "flush_cache": flush_cache})
+
+    # ---- transport ----
+
+    async def _post(self, path: str, body: dict[str, Any]) -> None:
+        def read(response: httpx.Response) -> None:
+            is_json = response.headers.get("content-type", "").startswith("application/json")
+            content = _json(response) if is_json else None
+            if isinstance(content, dict) and content.get("success") is False:
+                raise RequestRefused(response.status_code, f"{path}: {content.get('message')}")
+
+        await self._request("POST", path, lambda attempt: body, read)
+
+    async def _post_if_known(self, path: str) -> bool:
+        try:
+            await self._post(path, {})
+        except RequestRefused as refused:
+            if refused.status == 404:
+                return False
+            raise
+        return True
+
+    async def _request(self, method: str, path: str, body: Callable[[int], Any] | None,
+                       read: Callable[[httpx.Response], T]) -> T:
+        async for attempt in AsyncRetrying(
+                stop=stop_after_attempt(self._attempts),
+                wait=wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2),
+                retry=retry_if_exception_type((ServerUnavailable, MalformedAnswer)), reraise=True):
+            with attempt:
+                number = attempt.retry_state.attempt_number
+                return await self._attempt(
+                    method, path, None if body is None else body(number), read, number)
+        raise AssertionError("tenacity ends by returning or raising")
+
+    async def _attempt(self, method: str, path: str, body: Any,
+                       read: Callable[[httpx.Response], T], number: int) -> T:
+        what = f"{method} {self._base_url}{path} (attempt {number} of {self._attempts})"
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._http.request(method, path, json=body)
+        except TimeoutError:
+            raise ServerUnavailable(f"{what}: no answer within {self._timeout_s:g} s") from None
+        except httpx.TransportError as error:
+            raise ServerUnavailable(f"{what}: {type(error).__name__}: {error}") from error
+        if response.status_code >= 500:
+            raise ServerUnavailable(f"{what}: {response.status_code} {_message(response)}")
+        if response.status_code >= 400:
+            raise RequestRefused(response.status_code,
+                                 f"{what}: {response.status_code} {_message(response)}")
+        return read(response)
+
+
+def read_generation(answer: Any, rid: str, sampling_params: dict[str, Any],
+                    vocab_size: int | None) -> Generation:
+    """One answer of /generate, checked.
+
+    Raises:
+        MalformedAnswer: names the rid and what is wrong.
+    """
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise MalformedAnswer(f"request {rid}: {problem}")
+
+    try:
+        meta, ids, text = answer["meta_info"], answer["output_ids"], answer["text"]
+        reason = meta["finish_reason"]["type"]
+        version = meta["weight_version"]
+        pairs = meta["output_token_logprobs"]
+        logprobs = [pair[0] for pair in pairs]
+        # Older servers name one version for the whole sample.
+        spans = tuple((span["version"], span["start"], span["end"]) for span in meta.get(
+            "weight_versions", [{"version": version, "start": 0, "end": len(ids)}]))
+        paired_ids = [pair[1] for pair in pairs]
+    except (KeyError, TypeError, IndexError) as error:
+        raise MalformedAnswer(f"request {rid}: {type(error).__name__}: {error}") from None
+    require(reason in ("stop", "length", "abort"), f"unknown finish reason {reason!r}")
+    require(bool(ids) or reason == "abort", "no tokens")
+    require(paired_ids == ids, f"{len(pairs)} log-probs do not belong to {len(ids)} tokens")
+    limit = sampling_params.get("max_new_tokens")
+    require(limit is None or len(ids) <= limit, f"{len(ids)} tokens, more than the {limit} allowed")
+    for token, logprob in zip(ids, logprobs, strict=True):
+        require(type(token) is int and token >= 0 and (vocab_size is None or token < vocab_size),
+                f"token {token!r} is not in the vocabulary")
+        require(isinstance(logprob, float | int) and math.isfinite(logprob)
+                and logprob <= LOGPROB_TOLERANCE, f"log-prob {logprob!r} of token {token}")
+    bounds = [0, *(end for _, _, end in spans)]
+    require([start for _, start, _ in spans] == bounds[:-1] and bounds[-1] == len(ids),
+            f"weight versions {spans} do not cover {len(ids)} tokens")
+    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans, version)
+
+
+def pack_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> str:
+    """base64 of a plain pickle of [(name, CPU tensor), ...], for /update_weights_from_tensor.
+
+    Plain pickle, since SGLang's own serializer shares memory by file descriptor, which does not
+    reach another process's children.
+    """
+    def compact(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach().cpu().contiguous()
+        # A view would be pickled with the whole tensor behind it.
+        return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+
+    content = pickle.dumps([(name, compact(tensor)) for name, tensor in named])
+    return base64.b64encode(content).decode("ascii")
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise MalformedAnswer(f"{response.url}: not JSON: {error}") from None
+
+
+def _message(response: httpx.Response) -> str:
+    """The error's text, whichever of SGLang's shapes it has."""
+    try:
+        content = response.json()
+    except ValueError:
+        return response.text.strip()[:500]
+    if isinstance(content, dict):
+        error = content.get("error")
+        if isinstance(error, dict):
+            return str(error.get("message"))
+        return str(content.get("message", content))
+    return str(content)[:500]

@@ -1,0 +1,373 @@
+"""An inference server with SGLang's HTTP interface, around the embedded engine.
+
+    python -m megatron_gpc.rollout.server --model-path MODEL --port 30000
+
+It answers in the shapes of SGLang 0.5.2x, so that a client cannot tell the two apart, and exists
+because SGLang needs a GPU and gigabytes.  What it lacks, it refuses by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import megatron_gpc
+from megatron_gpc.errors import UserError
+from megatron_gpc.rollout import loading, sequence
+from megatron_gpc.rollout.engine import Engine, EngineEnded
+from megatron_gpc.rollout.sampling import SamplingParams
+
+COMMAND_TIMEOUT_S = 600.0
+"""How long a pause, a weight update and the like may take; a large checkpoint takes longest."""
+HEALTH_TIMEOUT_S = 20.0
+FLUSHED = ("Cache flushed.\nPlease check backend logs for more details. (When there are running "
+           "or waiting requests, the operation will not be performed.)\n")
+
+
+class GenerateBody(BaseModel):
+    """POST /generate.  Single values ask for one prompt, lists for a batch."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int] | list[list[int]] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    return_logprob: bool | list[bool] = False
+    rid: str | list[str] | None = None
+    stream: bool = False
+
+
+class PauseBody(BaseModel):
+    mode: str = "abort"
+
+
+class AbortBody(BaseModel):
+    rid: str = ""
+    abort_all: bool = False
+
+
+class DiskBody(BaseModel):
+    model_path: str
+    weight_version: str | None = None
+    abort_all_requests: bool = False
+
+
+class TensorBody(BaseModel):
+    serialized_named_tensors: list[str]
+    """One entry a tensor-parallel rank; this server is one rank and takes the first."""
+    load_format: str | None = None
+    weight_version: str | None = None
+
+
+class VersionBody(BaseModel):
+    new_version: str
+    abort_all_requests: bool = False
+
+
+class Server:
+    """The routes and what they share: one engine and its tokenizer."""
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, model_path: str):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.model_path = model_path
+        self.in_update = False
+
+    # ---- generation ----
+
+    async def generate(self, body: GenerateBody, http: Request) -> Response:
+        started = time.perf_counter()
+        if body.stream:
+            raise UserError("The embedded server does not stream; leave stream out.")
+        requests, wants_logprob, single = self._parse(body)
+        future = asyncio.wrap_future(self.engine.submit(requests))
+        while not (await asyncio.wait({future}, timeout=1.0))[0]:
+            if await http.is_disconnected():  # a client that gave up must not keep the batch busy
+                await self._command(self.engine.drop(requests))
+        results = future.result()
+        wanted = [(request.rid if request.params.n == 1 else uuid.uuid4().hex, logprob)
+                  for request, logprob in zip(requests, wants_logprob, strict=True)
+                  for _ in range(request.params.n)]
+        seconds = time.perf_counter() - started
+        answers = [self._answer(result, rid, logprob, seconds)
+                   for result, (rid, logprob) in zip(results, wanted, strict=True)]
+        return JSONResponse(answers[0] if single and len(answers) == 1 else answers)
+
+    def _parse(self, body: GenerateBody) -> tuple[list[sequence.Request], list[bool], bool]:
+        """Requests, which of them want log-probs, and whether they came as a single one."""
+        if body.input_ids is not None:
+            single = not body.input_ids or isinstance(body.input_ids[0], int)
+            prompts = [body.input_ids] if single else body.input_ids
+        elif body.text is not None:
+            single = isinstance(body.text, str)
+            texts = [body.text] if single else body.text
+            prompts = [self.tokenizer.encode(text) for text in texts]
+        else:
+            raise UserError("Either text, input_ids or input_embeds should be provided.")
+
+        def per_prompt(name: str, value: Any) -> list[Any]:
+            if not isinstance(value, list):
+                return [value] * len(prompts)
+            if len(value) != len(prompts):
+                raise UserError(f"{name} has {len(value)} entries for {len(prompts)} prompts.")
+            return value
+
+        params = per_prompt("sampling_params", body.sampling_params or {})
+        rids = per_prompt("rid", body.rid)
+        if isinstance(body.rid, str) and not single:
+            rids = [f"{body.rid}_{i}" for i in range(len(prompts))]
+        requests = [
+            sequence.Request(rid or uuid.uuid4().hex, tuple(ids), SamplingParams.parse(values))
+            for ids, values, rid in zip(prompts, params, rids, strict=True)]
+        return requests, per_prompt("return_logprob", body.return_logprob), single
+
+    def _answer(self, result: sequence.Result, rid: str, logprob: bool,
+                seconds: float) -> dict[str, Any]:
+        shown = result.token_ids
+        if result.finish["type"] == "stop":  # the text is without the token that ended it
+            shown = shown[:-1]
+        meta: dict[str, Any] = {
+            "id": rid, "finish_reason": result.finish, "prompt_tokens": result.prompt_tokens,
+            "weight_version": result.weight_version, "num_retractions": result.num_retractions}
+        if logprob:
+            meta["input_token_logprobs"] = []
+            meta["output_token_logprobs"] = [
+                (value, token, None)
+                for value, token in zip(result.logprobs, result.token_ids, strict=True)]
+            meta["output_token_logprobs_length"] = len(result.token_ids)
+        meta |= {
+            "reasoning_tokens": 0, "completion_tokens": len(result.token_ids), "cached_tokens": 0,
+            "weight_versions": [{"version": version, "start": start, "end": end}
+                                for version, start, end in result.weight_versions],
+            "cached_tokens_details": None, "dp_rank": None, "e2e_latency": seconds,
+            "response_sent_to_client_ts": time.time()}
+        return {"text": self.tokenizer.decode(shown, skip_special_tokens=True),
+                "output_ids": result.token_ids, "meta_info": meta}
+
+    # ---- state ----
+
+    async def health(self) -> Response:
+        if self.engine.paused:
+            return Response(status_code=503)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self.engine.load()), HEALTH_TIMEOUT_S)
+        except (EngineEnded, TimeoutError):
+            return Response(status_code=503)
+        return Response()
+
+    async def health_generate(self) -> Response:
+        if self.engine.paused:
+            return Response(status_code=503)
+        probe = sequence.Request("HEALTH_CHECK_" + uuid.uuid4().hex, (0,),
+                                 SamplingParams(max_new_tokens=1, temperature=0.0))
+        try:
+            await asyncio.wait_for(
+                asyncio.wrap_future(self.engine.submit([probe])), HEALTH_TIMEOUT_S)
+        except (EngineEnded, FloatingPointError, TimeoutError):
+            return Response(status_code=503)
+        return Response()
+
+    async def ping(self) -> Response:
+        return Response()
+
+    async def model_info(self) -> Response:
+        config = self.engine.config
+        return JSONResponse({
+            "model_path": self.model_path, "served_model_name": self.model_path,
+            "tokenizer_path": self.model_path, "is_generation": True,
+            "preferred_sampling_params": None, "weight_version": self.engine.weight_version,
+            "load_format": "auto", "has_image_understanding": False,
+            "has_audio_understanding": False, "model_type": config.model_type,
+            "architectures": config.architectures})
+
+    async def server_info(self) -> Response:
+        running, waiting = await self._command(self.engine.load())
+        return JSONResponse({
+            "model_path": self.model_path, "tokenizer_path": self.model_path,
+            "context_length": self.engine.context_length, "dtype": self.engine.dtype,
+            "device": "cpu", "tp_size": 1, "pp_size": 1, "dp_size": 1,
+            "max_running_requests": self.engine.max_running,
+            "weight_version": self.engine.weight_version, "status": "ready",
+            "internal_states": [{"paused": self.engine.paused, "num_running_reqs": running,
+                                 "num_waiting_reqs": waiting}],
+            "version": f"megatron-gpc-{megatron_gpc.__version__}"})
+
+    # ---- control ----
+
+    async def flush_cache(self) -> Response:
+        if await self._command(self.engine.flush_cache()):
+            return PlainTextResponse(FLUSHED)
+        return PlainTextResponse("Flush cache failed.\n", status_code=400)
+
+    async def pause(self, body: PauseBody) -> Response:
+        await self._command(self.engine.pause(body.mode))
+        return JSONResponse({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def resume(self) -> Response:
+        await self._command(self.engine.resume())
+        return JSONResponse({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def abort(self, body: AbortBody) -> Response:
+        if not body.rid and not body.abort_all:
+            raise UserError("Either rid or abort_all should be provided.")
+        await self._command(self.engine.abort(None if body.abort_all else body.rid))
+        return Response()
+
+    async def update_from_disk(self, body: DiskBody) -> Response:
+        if body.abort_all_requests:
+            await self._command(self.engine.abort(None))
+        update = self.engine.update_from_folder(Path(body.model_path), body.weight_version)
+        return await self._updated(update, body.weight_version,
+                                   "Succeeded to update model weights.", {"num_paused_requests": 0})
+
+    async def update_from_tensor(self, body: TensorBody) -> Response:
+        if not self.in_update:
+            return _failed("update_weights_from_tensor must run between begin_weight_update() and "
+                           "end_weight_update()")
+        if body.load_format is not None:
+            return _failed(f"The embedded server has no load_format={body.load_format!r}; send a "
+                           "pickled list of (name, tensor)")
+        if not body.serialized_named_tensors:
+            return _failed("serialized_named_tensors must have one entry")
+        try:
+            named = await asyncio.to_thread(
+                loading.unpack_tensors, body.serialized_named_tensors[0])
+        except UserError as error:
+            return _failed(str(error))
+        update = self.engine.update_from_tensors(named, body.weight_version)
+        return await self._updated(update, body.weight_version, "Success", {})
+
+    async def _updated(self, update: Future[None], version: str | None, message: str,
+                       extra: dict[str, Any]) -> Response:
+        try:
+            await self._command(update)
+        except UserError as error:
+            return _failed(str(error), **extra)
+        if version is not None:
+            message += f" Weight version updated to {version}."
+        return JSONResponse({"success": True, "message": message, **extra})
+
+    async def begin_update(self) -> Response:
+        self.in_update = True
+        return JSONResponse({"success": True, "message": "Success"})
+
+    async def end_update(self) -> Response:
+        self.in_update = False
+        return JSONResponse({"success": True, "message": "Success"})
+
+    async def update_version(self, body: VersionBody) -> Response:
+        if body.abort_all_requests:
+            await self._command(self.engine.abort(None))
+        await self._command(self.engine.set_version(body.new_version))
+        return JSONResponse({"success": True, "new_version": body.new_version,
+                             "message": f"Weight version updated to {body.new_version}"})
+
+    async def _command(self, future: Future) -> Any:
+        return await asyncio.wait_for(asyncio.wrap_future(future), COMMAND_TIMEOUT_S)
+
+    # ---- app ----
+
+    def app(self) -> FastAPI:
+        app = FastAPI(lifespan=self._lifespan, openapi_url=None)
+        for path, handler in {
+                "/health": self.health, "/health_generate": self.health_generate,
+                "/ping": self.ping, "/model_info": self.model_info,
+                "/get_model_info": self.model_info, "/server_info": self.server_info,
+                "/flush_cache": self.flush_cache}.items():
+            app.get(path)(handler)
+        for path, handler in {
+                "/generate": self.generate, "/flush_cache": self.flush_cache,
+                "/pause_generation": self.pause, "/continue_generation": self.resume,
+                "/abort_request": self.abort, "/update_weights_from_disk": self.update_from_disk,
+                "/update_weights_from_tensor": self.update_from_tensor,
+                "/begin_weight_update": self.begin_update, "/end_weight_update": self.end_update,
+                "/update_weight_version": self.update_version}.items():
+            app.post(path)(handler)
+        app.exception_handler(UserError)(lambda http, error: _refused(str(error), 400))
+        app.exception_handler(RequestValidationError)(
+            lambda http, error: _refused(_first_problem(error), 400))
+        for failure in (EngineEnded, FloatingPointError):
+            app.exception_handler(failure)(lambda http, error: _refused(str(error), 500))
+        return app
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        yield
+        self.engine.close()
+
+
+def _refused(message: str, status: int) -> Response:
+    return JSONResponse({"error": {"message": message}}, status_code=status)
+
+
+def _failed(message: str, **extra: Any) -> Response:
+    return JSONResponse({"success": False, "message": message, **extra}, status_code=400)
+
+
+def _first_problem(error: RequestValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(str(part) for part in problem['loc'][1:])}: {problem['msg']}"
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent is gone, however that ended."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before the line above
+        sys.exit(f"parent process {parent} has ended")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="megatron_gpc.rollout.server", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000, help="0: any free one")
+    parser.add_argument("--dtype", default="auto", help="such as float32; auto: the checkpoint's")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine")
+    parser.add_argument("--max-running-requests", type=int, default=256)
+    parser.add_argument("--port-fd", type=int, help="write the port to this file descriptor")
+    parser.add_argument("--parent", type=int, help="end when this parent process ends")
+    args = parser.parse_args()
+    if args.parent is not None:
+        _die_with(args.parent)
+    transformers_logging.set_verbosity_error()
+    if not args.model_path.is_dir():
+        sys.exit(f"--model-path: {args.model_path} is not a folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_path, local_files_only=True)
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        engine = Engine(args.model_path, dtype=args.dtype, threads=args.threads,
+                        max_running=args.max_running_requests, end_tokens=ends)
+    except (UserError, OSError) as error:
+        sys.exit(f"--model-path: {error}")
+    listener = socket.create_server((args.host, args.port), backlog=1024)
+    port = listener.getsockname()[1]
+    if args.port_fd is not None:
+        os.write(args.port_fd, f"{port}\n".encode())
+        os.close(args.port_fd)
+    app = Server(engine, tokenizer, str(args.model_path)).app()
+    uvicorn.Server(uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()
