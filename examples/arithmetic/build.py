@@ -1,0 +1,158 @@
+"""Make the example's starting point: a tiny Qwen2 that has learned the format, and its prompts.
+
+    python build.py OUT [--seed 0]
+
+The task: given N in 100..999 as `NNN=`, write `a+b$` with a + b = N.  N - 1 answers are right, so
+there is room for entropy.  OUT becomes a Hugging Face checkpoint folder with
+
+    model.safetensors, config.json   Qwen2, 4 layers, hidden 64, taught by a supervised warm-up that
+                                     stops once sampled answers are right TARGET of the time
+    tokenizer.json                   one token a byte; `$` ends an answer
+    train.jsonl, heldout.jsonl       prompts; one N in ten is held out and never trained on
+
+Answers of the warm-up are skewed: digits of a are drawn with P(d) ~ SKEW^d, so that likely and
+unlikely tokens exist from the start; that is what thresholds by probability can tell apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_gpc.rewards.addition import verify
+
+SKEW = 0.8
+TARGET = 0.40
+BATCH = 256
+LEARNING_RATE = 3e-3
+MAX_UPDATES = 4000
+CHECK_EVERY = 50
+ANSWER_TOKENS = 8
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 tokens, one a byte, in the order of GPT-2's byte alphabet."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$")
+
+
+def skewed_answer(n: int, draw: random.Random) -> str:
+    """A right answer for n; the digits of a follow P(d) ~ SKEW^d."""
+    weights = [SKEW**d for d in range(10)]
+    while True:
+        length = draw.randint(1, len(str(n)))
+        a = int("".join(draw.choices("0123456789", weights, k=length)))
+        if 0 < a < n and len(str(a)) == length:
+            return f"{a}+{n - a}$"
+
+
+def right_rate(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, numbers: list[int]
+) -> float:
+    """Share of right answers, sampled at temperature 1, one for each number."""
+    prompts = torch.tensor([tokenizer(f"{n}=")["input_ids"] for n in numbers])
+    answers = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=ANSWER_TOKENS,
+        pad_token_id=tokenizer.eos_token_id,
+    )[:, prompts.shape[1] :]
+    right = 0.0
+    for n, row in zip(numbers, answers.tolist(), strict=True):
+        text = tokenizer.decode(row)
+        right += verify(text[: text.find("$") + 1], n)
+    return right / len(numbers)
+
+
+def warm_up(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, numbers: list[int], seed: int
+) -> tuple[int, float]:
+    """Teach format and sums until TARGET of sampled answers are right; (updates, right rate)."""
+    draw = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
+    for update in range(1, MAX_UPDATES + 1):
+        rows = []
+        for _ in range(BATCH):
+            n = draw.choice(numbers)
+            rows.append(tokenizer(f"{n}={skewed_answer(n, draw)}")["input_ids"])
+        length = max(map(len, rows))
+        tokens = torch.tensor(
+            [row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows]
+        )
+        labels = torch.tensor([[-100] * 4 + row[4:] + [-100] * (length - len(row)) for row in rows])
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, update / 100)
+        loss = model(tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if update % CHECK_EVERY == 0:
+            rate = right_rate(model, tokenizer, draw.choices(numbers, k=512))
+            print(
+                f"\rwarm-up: update {update}, loss {loss.item():.3f}, right {rate:.0%} "
+                f"(until {TARGET:.0%})",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+            if rate >= TARGET:
+                print(file=sys.stderr)
+                return update, rate
+    raise SystemExit(f"the warm-up reached {rate:.0%} right answers, not {TARGET:.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    numbers = list(range(100, 1000))
+    random.Random(arguments.seed).shuffle(numbers)
+    held_out, train = numbers[:90], numbers[90:]
+    tokenizer = byte_tokenizer()
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    begin = time.monotonic()
+    updates, rate = warm_up(model, tokenizer, train, arguments.seed)
+    print(f"warm-up: {updates} updates in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+
+    part = arguments.out.with_name(arguments.out.name + ".part")  # whole or absent
+    part.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    for name, chosen in (("train", train), ("heldout", held_out)):
+        lines = [json.dumps({"prompt": f"{n}=", "label": n}) for n in chosen]
+        (part / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    part.rename(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The command line: `megatron-gpc train CONFIG [key=value ...]` and `megatron-gpc plot RUN ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_gpc import __version__
+from megatron_gpc.config import Config, dump, load
+from megatron_gpc.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point.
+
+    Returns:
+        0; 2 where the user's input cannot be used (said in one line, no traceback); otherwise the
+        exit code of the part that failed.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except UserError as error:
+        print(f"megatron-gpc: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-gpc",
+        description="Reinforcement learning with gradient-preserving entropy control on Megatron.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="run a training",
+        description="Run a training.  Starts tp * pp * cp * dp processes, unless it finds itself "
+        "to be one of those of torchrun or srun.",
+    )
+    train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replace a key of the file, such as clip.schedule=static",
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    train.set_defaults(run=_train)
+
+    rank = commands.add_parser("rank")  # no help: what `train` starts its processes with
+    rank.add_argument("config", type=Path)
+    rank.set_defaults(run=_rank)
+
+    plot = commands.add_parser(
+        "plot",
+        help="draw runs again",
+        description="Draw one run, or lay several over each other (seeds are pooled).",
+    )
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    plot.add_argument("--out", type=Path, help="picture to write")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatron_gpc.launch import adopt_rank, run_ranks
+    from megatron_gpc.layout import world_size
+    from megatron_gpc.rundir import prepare
+
+    config = load(arguments.config, arguments.overrides)
+    _check(config)
+    if arguments.dry_run:
+        print(dump(config), end="")
+        return 0
+    if adopt_rank():
+        if os.environ["RANK"] == "0":
+            prepare(config)
+            _check(config)
+        return _train_rank(config)
+    prepare(config)
+    _check(config)  # again: model.build may just have made the model
+    resolved = config.run_dir / "config.yaml"
+    return run_ranks(["rank", str(resolved)], world_size(config.parallel), config.run_dir / "logs")
+
+
+def _rank(arguments: argparse.Namespace) -> int:
+    return _train_rank(load(arguments.config))
+
+
+def _train_rank(config: Config) -> int:
+    from megatron_gpc.mcore import cpu
+
+    cpu.install()  # before the first megatron import
+    from megatron_gpc.train import train
+
+    train(config)
+    return 0
+
+
+def _check(config: Config) -> None:
+    """Refuse what cannot work before any process starts."""
+    import torch
+
+    from megatron_gpc.layout import check_layout, read_hf_config
+    from megatron_gpc.rewards import verifier
+
+    to_be_built = config.model.build is not None and not config.model.hf.exists()
+    hf = None if to_be_built else read_hf_config(config.model.hf)
+    check_layout(config, hf, torch.cuda.is_available())
+    verifier(config.data.verifier)
+    if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):
+        from megatron_gpc.mcore import cpu
+
+        cpu.install()
+        from megatron_gpc.mcore.native import check_overrides
+
+        check_overrides(config)
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from megatron_gpc.metrics.plots import plot_run, plot_runs
+    from megatron_gpc.metrics.tables import compare_table, print_table
+
+    if len(arguments.runs) == 1:
+        print(plot_run(arguments.runs[0], arguments.out))
+    else:
+        print(plot_runs(arguments.runs, arguments.out or Path("comparison.png")))
+        print_table(compare_table(arguments.runs))
+    return 0

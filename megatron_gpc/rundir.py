@@ -1,0 +1,68 @@
+"""The folder of a run, before the run.
+
+config.yaml      resolved configuration          checkpoints/   step_NNNNNN
+metrics.jsonl    one object a training step      tensorboard/   the same as events
+eval.jsonl       one object an evaluation        plots/         run.png
+sync/            weights for the rollout server  logs/          server, ranks above 0
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from megatron_gpc.config import Config, dump
+from megatron_gpc.errors import UserError
+
+
+def prepare(config: Config) -> None:
+    """Make the run's folder ready and, where model.build says so, the model; one process calls it.
+
+    Raises:
+        UserError: the folder or the model cannot be made.
+    """
+    _build_model(config)
+    if config.resume == "none" and config.run_dir.exists():
+        number = 1
+        while (aside := config.run_dir.with_name(f"{config.run_dir.name}.old-{number}")).exists():
+            number += 1
+        config.run_dir.rename(aside)
+        print(f"resume=none: the old run was set aside as {aside}", file=sys.stderr)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        file = config.run_dir / "config.yaml"
+        text = dump(config)
+        if file.exists() and file.read_text() != text:
+            print(
+                "megatron-gpc: warning: continuing a run under another configuration; changed: "
+                + ", ".join(_changed_lines(file.read_text(), text)),
+                file=sys.stderr,
+            )
+        part = file.with_suffix(".part")
+        part.write_text(text)
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from None
+
+
+def _changed_lines(old: str, new: str) -> list[str]:
+    return sorted(
+        {line.strip() for line in new.splitlines()} - {line.strip() for line in old.splitlines()}
+    )
+
+
+def _build_model(config: Config) -> None:
+    model = config.model
+    if model.build is None or model.hf.exists():
+        return
+    if not model.build.is_file():
+        raise UserError(f"model.build: {model.build} does not exist")
+    # The script has the machine to itself: a thread limit that was meant for ranks is not for it.
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, str(model.build), str(model.hf)], env=environment)
+    if done.returncode or not (model.hf / "config.json").is_file():
+        raise UserError(
+            f"model.build: {model.build} failed (exit code {done.returncode}) or made no "
+            f"checkpoint in {model.hf}"
+        )

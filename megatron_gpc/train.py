@@ -1,0 +1,137 @@
+"""THE LOOP: what one rank does, from the first rollout to the last checkpoint."""
+
+from __future__ import annotations
+
+import time
+
+from megatron_gpc.algo.regions import region_masks
+from megatron_gpc.algo.schedules import make_schedule
+from megatron_gpc.batching import mini_batches
+from megatron_gpc.config import Config
+from megatron_gpc.layout import read_hf_config
+from megatron_gpc.mcore import checkpoint
+from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
+from megatron_gpc.mcore.setup import device, from_main, is_main, process_groups
+from megatron_gpc.mcore.weights import Exporter, load_hf
+from megatron_gpc.metrics.reduce import Sums
+from megatron_gpc.rank0 import Rank0
+from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
+from megatron_gpc.weights import family_of
+
+
+def train(config: Config) -> None:
+    """Run the configured training on this rank; every rank calls it."""
+    with process_groups(config), Rank0(config, is_main()) as rank0:
+        hf = read_hf_config(config.model.hf)
+        family = family_of(hf)
+        params = family.params(hf, config.parallel.tp)
+        policy = Policy(config, family.model_fields(hf))
+        state = _resume(config, policy)
+        if state is None:
+            state = TrainState()
+            load_hf(policy.models, params, config.model.hf, family.copies(hf))
+            policy.weights_changed()
+        schedule = make_schedule(config.clip, config.train.steps)
+        if state.controller:
+            schedule.restore(state.controller)
+        exporter = Exporter(policy.models, params)
+        rank0.begin(state)
+
+        while state.step < config.train.steps:
+            clock = Clock()
+            rank0.hand_over(exporter.tensors(), version=state.step)
+            clock.lap("seconds_sync")
+            rank0.evaluate_if_due(state.step)
+            batch, prompt_cursor = from_main(rank0.rollout(step=state.step + 1))
+            clock.lap("seconds_rollout")
+
+            scored = policy.score(batch)
+            old_logp_T = batch.rollout_logp_T
+            if config.train.old_logprobs == "trainer":
+                old_logp_T = scored.logp_T
+            bounds = schedule.bounds(state.step, float(scored.entropy_T.double().mean()))
+            sums = Sums((*UPDATE_MEANS, "grad_norm"), UPDATE_MAXIMA, device())
+            for samples in mini_batches(
+                batch.num_samples,
+                config.train.mini_batches,
+                config.train.epochs,
+                config.seed,
+                state.step + 1,
+            ):
+                updated = policy.update(batch, samples, old_logp_T, bounds, sums)
+                sums.add("grad_norm", updated["grad_norm"], 1)
+            metrics = sums.reduce()
+            clock.lap("seconds_train")
+
+            state = TrainState(state.step + 1, prompt_cursor, schedule.state())
+            rank0.log(
+                state.step,
+                {
+                    **metrics,
+                    **rollout_metrics(batch, scored),
+                    **bounds_metrics(bounds),
+                    **clock.metrics(batch.num_response_tokens),
+                    "learning_rate": updated["learning_rate"],
+                    "weight_version": state.step - 1,
+                },
+            )
+            if _checkpoint_due(config, state.step):
+                checkpoint.save(config, policy, state)
+
+        rank0.hand_over(exporter.tensors(), version=state.step)
+        rank0.evaluate_if_due(state.step)
+        rank0.finish()
+
+
+def _resume(config: Config, policy: Policy) -> TrainState | None:
+    """Take over the newest checkpoint; None where there is none.  Rank 0 says which it is."""
+    found = from_main(checkpoint.checkpoints(config.run_dir) if is_main() else None)
+    return checkpoint.load(found[-1], policy) if found else None
+
+
+def _checkpoint_due(config: Config, step: int) -> bool:
+    every = config.checkpoint.every
+    return step == config.train.steps or (every > 0 and step % every == 0)
+
+
+def rollout_metrics(batch: RolloutBatch, scored: TokenStats) -> dict[str, float]:
+    """What the step's samples say before any update; means over all response tokens.
+
+    Computed from globally reduced values, so every rank gets the same numbers.
+    """
+    advantages_T = batch.advantages_N.repeat_interleave(batch.response_lengths_N)
+    regions = region_masks(scored.logp_T, scored.entropy_T, advantages_T)
+    gap_T = (scored.logp_T - batch.rollout_logp_T).abs().double()
+    return {
+        "reward": float(batch.rewards_N.double().mean()),
+        "entropy": float(scored.entropy_T.double().mean()),
+        "response_length": float(batch.response_lengths_N.double().mean()),
+        "logp_gap_mean": float(gap_T.mean()),
+        "logp_gap_max": float(gap_T.max()),
+        **{f"share_e{i}": float(mask.double().mean()) for i, mask in enumerate(regions, start=1)},
+    }
+
+
+def bounds_metrics(bounds: Bounds) -> dict[str, float]:
+    """The thresholds at three probabilities."""
+    at = {"p0": 0.0, "p05": 0.5, "p1": 1.0}
+    return {f"eps_high_at_{name}": bounds.eps_high_at(p) for name, p in at.items()} | {
+        f"eps_low_at_{name}": bounds.eps_low_at(p) for name, p in at.items()
+    }
+
+
+class Clock:
+    """Seconds of each part of a training step."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """The laps, and response tokens per second of the whole step."""
+        return {**self.laps, "tokens_per_second": tokens / (self.last - self.start)}

@@ -1,0 +1,170 @@
+"""What the ranks of a pool do in these tests; every function runs on all ranks at once."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_gpc.config import Config
+from megatron_gpc.types import Bounds, RolloutBatch
+
+
+@contextmanager
+def policy_of(config: Config):
+    """A Policy at the configured layout, its weights from model.hf, and the model's table."""
+    from megatron.core import parallel_state
+
+    from megatron_gpc.layout import read_hf_config
+    from megatron_gpc.mcore.policy import Policy
+    from megatron_gpc.mcore.setup import initialize_model_parallel
+    from megatron_gpc.mcore.weights import load_hf
+    from megatron_gpc.weights import family_of
+
+    initialize_model_parallel(config)
+    try:
+        hf = read_hf_config(config.model.hf)
+        family = family_of(hf)
+        params = family.params(hf, config.parallel.tp)
+        policy = Policy(config, family.model_fields(hf))
+        load_hf(policy.models, params, config.model.hf, family.copies(hf))
+        policy.weights_changed()
+        yield policy, params
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def gather(policy: Any, params: Any, values: Any) -> dict[str, torch.Tensor]:
+    """Whole tensors by canonical name from every rank's parts; values(parameter) -> tensor."""
+    from megatron_gpc.mcore.weights import named_shards
+    from megatron_gpc.weights import unshard
+
+    mine = {
+        name: (part, parts, values(parameter).detach().clone())
+        for name, (parameter, part, parts) in named_shards(policy.models).items()
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    whole = {}
+    for param in params:
+        held: dict[int, torch.Tensor] = {}
+        for one in everyone:
+            if param.megatron in one:
+                part, _, tensor = one[param.megatron]
+                held.setdefault(part, tensor)
+        whole[param.megatron] = unshard(param, [held[i] for i in sorted(held)])
+    return whole
+
+
+def score_and_update(config: Config, batch: RolloutBatch, bounds: Bounds) -> dict[str, Any]:
+    """Scores, one update's loss, gradient norm and (where not cut over DP) the whole gradient."""
+    from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
+    from megatron_gpc.metrics.reduce import Sums
+
+    with policy_of(config) as (policy, params):
+        scored = policy.score(batch)
+        sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
+        updated = policy.update(
+            batch, list(range(batch.num_samples)), batch.rollout_logp_T, bounds, sums
+        )
+        gradient = {}
+        if not config.optim.distributed:
+            gradient = gather(policy, params, lambda p: p.main_grad)
+        return {"scored": scored, **sums.reduce(), **updated, "gradient": gradient}
+
+
+def export(config: Config) -> dict[str, torch.Tensor]:
+    """The policy's weights as Hugging Face tensors (on rank 0)."""
+    from megatron_gpc.mcore.weights import Exporter
+
+    with policy_of(config) as (policy, params):
+        return dict(Exporter(policy.models, params, bucket_bytes=10_000).tensors())
+
+
+def _local(logits_TV: torch.Tensor) -> torch.Tensor:
+    return logits_TV.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].clone()
+
+
+def token_stats_of(
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    vocab_size: int,
+    temperature: float,
+    chunk_tokens: int,
+    entropy_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([4, T] values, this rank's gradient of a weighted sum of log-prob and entropy)."""
+    from megatron_gpc.kernels.vocab_parallel import token_stats
+
+    logits_TV, targets_T, weights_2T = given
+    local_TV = _local(logits_TV).requires_grad_()
+    stats = token_stats(
+        local_TV,
+        targets_T,
+        vocab_size=vocab_size,
+        group=dist.group.WORLD,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        entropy_grad=entropy_grad,
+    )
+    assert stats.entropy_T.requires_grad == entropy_grad
+    loss = (stats.logp_T * weights_2T[0]).sum()
+    if entropy_grad:
+        loss = loss + (stats.entropy_T * weights_2T[1]).sum()
+    loss.backward()
+    values = [stats.logp_T, stats.entropy_T, stats.sum_p2_T, stats.sum_p2_logp_T]
+    return torch.stack(values).detach(), local_TV.grad
+
+
+def collectives_of_token_stats(given: Any, vocab_size: int) -> tuple[list[str], list[int], bool]:
+    """Names and input sizes of all collectives of a forward and backward pass; logits unchanged?"""
+    from unittest.mock import patch
+
+    from megatron_gpc.kernels.vocab_parallel import token_stats
+
+    local_TV = _local(given[0]).requires_grad_()
+    before_TV = local_TV.detach().clone()
+    calls, sizes = [], []
+    with contextlib.ExitStack() as stack:
+        for name in (
+            "all_gather_into_tensor",
+            "all_gather",
+            "all_reduce",
+            "broadcast",
+            "reduce_scatter_tensor",
+            "all_to_all_single",
+        ):
+            real = getattr(dist, name)
+
+            def spy(*args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
+                calls.append(name)
+                sizes.append(
+                    args[1].numel() if name == "all_gather_into_tensor" else args[0].numel()
+                )
+                return real(*args, **kwargs)
+
+            stack.enter_context(patch.object(dist, name, spy))
+        stats = token_stats(
+            local_TV, given[1], vocab_size=vocab_size, group=dist.group.WORLD, entropy_grad=True
+        )
+        (stats.logp_T + stats.entropy_T).sum().backward()
+    return calls, sizes, torch.equal(local_TV.detach(), before_TV)
+
+
+def saved_sizes_of_token_stats(given: Any, vocab_size: int, entropy_grad: bool) -> list[int]:
+    """Elements of every tensor that is kept for backward."""
+    from megatron_gpc.kernels.vocab_parallel import token_stats
+
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        token_stats(
+            given[0].requires_grad_(), given[1], vocab_size=vocab_size, entropy_grad=entropy_grad
+        )
+    return saved

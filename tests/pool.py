@@ -1,0 +1,120 @@
+"""A pool of gloo workers per world size, so that torch and megatron are imported once a process.
+
+A test sends a function (by name: it is pickled) and gets every rank's result back, or the first
+traceback.  Deadlines everywhere: a rank that hangs fails the test and takes its pool with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+START_TIMEOUT_S = 120.0
+
+
+def _serve(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world))
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_gpc.mcore import cpu
+
+    torch.set_num_threads(1)
+    cpu.install()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
+    )
+    outbox.put((rank, None, "ready"))
+    while True:
+        task = inbox.get()
+        if task is None:
+            break
+        function, arguments = task
+        try:
+            outbox.put((rank, None, function(*arguments)))
+        except BaseException:
+            outbox.put((rank, traceback.format_exc(), None))
+    dist.destroy_process_group()
+
+
+class Pool:
+    """`world` ranks of one gloo world."""
+
+    def __init__(self, world: int):
+        self.world = world
+        context = mp.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        store = os.path.join(self.folder.name, "store")
+        self.outbox = context.Queue()
+        self.inboxes = [context.Queue() for _ in range(world)]
+        self.processes = [
+            context.Process(
+                target=_serve,
+                args=(rank, world, store, self.inboxes[rank], self.outbox),
+                daemon=True,
+            )
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+        self._collect(START_TIMEOUT_S)
+
+    def run(
+        self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
+    ) -> list[Any]:
+        """function(*arguments) on every rank at once; the results in rank order."""
+        for inbox in self.inboxes:
+            inbox.put((function, arguments))
+        return self._collect(timeout_s)
+
+    def _collect(self, timeout_s: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        errors: list[str] = []
+        deadline = time.monotonic() + timeout_s
+        while len(results) + len(errors) < self.world:
+            try:
+                rank, error, value = self.outbox.get(timeout=max(0.1, deadline - time.monotonic()))
+            except Exception as empty:
+                self.close()
+                raise TimeoutError(
+                    f"{self.world - len(results)} of {self.world} ranks gave no answer within "
+                    f"{timeout_s} s; first error: {errors[:1]}"
+                ) from empty
+            if error is None:
+                results[rank] = value
+            else:
+                errors.append(f"rank {rank}:\n{error}")
+        if errors:
+            raise RuntimeError(errors[0])
+        return [results[rank] for rank in range(self.world)]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self) -> None:
+        for inbox in self.inboxes:
+            inbox.put(None)
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+        self.folder.cleanup()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

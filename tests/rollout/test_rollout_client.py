@@ -1,0 +1,311 @@
+"""The client: retries what may pass, gives up in time, and lets no impossible answer through.
+
+The scripted server stands for a broken remote server; everything else runs on a real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+from rollout_models import VOCAB, logprobs
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.rollout.client import (
+    MalformedAnswer,
+    Request,
+    RequestRefused,
+    ServerUnavailable,
+    SGLangClient,
+)
+
+Reply = tuple[int, Any]
+"""Status and body; a str is sent as it is, anything else as JSON."""
+
+
+def good_answer(tokens: list[int], version: str = "1") -> dict[str, Any]:
+    return {"text": "", "output_ids": tokens, "meta_info": {
+        "finish_reason": {"type": "length", "length": len(tokens)}, "weight_version": version,
+        "output_token_logprobs": [[-0.5, token, None] for token in tokens],
+        "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}]}}
+
+
+@contextmanager
+def scripted(reply: Callable[[int, Any], Reply]) -> Iterator[tuple[str, list[Any]]]:
+    """A server that answers POST number i = 1, 2, ... by reply(i, body); yields url and bodies."""
+    bodies: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            bodies.append(body)
+            status, content = reply(len(bodies), body)
+            raw = (content if isinstance(content, str) else json.dumps(content)).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", bodies
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def call(url: str, work: Callable[[SGLangClient], Any], *, timeout_s: float = 20.0,
+         retries: int = 0, max_in_flight: int = 256) -> Any:
+    async def main() -> Any:
+        async with SGLangClient(url, timeout_s=timeout_s, retries=retries, vocab_size=VOCAB,
+                                max_in_flight=max_in_flight) as client:
+            return await work(client)
+
+    return asyncio.run(main())
+
+
+def generate(client: SGLangClient) -> Any:
+    return client.generate([5, 6], {"max_new_tokens": 2}, rid="sample-7")
+
+
+# ---- a broken server ----
+
+def test_503_is_retried_under_another_request_id():
+    with scripted(lambda i, body: (503, {}) if i == 1 else (200, [good_answer([1, 2])])) as (
+            url, bodies):
+        generation = call(url, generate, retries=2)
+    assert generation.token_ids == (1, 2) and generation.logprobs == (-0.5, -0.5)
+    assert generation.finish_reason == "length" and generation.weight_versions == (("1", 0, 2),)
+    assert [body["rid"] for body in bodies] == [["sample-7"], ["sample-7~2"]]
+    assert bodies[0]["return_logprob"] is True
+
+
+def test_an_error_of_the_servers_own_is_reported_after_the_last_retry():
+    with (scripted(lambda i, body: (500, {"error": {"message": "out of memory"}})) as (url, bodies),
+          pytest.raises(ServerUnavailable, match="attempt 2 of 2.*500 out of memory")):
+        call(url, generate, retries=1)
+    assert len(bodies) == 2
+
+
+def test_a_refused_connection_is_retried_then_reported():
+    with scripted(lambda i, body: (200, {})) as (url, _):
+        pass  # the port is free again
+    started = time.monotonic()
+    with pytest.raises(ServerUnavailable, match=r"attempt 2 of 2.*ConnectError"):
+        call(url, generate, retries=1)
+    assert time.monotonic() - started >= 0.2  # there was a pause between the attempts
+
+
+def test_a_server_that_comes_up_late_is_waited_for():
+    with scripted(lambda i, body: (200, {})) as (url, _):
+        pass
+    with pytest.raises(ServerUnavailable, match="not healthy after 0.3 s"):
+        call(url, lambda client: client.wait_until_healthy(0.3, pause_s=0.05))
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_4xx_is_not_retried_and_carries_the_servers_words(status):
+    with (scripted(lambda i, body: (status, {"error": {"message": "no such thing"}})) as (
+            url, bodies), pytest.raises(RequestRefused, match="no such thing") as refused):
+        call(url, generate, retries=3)
+    assert len(bodies) == 1 and refused.value.status == status
+
+
+def test_a_server_that_never_answers_is_given_up_at_the_deadline():
+    release = threading.Event()
+
+    def reply(i: int, body: Any) -> Reply:
+        release.wait(10)
+        return 200, []
+
+    started = time.monotonic()
+    with scripted(reply) as (url, _):
+        with pytest.raises(ServerUnavailable, match="no answer within 0.3 s"):
+            call(url, generate, timeout_s=0.3)
+        release.set()
+    assert time.monotonic() - started < 3
+
+
+def _spoilt(**meta: Any) -> list[Any]:
+    answer = good_answer([1, 2])
+    answer["meta_info"] |= meta
+    return [answer]
+
+
+@pytest.mark.parametrize(("answer", "problem"), [
+    ([{"text": "", "output_ids": [1]}], "meta_info"),
+    ([{"text": "", "output_ids": [1], "meta_info": {"finish_reason": {"type": "stop"},
+                                                    "weight_version": "1"}}],
+     "output_token_logprobs"),
+    (_spoilt(output_token_logprobs=[[-0.5, 1, None]]), "1 log-probs do not belong to 2 tokens"),
+    (_spoilt(output_token_logprobs=[[-0.5, 1, None], [-0.5, 3, None]]), "do not belong"),
+    (_spoilt(output_token_logprobs=[[-0.5, 1, None], [float("nan"), 2, None]]), "log-prob nan"),
+    (_spoilt(output_token_logprobs=[[-0.5, 1, None], [None, 2, None]]), "log-prob None"),
+    (_spoilt(output_token_logprobs=[[0.01, 1, None], [-0.5, 2, None]]), "log-prob 0.01"),
+    (_spoilt(finish_reason={"type": "magic"}), "magic"),
+    (_spoilt(weight_versions=[{"version": "1", "start": 0, "end": 1}]), "do not cover"),
+    (_spoilt(weight_versions=[{"version": "1", "start": 1, "end": 2}]), "do not cover"),
+    ([good_answer([])], "no tokens"),
+    ([good_answer([1, VOCAB])], f"token {VOCAB} is not in the vocabulary"),
+    ([good_answer([1, -1])], "token -1"),
+    ([good_answer([1, 2, 3])], "more than the 2 allowed"),
+    ([], "expected 1 answers"), ({"text": ""}, "expected 1 answers"), ("<html>", "not JSON"),
+])
+def test_an_impossible_answer_is_asked_for_again_then_refused(answer, problem):
+    with (scripted(lambda i, body: (200, answer)) as (url, bodies),
+          pytest.raises(MalformedAnswer, match=problem) as refused):
+        call(url, generate, retries=1)
+    assert len(bodies) == 2
+    assert "sample-7" in str(refused.value) or problem == "not JSON"
+
+
+def test_a_good_answer_after_an_impossible_one_is_taken():
+    with scripted(lambda i, body: (200, _spoilt(finish_reason=None) if i == 1
+                                   else [good_answer([1, 2])])) as (url, _):
+        assert call(url, generate, retries=1).token_ids == (1, 2)
+
+
+def test_log_probs_of_rounding_above_zero_are_not_impossible():
+    answer = good_answer([1, 2])
+    answer["meta_info"]["output_token_logprobs"][0][0] = 1e-6
+    with scripted(lambda i, body: (200, [answer])) as (url, _):
+        assert call(url, generate).logprobs == (1e-6, -0.5)
+
+
+def test_many_requests_keep_their_order_and_the_bound_on_samples_in_flight():
+    lock, now, most = threading.Lock(), 0, 0
+
+    def reply(i: int, body: Any) -> Reply:
+        nonlocal now, most
+        count = len(body["input_ids"])
+        with lock:
+            now += count
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= count
+        return 200, [good_answer(ids) for ids in body["input_ids"]]
+
+    requests = [Request([i], {"max_new_tokens": 2}) for i in range(30)]
+    with scripted(reply) as (url, bodies):
+        generations = call(url, lambda c: c.generate_many(requests), max_in_flight=8)
+    assert [g.token_ids for g in generations] == [(i,) for i in range(30)]
+    assert most == 8 and len(bodies) == 15
+
+
+def test_what_may_be_in_flight_together_goes_in_one_post():
+    requests = [Request([i], {"max_new_tokens": 2}) for i in range(30)]
+    with scripted(lambda i, body: (200, [good_answer(ids) for ids in body["input_ids"]])) as (
+            url, bodies):
+        call(url, lambda client: client.generate_many(requests), max_in_flight=30)
+    assert len(bodies) == 1
+
+
+def test_an_older_server_without_update_sessions_is_served_all_the_same():
+    with scripted(lambda i, body: (404, {"detail": "Not Found"})) as (url, _):
+        assert call(url, lambda client: client.begin_weight_update()) is False
+        assert call(url, lambda client: client.end_weight_update()) is False
+
+
+def test_a_failed_update_is_an_error_even_with_status_200():
+    with (scripted(lambda i, body: (200, {"success": False, "message": "no room"})) as (url, _),
+          pytest.raises(RequestRefused, match="no room")):
+        call(url, lambda client: client.update_weights_from_disk("somewhere", "2"))
+
+
+def test_n_is_refused_before_anything_is_sent():
+    with pytest.raises(UserError, match="n > 1"):
+        call("http://127.0.0.1:9", lambda client: client.generate([5], {"n": 2}))
+
+
+def test_the_module_does_not_import_torch():
+    code = "import sys, megatron_gpc.rollout.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# ---- a real server ----
+
+def test_samples_of_a_real_server_pass_every_check(http, reference_a):
+    requests = [Request([10 + i // 4, 7], {"max_new_tokens": 20, "sampling_seed": i})
+                for i in range(40)]
+    generations = call(str(http.base_url), lambda client: client.generate_many(requests))
+    for request, generation in zip(requests, generations, strict=True):
+        assert generation.finish_reason in ("stop", "length")
+        assert generation.weight_version == "default"
+        torch.testing.assert_close(
+            torch.tensor(generation.logprobs),
+            logprobs(reference_a, request.input_ids, generation.token_ids), atol=5e-5, rtol=0)
+
+
+def test_weights_sent_in_parts_are_the_ones_sampled_from(http, reference_b):
+    named = [(name, tensor) for name, tensor in reference_b.state_dict().items()]
+
+    async def work(client: SGLangClient) -> Any:
+        assert await client.begin_weight_update() is True
+        await client.update_weights_from_tensor(named[:5], "part")
+        await client.update_weights_from_tensor(named[5:], "whole")
+        await client.end_weight_update()
+        assert (await client.model_info())["weight_version"] == "whole"
+        return await client.generate([5, 6], {"max_new_tokens": 10})
+
+    generation = call(str(http.base_url), work)
+    assert {version for version, _, _ in generation.weight_versions} == {"whole"}
+    torch.testing.assert_close(torch.tensor(generation.logprobs),
+                               logprobs(reference_b, [5, 6], generation.token_ids),
+                               atol=5e-5, rtol=0)
+
+
+def test_pause_update_continue_abort(http, model_b):
+    async def work(client: SGLangClient) -> Any:
+        assert await client.health()
+        running = asyncio.create_task(client.generate(
+            [5], {"max_new_tokens": 1000, "ignore_eos": True}, rid="long"))
+        await asyncio.sleep(0.15)
+        await client.pause("in_place")
+        assert not await client.health()
+        with pytest.raises(RequestRefused, match="Flush cache failed"):
+            await client.flush_cache()
+        await client.update_weights_from_disk(str(model_b), "2", flush_cache=False)
+        await client.continue_()
+        await asyncio.sleep(0.05)
+        await client.abort("long")
+        generation = await running
+        await client.flush_cache()
+        return generation
+
+    generation = call(str(http.base_url), work, timeout_s=60)
+    assert generation.finish_reason == "abort"
+    assert [version for version, _, _ in generation.weight_versions] == ["default", "2"]
+
+
+def test_a_bad_path_is_refused_and_named(http, tmp_path):
+    with pytest.raises(RequestRefused, match="nowhere"):
+        call(str(http.base_url), lambda client: client.update_weights_from_disk(
+            str(tmp_path / "nowhere"), "2"), retries=3)
+
+
+def test_requests_of_a_client_that_gave_up_leave_the_batch(http):
+    with pytest.raises(ServerUnavailable, match="no answer within"):
+        call(str(http.base_url), lambda client: client.generate_many(
+            [Request([5], {"max_new_tokens": 1000, "ignore_eos": True})] * 64), timeout_s=0.3)
+    deadline = time.monotonic() + 5
+    while http.post("/flush_cache").status_code != 200:  # it is refused while anything runs
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

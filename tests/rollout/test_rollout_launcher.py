@@ -1,0 +1,67 @@
+"""The embedded server's process: up or explained, and never left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from megatron_gpc.rollout.launcher import EmbeddedServer
+
+
+def gone(pid: int, within_s: float) -> bool:
+    """Whether a process that is not our child ends in time (a zombie has ended)."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_server_lives_as_long_as_the_with_block(model_a, tmp_path):
+    with EmbeddedServer(model_a, tmp_path / "logs" / "server.log", start_timeout_s=60) as server:
+        assert server.alive() and server.url.startswith("http://127.0.0.1:")
+        assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
+    assert not server.alive()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health", trust_env=False)
+    server.stop()  # again: nothing happens
+
+
+def test_the_server_dies_with_its_parent_even_on_sigkill(model_a, tmp_path):
+    code = ("import sys, time\nfrom pathlib import Path\n"
+            "from megatron_gpc.rollout.launcher import EmbeddedServer\n"
+            f"server = EmbeddedServer(Path({str(model_a)!r}), Path({str(tmp_path / 'log')!r}))\n"
+            "print(server.pid, flush=True)\ntime.sleep(60)\n")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        pid = int(parent.stdout.readline())
+        os.kill(pid, 0)
+    finally:
+        parent.kill()
+        parent.wait(10)
+        parent.stdout.close()
+    assert gone(pid, within_s=5)
+
+
+def test_an_early_death_is_reported_with_the_end_of_the_log(tmp_path):
+    with pytest.raises(RuntimeError, match=r"ended while starting \(exit code 1\)") as died:
+        EmbeddedServer(tmp_path / "nowhere", tmp_path / "server.log", start_timeout_s=60)
+    assert f"{tmp_path / 'nowhere'} is not a folder" in str(died.value)
+
+
+def test_a_start_that_takes_too_long_is_ended(model_a, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"not up after 0.2 s"):
+        EmbeddedServer(model_a, tmp_path / "server.log", start_timeout_s=0.2)
+    assert time.monotonic() - started < 10

@@ -1,0 +1,78 @@
+"""A tiny random Qwen2 checkpoint and a rollout to train it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_gpc.algo.advantages import group_advantages
+from megatron_gpc.batching import pack
+from megatron_gpc.config import Config, load
+from megatron_gpc.types import Prompt, RolloutBatch, Sample
+
+VOCAB = 100  # no multiple of 128: rows of padding exist at every tp
+
+
+def tiny_qwen2(folder: Path, **settings: Any) -> Path:
+    """4 layers, hidden 32, 4 heads of which 2 key-value, random weights larger than usual."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            **{
+                "vocab_size": VOCAB,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 64,
+                "tie_word_embeddings": False,
+                "initializer_range": 0.2,
+                "bos_token_id": None,
+                "eos_token_id": 1,
+                **settings,
+            }
+        )
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_config(folder: Path, hf: Path, *overrides: str) -> Config:
+    """A configuration for one update over everything, unless overrides say otherwise."""
+    file = folder / "config.yaml"
+    file.write_text(
+        f"run_dir: {folder}/run\nmodel: {{hf: {hf}}}\n"
+        f"data: {{prompts: {folder}/prompts.jsonl, verifier: addition}}\n"
+        "rollout: {prompts_per_step: 4, group_size: 4, max_response_tokens: 8}\n"
+        "train: {steps: 10, mini_batches: 1, epochs: 1, micro_batch_size: 4}\n"
+        "optim: {lr: 1.0e-3}\n"
+        "timeout_s: 120\n"
+    )
+    return load(file, overrides)
+
+
+def random_batch(prompts: int = 4, group: int = 4, seed: int = 0) -> RolloutBatch:
+    """Prompts of 2-5 and responses of 1-8 random tokens, rewards 0 or 1."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        count = int(torch.randint(low, high + 1, (), generator=draw))
+        return tuple(torch.randint(2, VOCAB, (count,), generator=draw).tolist())
+
+    samples = []
+    for p in range(prompts):
+        prompt = Prompt(p, "", tokens(2, 5), None)
+        for i in range(group):
+            response = tokens(1, 8)
+            logprobs = tuple((-3.0 - torch.rand(len(response), generator=draw)).tolist())
+            reward = float(torch.randint(0, 2, (), generator=draw))
+            samples.append(Sample(prompt, i, response, logprobs, "", "stop", "0", reward))
+    rewards_N = torch.tensor([s.reward for s in samples])
+    return pack(
+        samples, group, group_advantages(rewards_N, torch.arange(len(samples)) // group, "std")
+    )

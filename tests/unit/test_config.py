@@ -1,0 +1,148 @@
+"""Configuration: files, overrides, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_gpc.config import Config, dump, keys, load
+from megatron_gpc.errors import UserError
+
+MINIMAL = "run_dir: runs/x\nmodel: {hf: start}\ndata: {prompts: p.jsonl, verifier: addition}\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_the_names_that_scripts_rely_on_exist():
+    assert {
+        "run_dir",
+        "seed",
+        "resume",
+        "parallel.tp",
+        "parallel.pp",
+        "parallel.vpp",
+        "parallel.cp",
+        "parallel.ep",
+        "parallel.dp",
+        "parallel.sequence_parallel",
+        "train.steps",
+        "train.micro_batch_size",
+        "clip.schedule",
+        "clip.eps_low",
+        "clip.eps_high",
+        "clip.phase_split",
+        "clip.hi_slope",
+        "clip.hi_intercept",
+        "clip.lo_slope",
+        "clip.lo_intercept",
+    } <= set(keys())
+
+
+def test_overrides_win_and_keep_their_types(file):
+    config = load(
+        file,
+        [
+            "clip.schedule=did",
+            "optim.lr=1e-4",
+            "parallel.sequence_parallel=true",
+            "parallel.tp=2",
+            "megatron.transformer.recompute_granularity=full",
+        ],
+    )
+    assert config.clip.schedule == "did" and config.optim.lr == 1e-4
+    assert config.parallel.sequence_parallel is True
+    assert config.megatron.transformer == {"recompute_granularity": "full"}
+
+
+def test_dump_and_load_give_the_same_configuration(file, tmp_path):
+    config = load(file, ["clip.phase_split=0.3", "seed=7"])
+    again = tmp_path / "elsewhere" / "config.yaml"
+    again.parent.mkdir()
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def test_paths_of_the_file_are_relative_to_it_and_overrides_to_the_folder(
+    file, tmp_path, monkeypatch
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    config = load(file, ["run_dir=here"])
+    assert config.model.hf == tmp_path / "start"
+    assert config.run_dir == other / "here"
+
+
+def test_configuration_cannot_be_changed(file):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(file).seed = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("clip.shedule=id", "'clip.shedule'; did you mean 'clip.schedule'"),
+        ("eps_low=0.1", "did you mean 'clip.eps_low'"),
+        (
+            "clip.schedule=foo",
+            "clip.schedule: input should be 'static', 'id', 'did' or 'od', got 'foo'",
+        ),
+        ("parallel.tp=0", "parallel.tp: input should be greater than or equal to 1"),
+        ("parallel.tp=two", "parallel.tp: input should be a valid integer"),
+        ("parallel=2", "parallel is a section"),
+        ("optim.lr=.nan", "optim.lr: input should be a finite number"),
+        ("clip.phase_split=1", "clip.phase_split: input should be less than 1"),
+        ("rollout.group_size=1", "rollout.group_size"),
+        ("seed", "expected key=value"),
+    ],
+)
+def test_bad_overrides_are_refused_by_name(file, override, says):
+    with pytest.raises(UserError) as error:
+        load(file, [override])
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n", "expected a mapping"),
+        ("a: [", "not valid YAML"),
+        ("run_dir: x\n", "model.hf: is required"),
+        (MINIMAL + "clip: 3\n", "clip is a section"),
+    ],
+)
+def test_bad_files_are_refused(file, text, says):
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load(file)
+    assert says in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_every_key_is_documented():
+    def undocumented(section, prefix=""):
+        for name, field in section.__pydantic_fields__.items():
+            kind = field.annotation
+            if dataclasses.is_dataclass(kind):
+                assert kind.__doc__
+                yield from undocumented(kind, f"{prefix}{name}.")
+            elif not field.description and name not in (
+                "hf",
+                "beta1",
+                "beta2",
+                "eps",
+                "weight_decay",
+            ):
+                yield prefix + name
+
+    assert list(undocumented(Config)) == []

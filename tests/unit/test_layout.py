@@ -1,0 +1,74 @@
+"""Contradictory layouts are refused by name, before any process starts."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import run_config
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.layout import check_layout, check_world, read_hf_config, world_size
+
+MODEL = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "intermediate_size": 64,
+}
+MOE = {**MODEL, "num_experts": 4, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "says"),
+    [
+        (["parallel.tp=3"], MODEL, "parallel.tp=3 does not divide the model's 4 attention heads"),
+        (["parallel.tp=3"], {**MODEL, "num_attention_heads": 6}, "2 key-value heads"),
+        (["parallel.tp=4"], {**MODEL, "intermediate_size": 66}, "feed-forward size 66"),
+        (["parallel.pp=3"], MODEL, "does not divide the model's 4 layers"),
+        (["parallel.pp=2", "parallel.vpp=4"], MODEL, "parallel.pp * vpp = 8"),
+        (["parallel.vpp=2"], MODEL, "needs parallel.pp > 1"),
+        (["parallel.sequence_parallel=true"], MODEL, "needs parallel.tp > 1"),
+        (["parallel.cp=2"], MODEL, "parallel.cp=2: context parallelism needs CUDA"),
+        (["parallel.ep=2", "parallel.dp=2"], MODEL, "has no experts"),
+        (["parallel.ep=2"], MOE, "parallel.ep=2 must divide"),
+        (["parallel.ep=3", "parallel.dp=3"], MOE, "does not divide the model's 4 experts"),
+        (["parallel.tp=2"], MOE, "needs parallel.sequence_parallel=true"),
+        (["train.mini_batches=17"], MODEL, "train.mini_batches=17 is more than the samples"),
+    ],
+)
+def test_refused(tmp_path, overrides, model, says):
+    config = run_config(tmp_path, tmp_path, *overrides)
+    with pytest.raises(UserError) as error:
+        check_layout(config, model, cuda=False)
+    assert says in str(error.value)
+
+
+def test_accepted(tmp_path):
+    config = run_config(
+        tmp_path,
+        tmp_path,
+        "parallel.tp=2",
+        "parallel.pp=2",
+        "parallel.vpp=2",
+        "parallel.sequence_parallel=true",
+        "parallel.dp=3",
+    )
+    check_layout(config, MODEL, cuda=False)
+    assert world_size(config.parallel) == 12
+
+
+def test_the_number_of_started_processes_must_fit(tmp_path):
+    parallel = run_config(tmp_path, tmp_path, "parallel.tp=2", "parallel.pp=2").parallel
+    check_world(parallel, 8)  # dp = 2 follows
+    with pytest.raises(UserError, match="start a multiple of 4"):
+        check_world(parallel, 6)
+    parallel = run_config(tmp_path, tmp_path, "parallel.tp=2", "parallel.dp=2").parallel
+    with pytest.raises(UserError, match="leave parallel.dp out"):
+        check_world(parallel, 8)
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_hf_config(tmp_path)

@@ -1,0 +1,101 @@
+"""The objective against the textbook, and where its gradient must vanish."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_gpc.algo.clipping import affine_bounds, ratio_interval
+from megatron_gpc.algo.policy_loss import policy_loss
+
+seeds = st.integers(0, 10_000)
+
+
+def tokens(seed: int, count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    old_logp_T = -3 * torch.rand(count, generator=draw)
+    logp_T = (old_logp_T + 0.4 * torch.randn(count, generator=draw)).clamp(max=-1e-3)
+    return logp_T.requires_grad_(), old_logp_T, torch.randn(count, generator=draw)
+
+
+@given(seeds, st.floats(0.01, 0.6), st.floats(0.01, 0.6))
+def test_constant_thresholds_equal_textbook_ppo_bit_for_bit(seed, eps_low, eps_high):
+    logp_T, old_logp_T, adv_T = tokens(seed)
+    ours = policy_loss(logp_T, old_logp_T, adv_T, affine_bounds((0.0, eps_high), (0.0, eps_low)))
+    ours.loss_sum.backward()
+    reference_T = logp_T.detach().clone().requires_grad_()
+    ratio_T = torch.exp(reference_T - old_logp_T)
+    loss = -torch.min(
+        ratio_T * adv_T, torch.clamp(ratio_T, 1 - eps_low, 1 + eps_high) * adv_T
+    ).sum()
+    loss.backward()
+    assert torch.equal(ours.loss_sum, loss)
+    assert torch.equal(logp_T.grad, reference_T.grad)
+
+
+@given(seeds)
+def test_tokens_clipped_on_the_pessimistic_side_have_exactly_zero_gradient(seed):
+    logp_T, old_logp_T, adv_T = tokens(seed)
+    result = policy_loss(logp_T, old_logp_T, adv_T, affine_bounds((-0.25, 0.5), (-0.13, 0.3)))
+    result.loss_sum.backward()
+    clipped_T = result.clipped_low_T | result.clipped_high_T
+    assert clipped_T.any()
+    assert (logp_T.grad[clipped_T] == 0).all()
+    free_T = ~clipped_T & (adv_T != 0)
+    expected_T = -result.ratio_T * adv_T
+    torch.testing.assert_close(logp_T.grad[free_T], expected_T[free_T])
+
+
+@given(seeds)
+def test_value_and_gradient_equal_a_float64_scalar_reference(seed):
+    logp_T, old_logp_T, adv_T = tokens(seed)
+    a_hi, b_hi, a_lo, b_lo = -0.25, 0.5, -0.13, 0.3
+    result = policy_loss(logp_T, old_logp_T, adv_T, affine_bounds((a_hi, b_hi), (a_lo, b_lo)))
+    result.loss_sum.backward()
+    loss, gradient = 0.0, []
+    for logp, old, adv in zip(
+        logp_T.double().tolist(), old_logp_T.double().tolist(), adv_T.double().tolist(), strict=True
+    ):
+        p, r = math.exp(logp), math.exp(logp - old)
+        bounded = min(max(r, 1 - (a_lo * p + b_lo)), 1 + (a_hi * p + b_hi))
+        loss -= min(r * adv, bounded * adv)
+        gradient.append(-r * adv if r * adv <= bounded * adv else 0.0)
+    assert abs(result.loss_sum.item() - loss) < 1e-4
+    torch.testing.assert_close(logp_T.grad, torch.tensor(gradient), rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_flows_through_the_threshold():
+    logp_T = torch.tensor([-0.5], requires_grad=True)
+    lower_T, upper_T = ratio_interval(affine_bounds((-0.25, 0.5), (-0.13, 0.3)), logp_T.exp())
+    assert not lower_T.requires_grad and not upper_T.requires_grad
+
+
+def test_clip_counts_need_the_right_sign_of_the_advantage():
+    old_logp_T = torch.full((4,), -2.0)
+    logp_T = torch.tensor([-1.0, -1.0, -3.0, -3.0])
+    adv_T = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    result = policy_loss(logp_T, old_logp_T, adv_T, affine_bounds((0.0, 0.2), (0.0, 0.2)))
+    assert result.clipped_high_T.tolist() == [True, False, False, False]
+    assert result.clipped_low_T.tolist() == [False, False, False, True]
+
+
+def test_entropy_bonus_adds_its_sum_and_its_gradient():
+    logp_T, old_logp_T, adv_T = tokens(0)
+    entropy_T = torch.rand(len(logp_T), requires_grad=True)
+    bounds = affine_bounds((0.0, 0.2), (0.0, 0.2))
+    plain = policy_loss(logp_T, old_logp_T, adv_T, bounds)
+    bonus = policy_loss(logp_T, old_logp_T, adv_T, bounds, entropy_T, entropy_coef=0.25)
+    bonus.loss_sum.backward()
+    torch.testing.assert_close(bonus.loss_sum, plain.loss_sum - 0.25 * entropy_T.sum())
+    assert (entropy_T.grad == -0.25).all()
+
+
+def test_no_tokens_give_a_zero_loss_that_still_has_a_gradient():
+    logp_T = torch.zeros(0, requires_grad=True)
+    none_T = torch.zeros(0)
+    result = policy_loss(logp_T, none_T, none_T, affine_bounds((0.0, 0.2), (0.0, 0.2)))
+    result.loss_sum.backward()
+    assert result.loss_sum.item() == 0.0 and logp_T.grad.shape == (0,)

@@ -1,0 +1,47 @@
+"""The four regions, and the inner product they come from, against autograd."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_gpc.algo.regions import entropy_inner_product, region_masks
+from megatron_gpc.kernels.vocab_parallel import token_stats
+
+
+def random_tokens(count: int = 200, vocab: int = 12):
+    draw = torch.Generator().manual_seed(0)
+    logits_TV = 2 * torch.randn(count, vocab, generator=draw)
+    targets_T = torch.multinomial(logits_TV.softmax(-1), 1, generator=draw)[:, 0]
+    return logits_TV, targets_T, torch.randn(count, generator=draw)
+
+
+def test_regions_are_disjoint_and_cover_every_token_with_an_advantage():
+    logits_TV, targets_T, adv_T = random_tokens()
+    adv_T[:10] = 0
+    stats = token_stats(logits_TV, targets_T, vocab_size=12)
+    masks = torch.stack(region_masks(stats.logp_T, stats.entropy_T, adv_T))
+    assert masks.sum(0).tolist() == [0] * 10 + [1] * 190
+    assert masks.any(1).all(), "each region occurs"
+
+
+def test_inner_product_equals_autograd_of_surrogate_and_entropy():
+    logits_TV, targets_T, adv_T = random_tokens()
+    stats = token_stats(logits_TV, targets_T, vocab_size=12)
+    x = logits_TV.double().requires_grad_()
+    logp_TV = x.log_softmax(-1)
+    entropy = -(logp_TV.exp() * logp_TV).sum()
+    surrogate = (logp_TV.gather(1, targets_T[:, None])[:, 0] * adv_T).sum()
+    (grad_h,) = torch.autograd.grad(entropy, x, retain_graph=True)
+    (grad_l,) = torch.autograd.grad(surrogate, x)
+    expected_T = (grad_h * grad_l).sum(-1).float()
+    torch.testing.assert_close(
+        entropy_inner_product(stats, adv_T), expected_T, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_sign_of_the_token_term_is_the_region():
+    logits_TV, targets_T, adv_T = random_tokens()
+    stats = token_stats(logits_TV, targets_T, vocab_size=12)
+    e1, e2, e3, e4 = region_masks(stats.logp_T, stats.entropy_T, adv_T)
+    token_term_T = -adv_T * stats.logp_T.exp() * (stats.logp_T + stats.entropy_T)
+    assert (token_term_T[e1 | e4] < 0).all() and (token_term_T[e2 | e3] > 0).all()
