@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gpc import __version__
-from megatron_gpc.config import Config, dump, load
+from megatron_gpc.config import Config, dump, load, warnings
 from megatron_gpc.errors import UserError
 
 
@@ -76,6 +76,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load(arguments.config, arguments.overrides)
     _check(config)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in warnings(config):
+            print(f"megatron-gpc: warning: {warning}", file=sys.stderr)
     if arguments.dry_run:
         print(dump(config), end="")
         return 0

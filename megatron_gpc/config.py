@@ -24,9 +24,17 @@ PositiveFloat = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = typing.Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
 
-_section = dataclass(
-    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
+T = typing.TypeVar("T")
+
+
+@typing.dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
 )
+def _section(cls: type[T]) -> type[T]:
+    """A frozen, validated dataclass that refuses unknown keys; docstrings document its fields."""
+    settings = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    made = dataclass(frozen=True, kw_only=True, config=settings)(cls)
+    return typing.cast(type[T], made)
 
 
 @_section
@@ -235,7 +243,7 @@ class Config:
     megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
 
 
-def keys(section: type = Config, prefix: str = "") -> dict[str, Any]:
+def keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type of every key that can be set, sections left out."""
     found = {}
     for name, kind in typing.get_type_hints(section, include_extras=True).items():
@@ -277,6 +285,20 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
             nested = {part: nested}
         flat.update(_resolve_paths(_flatten(nested, f"override {override!r}"), Path.cwd()))
     return _build(flat, str(path))
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed but hardly meant, a sentence each."""
+    found = []
+    train = config.train
+    if train.mini_batches * train.epochs == 1 and train.old_logprobs == "trainer":
+        found.append(
+            "clipping is inert: with one update a rollout (train.mini_batches * epochs = 1) and "
+            "train.old_logprobs=trainer every ratio is 1, so no threshold can act and "
+            f"clip.schedule={config.clip.schedule} changes nothing; raise train.mini_batches or "
+            "train.epochs, or set train.old_logprobs=rollout"
+        )
+    return found
 
 
 def dump(config: Config) -> str:

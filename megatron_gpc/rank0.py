@@ -23,6 +23,7 @@ from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector, distinct_right
 from megatron_gpc.rollout.launcher import EmbeddedServer
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
+from megatron_gpc.rundir import lock
 from megatron_gpc.types import RolloutBatch, TrainState
 from megatron_gpc.weights import carry_over, write_single
 
@@ -48,6 +49,7 @@ class Rank0:
 
         config, self._stack = self.config, ExitStack()
         try:
+            self._stack.enter_context(lock(config))
             tokenizer = AutoTokenizer.from_pretrained(config.model.hf, local_files_only=True)
 
             def tokenize(text: str) -> list[int]:

@@ -2,15 +2,17 @@
 
 config.yaml      resolved configuration          checkpoints/   step_NNNNNN
 metrics.jsonl    one object a training step      tensorboard/   the same as events
-eval.jsonl       one object an evaluation        plots/         run.png
+eval.jsonl       one object an evaluation        plots.png      drawn at the end
 sync/            weights for the rollout server  logs/          server, ranks above 0
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from typing import TextIO
 
 from megatron_gpc.config import Config, dump
 from megatron_gpc.errors import UserError
@@ -22,7 +24,7 @@ def prepare(config: Config) -> None:
     Raises:
         UserError: the folder or the model cannot be made.
     """
-    _build_model(config)
+    build_model(config)
     if config.resume == "none" and config.run_dir.exists():
         number = 1
         while (aside := config.run_dir.with_name(f"{config.run_dir.name}.old-{number}")).exists():
@@ -46,13 +48,36 @@ def prepare(config: Config) -> None:
         raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from None
 
 
+def lock(config: Config) -> TextIO:
+    """Keep the run's folder to this process until it ends, in whatever way.
+
+    Raises:
+        UserError: another run is using the folder.
+    """
+    file = (config.run_dir / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"run_dir: {config.run_dir} is in use by a run that has not ended; wait for it, or "
+            "choose another run_dir"
+        ) from None
+    return file
+
+
 def _changed_lines(old: str, new: str) -> list[str]:
     return sorted(
         {line.strip() for line in new.splitlines()} - {line.strip() for line in old.splitlines()}
     )
 
 
-def _build_model(config: Config) -> None:
+def build_model(config: Config) -> None:
+    """Run model.build where model.hf does not exist yet.
+
+    Raises:
+        UserError: there is no such script, or it failed.
+    """
     model = config.model
     if model.build is None or model.hf.exists():
         return

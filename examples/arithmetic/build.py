@@ -11,7 +11,9 @@ there is room for entropy.  OUT becomes a Hugging Face checkpoint folder with
     train.jsonl, heldout.jsonl       prompts; one N in ten is held out and never trained on
 
 Answers of the warm-up are skewed: digits of a are drawn with P(d) ~ SKEW^d, so that likely and
-unlikely tokens exist from the start; that is what thresholds by probability can tell apart.
+unlikely tokens exist from the start; that is what thresholds by probability can tell apart.  They
+have a fixed length (a has 3 digits, 2 for N < 200): where short answers were taught too, the policy
+soon wrote nothing else, since they are easier, and entropy fell for that reason and no other.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from megatron_gpc.rewards.addition import verify
 
 SKEW = 0.8
-TARGET = 0.40
+TARGET = 0.30
 BATCH = 256
 LEARNING_RATE = 3e-3
 MAX_UPDATES = 4000
@@ -50,8 +52,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def skewed_answer(n: int, draw: random.Random) -> str:
     """A right answer for n; the digits of a follow P(d) ~ SKEW^d."""
     weights = [SKEW**d for d in range(10)]
+    length = 3 if n >= 200 else 2
     while True:
-        length = draw.randint(1, len(str(n)))
         a = int("".join(draw.choices("0123456789", weights, k=length)))
         if 0 < a < n and len(str(a)) == length:
             return f"{a}+{n - a}$"

@@ -48,12 +48,15 @@ class Schedule(Protocol):
             entropy: mean entropy of the policy at the start of the step [nats], reduced over all
                 ranks.
         """
+        ...
 
     def state(self) -> dict[str, Any]:
         """What a restart needs (JSON values)."""
+        ...
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
+        ...
 
 
 class PhaseSchedule:

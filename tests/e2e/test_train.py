@@ -1,0 +1,186 @@
+"""The example through the command line: layouts, launchers, kill and resume, bad input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import CONFIG, ROOT, command_line, metrics
+from pool import free_port
+
+# What a step gives before its first update is exact to fp32 rounding; later updates see weights
+# that Adam has moved by rounding of near-zero gradients.
+EXACT = {"reward", "response_length", "eps_high_at_p0", "eps_low_at_p1", "weight_version", "step"}
+ROUNDED = {"entropy": 1e-6, "loss": 1e-4, "grad_norm": 1e-4, "ratio_mean": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def reference(arguments, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    done = command_line(*arguments(run_dir, "train.steps=1"))
+    assert done.returncode == 0, done.stderr
+    return metrics(run_dir)[0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tp=2", "parallel.pp=2"],
+        ["parallel.dp=2"],
+        ["train.micro_batch_size=64"],
+        ["train.micro_batch_size=8"],
+    ],
+    ids=str,
+)
+def test_step_1_is_the_same_at_every_layout(arguments, reference, tmp_path, layout):
+    done = command_line(*arguments(tmp_path / "run", "train.steps=1", *layout))
+    assert done.returncode == 0, done.stderr
+    (step,) = metrics(tmp_path / "run")
+    assert {name: step[name] for name in EXACT} == {name: reference[name] for name in EXACT}
+    for name, tolerance in ROUNDED.items():
+        assert step[name] == pytest.approx(reference[name], rel=tolerance), name
+
+
+def test_torchrun_starts_the_same_run(arguments, reference, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *("--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", "megatron_gpc"),
+            *arguments(tmp_path / "run", "train.steps=1", "parallel.tp=2"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    (step,) = metrics(tmp_path / "run")
+    assert step["entropy"] == pytest.approx(reference["entropy"], rel=1e-6)
+    assert step["reward"] == reference["reward"]
+
+
+def test_the_other_way_of_handing_over_weights_gives_the_same_samples(
+    arguments, reference, tmp_path
+):
+    done = command_line(*arguments(tmp_path / "run", "train.steps=2", "rollout.server.sync=tensor"))
+    assert done.returncode == 0, done.stderr
+    first, second = metrics(tmp_path / "run")
+    assert first["entropy"] == reference["entropy"]
+    assert second["weight_version"] == 1
+    for step in (first, second):
+        assert step["logp_gap_max"] < 1e-4, "server and trainer have the same weights"
+
+
+def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    schedule = ("train.steps=5", "checkpoint.every=2", "parallel.tp=2", "clip.schedule=od")
+    assert command_line(*arguments(undisturbed, *schedule)).returncode == 0
+
+    running = subprocess.Popen(
+        [sys.executable, "-m", "megatron_gpc", *arguments(killed, *schedule)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "metrics.jsonl").exists() or len(metrics(killed)) < 3:
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait(10)
+    deadline = time.monotonic() + 20
+    while left := _pids_using(killed):
+        assert time.monotonic() < deadline, f"processes outlive the run: {left}"
+        time.sleep(0.1)
+
+    assert command_line(*arguments(killed, *schedule)).returncode == 0
+    timed = {"tokens_per_second", "seconds_rollout", "seconds_train", "seconds_sync"}
+    for one, other in zip(metrics(undisturbed), metrics(killed), strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+
+
+def _pids_using(run_dir) -> list[int]:
+    """Processes of a run: they name its folder, or have its lock or logs open."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            named = str(run_dir).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+            opened = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            continue  # it ended while we looked
+        if pid != os.getpid() and (named or any(f.startswith(str(run_dir)) for f in opened)):
+            found.append(pid)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["clip.shedule=id"], "did you mean 'clip.schedule'"),
+        (["parallel.tp=3"], "parallel.tp=3 does not divide"),
+        (["parallel.vpp=2"], "needs parallel.pp > 1"),
+        (["data.verifier=foo"], "there are: addition"),
+        (["model.hf=/nowhere", "model.build=null"], "no config.json"),
+        (
+            ["megatron.transformer.recompute_granularty=full"],
+            "did you mean 'recompute_granularity'",
+        ),
+        (["megatron.optimizer.lr=1"], "set optim.lr"),
+        (["data.prompts=/nowhere.jsonl"], "/nowhere.jsonl: cannot read prompts"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else None,
+)
+def test_bad_input_ends_with_code_2_and_one_clear_line(arguments, tmp_path, overrides, says):
+    done = command_line(*arguments(tmp_path / "run", "train.steps=1", *overrides))
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_dry_run_prints_the_resolved_configuration_and_makes_nothing(arguments, tmp_path):
+    done = command_line(*arguments(tmp_path / "run", "clip.schedule=did"), "--dry-run")
+    assert done.returncode == 0
+    assert "schedule: did" in done.stdout and "eps_low: 0.2" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_configuration_needs_no_model_to_be_read():
+    done = command_line("train", str(CONFIG), "model.hf=/nowhere/start", "--dry-run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_runs_never_share_a_folder(arguments, tmp_path):
+    first = subprocess.Popen(
+        [sys.executable, "-m", "megatron_gpc", *arguments(tmp_path / "run", "train.steps=40")],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        second = command_line(*arguments(tmp_path / "run", "train.steps=40"))
+        assert second.returncode == 2 and "is in use by a run" in second.stderr
+    finally:
+        first.kill()
+        first.wait(10)
+
+
+def test_plot_draws_one_run_and_overlays_two(arguments, reference, tmp_path):
+    for seed in (1, 2):
+        run = tmp_path / f"seed{seed}"
+        assert command_line(*arguments(run, "train.steps=1", f"seed={seed}")).returncode == 0
+    out = tmp_path / "both.png"
+    done = command_line("plot", str(tmp_path / "seed1"), str(tmp_path / "seed2"), "--out", str(out))
+    assert done.returncode == 0 and out.stat().st_size > 10_000
+    assert (tmp_path / "seed1" / "plots.png").stat().st_size > 10_000
+    missing = command_line("plot", str(tmp_path / "nothing"))
+    assert missing.returncode == 2 and "no such file" in missing.stderr
