@@ -33,8 +33,10 @@ def adopt_rank() -> bool:
     return False
 
 
-def run_ranks(arguments: Sequence[str], ranks: int, log_dir: Path) -> int:
-    """Run `megatron-gpc ARGUMENTS` as `ranks` processes; the first to fail ends the others.
+def run_ranks(
+    arguments: Sequence[str], ranks: int, log_dir: Path, module: str = "megatron_gpc"
+) -> int:
+    """Run `python -m MODULE ARGUMENTS` as `ranks` processes; the first to fail ends the others.
 
     Rank 0 writes to this terminal, the others to log_dir/rank_N.log.
 
@@ -60,7 +62,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, log_dir: Path) -> int:
         log = None if rank == 0 else (log_dir / f"rank_{rank}.log").open("w")
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "megatron_gpc", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -82,29 +84,23 @@ def die_with_parent() -> None:
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]], log_dir: Path) -> int:
-    while True:
-        codes = [process.poll() for process in processes]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed:
-            # Where one rank dies, gloo ends the others within moments: the cause may not be the
-            # first that is seen here, so they all get the time to say what they saw.
-            time.sleep(1.0)
-            rank = next((r for r in failed if codes[r] == 2), failed[0])
-            if rank:
-                print(
-                    f"rank {rank} failed; the end of {log_dir / f'rank_{rank}.log'}:",
-                    file=sys.stderr,
-                )
-                lines = (log_dir / f"rank_{rank}.log").read_text(errors="replace").splitlines()
-                print("\n".join(lines[-20:]), file=sys.stderr)
-            code = codes[rank]
-            assert code
-            if code < 0:
-                print(f"rank {rank} was ended by signal {-code}", file=sys.stderr)
-            return max(code, 1)
-        if all(code == 0 for code in codes):
+    """Wait until all have ended well, or one has not; see `run_ranks`."""
+    while not any(process.poll() for process in processes):
+        if all(process.returncode == 0 for process in processes):
             return 0
         time.sleep(0.1)
+    # Where one rank dies, gloo ends the others within moments: the first that is seen here need not
+    # be the cause.  All get the time to say what they saw; a user's error (2) explains the others.
+    time.sleep(1.0)
+    failed = {rank: code for rank, process in enumerate(processes) if (code := process.poll())}
+    rank = min(failed, key=lambda r: (failed[r] != 2, r))
+    log = log_dir / f"rank_{rank}.log"
+    if rank > 0:
+        print(f"rank {rank} failed; the end of {log}:", file=sys.stderr)
+        print("\n".join(log.read_text(errors="replace").splitlines()[-20:]), file=sys.stderr)
+    if failed[rank] < 0:
+        print(f"rank {rank} was ended by signal {-failed[rank]}", file=sys.stderr)
+    return max(failed[rank], 1)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -14,14 +14,18 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import multiprocessing
 import os
 import sys
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+
+from megatron_gpc.launch import die_with_parent
 
 # Imported before the stand-in is put in place: a module that comes later would see the real torch.
 _MODULES = [
@@ -46,8 +50,14 @@ _MODULES = [
 
 
 def install() -> None:
-    """Let megatron-core run without CUDA; once a process, nothing where CUDA is present."""
-    if torch.cuda.is_available() or hasattr(torch.Tensor.cuda, "megatron_gpc"):
+    """Let megatron-core run without CUDA; once a process.
+
+    Where CUDA is present nothing is done but `_patch_checkpoint_writer`, which is not about CPUs.
+    """
+    if torch.cuda.is_available():
+        _patch_checkpoint_writer()
+        return
+    if hasattr(torch.Tensor.cuda, "megatron_gpc"):
         return
     # @jit_fuser is torch.compile, which would want a C++ compiler on the user's machine and costs
     # up to 2.5 s of start.  Goes when core makes compilation an option.
@@ -59,7 +69,14 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = stand_in
-    for patch in (_patch_random, _patch_p2p, _patch_moe, _patch_norms, _patch_optimizer_state):
+    for patch in (
+        _patch_checkpoint_writer,
+        _patch_random,
+        _patch_p2p,
+        _patch_moe,
+        _patch_norms,
+        _patch_optimizer_state,
+    ):
         patch()
 
 
@@ -337,3 +354,23 @@ def _patch_optimizer_state() -> None:
 
     optimizer.state_dict = filled_state_dict
     optimizer._set_main_param_and_optimizer_states = set_states_with_step
+
+
+def _patch_checkpoint_writer() -> None:
+    """The process that collects checkpoint writers' results ends with its rank.
+
+    Why: dist_checkpointing starts a multiprocessing manager in every rank, and a manager outlives a
+    parent that is killed: each SIGKILL of a run left one process a rank behind.  An upstream fault,
+    not about CPUs.  Gone when: core starts it as a process that ends with its parent.
+    """
+    writer = _core("dist_checkpointing.strategies.filesystem_async")
+
+    def results_queue() -> Any:
+        if writer._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+            manager.start(initializer=die_with_parent)
+            writer._results_queue = manager.Queue()
+            writer._results_queue.manager = manager  # or it would be collected, and end
+        return writer._results_queue
+
+    writer._get_write_results_queue = results_queue

@@ -99,7 +99,9 @@ def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
         time.sleep(0.1)
 
     assert command_line(*arguments(killed, *schedule)).returncode == 0
-    timed = {"tokens_per_second", "seconds_rollout", "seconds_train", "seconds_sync"}
+    timed = {"tokens_per_second"} | {
+        f"seconds_{part}" for part in ("rollout", "train", "sync", "evaluation")
+    }
     for one, other in zip(metrics(undisturbed), metrics(killed), strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {
             k: v for k, v in other.items() if k not in timed

@@ -22,8 +22,9 @@ MAY_IMPORT = {  # part -> parts of megatron_gpc that it may import, besides itse
     "weights": set(),
     "metrics": set(),
     "batching": set(),
+    "launch": set(),
     "rollout": {"rewards", "weights"},
-    "mcore": {"algo", "kernels", "weights", "metrics", "batching"},
+    "mcore": {"algo", "kernels", "weights", "metrics", "batching", "launch"},
 }
 
 
