@@ -166,3 +166,13 @@ def test_weights_come_back_as_the_hugging_face_bytes(problem, pool, world, layou
     for name, tensor in want.items():
         assert torch.equal(exported[0][name], tensor), name
     assert len(want["model.embed_tokens.weight"]) == VOCAB
+
+
+def test_bf16_weights_keep_fp32_statistics_and_agree_within_bf16_rounding(problem, reference, pool):
+    """Log-probs are computed in fp32 from bf16 logits: 8 bits of mantissa at |logit| up to about 8."""
+    folder, hf, batch = problem
+    config = run_config(folder, hf, "model.dtype=bfloat16", "parallel.tp=2", "parallel.pp=2")
+    result = pool(4).run(ranks.score_and_update, config, batch, BOUNDS)[0]
+    assert result["scored"].logp_T.dtype == torch.float32
+    assert (result["scored"].logp_T - reference["scored"].logp_T).abs().mean() < 0.1
+    assert result["grad_norm"] == pytest.approx(reference["grad_norm"], rel=0.2)
