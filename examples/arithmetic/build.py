@@ -1,19 +1,24 @@
 """Make the example's starting point: a tiny Qwen2 that has learned the format, and its prompts.
 
-    python build.py OUT [--seed 0]
+    python build.py OUT [--peaked] [--seed 0]
 
 The task: given N in 100..999 as `NNN=`, write `a+b$` with a + b = N.  N - 1 answers are right, so
 there is room for entropy.  OUT becomes a Hugging Face checkpoint folder with
 
-    model.safetensors, config.json   Qwen2, 4 layers, hidden 64, taught by a supervised warm-up that
-                                     stops once sampled answers are right TARGET of the time
+    model.safetensors, config.json   Qwen2, 4 layers, hidden 64, after a supervised warm-up
     tokenizer.json                   one token a byte; `$` ends an answer
     train.jsonl, heldout.jsonl       prompts; one N in ten is held out and never trained on
 
-Answers of the warm-up are skewed: digits of a are drawn with P(d) ~ SKEW^d, so that likely and
-unlikely tokens exist from the start; that is what thresholds by probability can tell apart.  They
-have a fixed length (a has 3 digits, 2 for N < 200): where short answers were taught too, the policy
-soon wrote nothing else, since they are easier, and entropy fell for that reason and no other.
+The warm-up stops once sampled answers are right TARGET of the time.  Its answers are skewed: the
+digits of a are drawn with P(d) ~ skew^d, so that likely and unlikely tokens exist from the start;
+that is what thresholds by probability can tell apart.  They have a fixed length (a has 3 digits, 2
+for N < 200): where short answers were taught too, the policy soon wrote nothing else, since they
+are easier, and entropy fell for that reason and no other.
+
+With --peaked the warm-up goes on as language models do: a broad stage (uniform digits), then a short
+one on strongly skewed answers.  The policy is then right some 90 % of the time and has clear
+favourites, but is about as good at the answers that it rarely gives: entropy that falls from there
+does not fall because the favourites are easier.
 """
 
 from __future__ import annotations
@@ -33,6 +38,9 @@ from megatron_gpc.rewards.addition import verify
 
 SKEW = 0.8
 TARGET = 0.30
+BROAD_TARGET = 0.50
+PEAKED_SKEW = 0.35
+PEAKED_UPDATES = 100
 BATCH = 256
 LEARNING_RATE = 3e-3
 MAX_UPDATES = 4000
@@ -49,9 +57,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$")
 
 
-def skewed_answer(n: int, draw: random.Random) -> str:
-    """A right answer for n; the digits of a follow P(d) ~ SKEW^d."""
-    weights = [SKEW**d for d in range(10)]
+def skewed_answer(n: int, skew: float, draw: random.Random) -> str:
+    """A right answer for n; the digits of a follow P(d) ~ skew^d."""
+    weights = [skew**d for d in range(10)]
     length = 3 if n >= 200 else 2
     while True:
         a = int("".join(draw.choices("0123456789", weights, k=length)))
@@ -79,24 +87,29 @@ def right_rate(
     return right / len(numbers)
 
 
-def warm_up(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, numbers: list[int], seed: int
-) -> tuple[int, float]:
-    """Teach format and sums until TARGET of sampled answers are right; (updates, right rate)."""
-    draw = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
-    for update in range(1, MAX_UPDATES + 1):
+def teach(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    numbers: list[int],
+    draw: random.Random,
+    *,
+    skew: float,
+    learning_rate: float,
+    updates: int,
+    target: float = 1.0,
+) -> None:
+    """Supervised updates on skewed answers, until `target` of sampled ones are right."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+    for update in range(1, updates + 1):
         rows = []
-        for _ in range(BATCH):
-            n = draw.choice(numbers)
-            rows.append(tokenizer(f"{n}={skewed_answer(n, draw)}")["input_ids"])
+        for n in draw.choices(numbers, k=BATCH):
+            rows.append(tokenizer(f"{n}={skewed_answer(n, skew, draw)}")["input_ids"])
         length = max(map(len, rows))
-        tokens = torch.tensor(
-            [row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows]
-        )
+        end = tokenizer.eos_token_id
+        tokens = torch.tensor([row + [end] * (length - len(row)) for row in rows])
         labels = torch.tensor([[-100] * 4 + row[4:] + [-100] * (length - len(row)) for row in rows])
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, update / 100)
+            group["lr"] = learning_rate * min(1.0, update / 100)
         loss = model(tokens, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -105,21 +118,20 @@ def warm_up(
         if update % CHECK_EVERY == 0:
             rate = right_rate(model, tokenizer, draw.choices(numbers, k=512))
             print(
-                f"\rwarm-up: update {update}, loss {loss.item():.3f}, right {rate:.0%} "
-                f"(until {TARGET:.0%})",
+                f"\rwarm-up: update {update}, loss {loss.item():.3f}, right {rate:.0%} ",
                 end="",
                 file=sys.stderr,
                 flush=True,
             )
-            if rate >= TARGET:
-                print(file=sys.stderr)
-                return update, rate
-    raise SystemExit(f"the warm-up reached {rate:.0%} right answers, not {TARGET:.0%}")
+            if rate >= target:
+                break
+    print(file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--peaked", action="store_true", help="right, and with favourites")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -143,8 +155,29 @@ def main() -> None:
         )
     )
     begin = time.monotonic()
-    updates, rate = warm_up(model, tokenizer, train, arguments.seed)
-    print(f"warm-up: {updates} updates in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+    draw = random.Random(arguments.seed)
+    skew, target = (1.0, BROAD_TARGET) if arguments.peaked else (SKEW, TARGET)
+    teach(
+        *(model, tokenizer, train, draw),
+        skew=skew,
+        learning_rate=LEARNING_RATE,
+        updates=MAX_UPDATES,
+        target=target,
+    )
+    if arguments.peaked:
+        teach(
+            *(model, tokenizer, train, draw),
+            skew=PEAKED_SKEW,
+            learning_rate=0.3 * LEARNING_RATE,
+            updates=PEAKED_UPDATES,
+        )
+    rate = right_rate(model, tokenizer, train)
+    print(
+        f"warm-up: {rate:.0%} right after {time.monotonic() - begin:.0f} s",
+        file=sys.stderr,
+    )
+    if rate < TARGET:
+        raise SystemExit(f"the warm-up reached {rate:.0%} right answers, not {TARGET:.0%}")
 
     part = arguments.out.with_name(arguments.out.name + ".part")  # whole or absent
     part.mkdir(parents=True, exist_ok=True)

@@ -112,10 +112,15 @@ class Run:
         return self.config["train.steps"]
 
     @property
+    def split(self) -> float:
+        """The step that divides the run at clip.phase_split, whether or not it has phases."""
+        return self.config["clip.phase_split"] * self.steps
+
+    @property
     def phase_boundary(self) -> float | None:
         """The step at which `id` and `did` pass into phase 2; other schedules have no phases."""
         has_phases = self.schedule in ("id", "did")
-        return self.config["clip.phase_split"] * self.steps if has_phases else None
+        return self.split if has_phases else None
 
 
 def load_run(folder: Path) -> Run:

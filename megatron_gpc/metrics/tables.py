@@ -82,9 +82,24 @@ _COMPARED: Mapping[str, Callable[[Run], float]] = {
     "reward, end": lambda run: run.series("reward").last(),
     "entropy, start": lambda run: run.series("entropy").first(),
     "peak": lambda run: run.series("entropy").peak()[1],
+    "phase 1": lambda run: _phase_1(run, "entropy"),
+    "phase 2": lambda run: _phase_2(run, "entropy"),
     "end": lambda run: run.series("entropy").last(),
     "distinct right, end": lambda run: _last_evaluation(run.series("eval_distinct_right")),
 }
+
+
+def _phase_1(run: Run, name: str) -> float:
+    """Mean over clip.phase_split of the run, the same steps for schedules without phases."""
+    series = run.series(name)
+    return float(np.mean(series.values[series.steps <= run.split]))
+
+
+def _phase_2(run: Run, name: str) -> float:
+    """Mean over the rest; nan where a run has not come so far."""
+    series = run.series(name)
+    rest = series.values[series.steps > run.split]
+    return float(np.mean(rest)) if len(rest) else math.nan
 
 
 def _last_evaluation(series: Series) -> float:
@@ -94,9 +109,10 @@ def _last_evaluation(series: Series) -> float:
 def compare_table(run_dirs: Sequence[Path]) -> Table:
     """Several runs, pooled over seeds, and how each group differs from the first.
 
-    Numbers are mean ± standard deviation (n - 1) over seeds; start, peak and end as in
-    `summary_table`.  Differences are taken seed by seed and only over seeds that both groups have:
-    what the seed decides (prompts, first samples) cancels.
+    Numbers are mean ± standard deviation (n - 1) over seeds.  Start, peak and end of entropy are as
+    in `summary_table`, phases 1 and 2 are its means before and after clip.phase_split of the run.
+    Differences are taken seed by seed and only over seeds that both groups have: what the seed
+    decides (prompts, first samples) cancels.
 
     Raises:
         UserError: not a run directory, or a damaged one.
