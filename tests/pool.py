@@ -46,7 +46,22 @@ def _serve(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
             outbox.put((rank, None, function(*arguments)))
         except BaseException:
             outbox.put((rank, traceback.format_exc(), None))
+        _leave_groups()
     dist.destroy_process_group()
+
+
+def _leave_groups() -> None:
+    """End the groups that a task made.
+
+    megatron-core forgets its groups without destroying them, and each keeps gloo threads that poll:
+    after some forty tasks thousands of them would hold both cores.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 class Pool:
