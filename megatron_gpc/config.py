@@ -63,7 +63,8 @@ class ModelConfig:
     """The policy."""
 
     hf: Path
-    """Hugging Face checkpoint folder to start from (config.json, safetensors, tokenizer)."""
+    """Hugging Face checkpoint folder to start from (config.json, safetensors, tokenizer), or what
+    tools/convert_hf_to_megatron.py made of one."""
     build: Path | None = None
     """Python script that makes that folder where it is missing; called with the folder's path."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -42,19 +42,29 @@ def check_world(parallel: ParallelConfig, started: int) -> None:
         )
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether it is a converted checkpoint (weights/convert.py) and not a Hugging Face folder."""
+    return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
+
+
+def hf_folder(folder: Path) -> Path:
+    """Where a model's configuration and tokenizer lie: of a converted checkpoint in its `hf/`."""
+    return folder / "hf" if is_converted(folder) else folder
+
+
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face checkpoint.
+    """config.json of a Hugging Face checkpoint, or of a converted one.
 
     Raises:
         UserError: the folder or the file is missing or unreadable.
     """
-    file = folder / "config.json"
+    file = hf_folder(folder) / "config.json"
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"model.hf: {folder} is not a Hugging Face checkpoint (no config.json); "
-            "give the folder of one, or set model.build"
+            f"{folder} is not a Hugging Face checkpoint (no config.json) and not a converted one; "
+            "give the folder of one"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from None
@@ -99,7 +109,7 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
 
 def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:
     heads, layers = hf.get("num_attention_heads"), hf.get("num_hidden_layers")
-    experts = hf.get("num_experts") or 0
+    experts = hf.get("num_experts", hf.get("num_local_experts")) or 0  # transformers 4, 5
     if not isinstance(heads, int) or not isinstance(layers, int):
         raise UserError("model.hf: config.json lacks num_attention_heads or num_hidden_layers")
     groups = hf.get("num_key_value_heads") or heads

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
+from megatron_gpc.layout import hf_folder, is_converted
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.plots import plot_run
 from megatron_gpc.metrics.tables import print_table, summary_table
@@ -25,7 +27,7 @@ from megatron_gpc.rollout.launcher import EmbeddedServer
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rundir import lock
 from megatron_gpc.types import RolloutBatch, TrainState
-from megatron_gpc.weights import carry_over, write_single
+from megatron_gpc.weights import MegatronReader, carry_over, hf_tensors, write_single
 
 
 class Rank0:
@@ -35,6 +37,7 @@ class Rank0:
         self.config = config
         self.active = active
         self.sync_dir = config.run_dir / "sync"
+        self.hf = hf_folder(config.model.hf)
 
     def __enter__(self) -> Rank0:
         """Read prompts and start the rollout server, while the other ranks build their model.
@@ -50,7 +53,7 @@ class Rank0:
         config, self._stack = self.config, ExitStack()
         try:
             self._stack.enter_context(lock(config))
-            tokenizer = AutoTokenizer.from_pretrained(config.model.hf, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.hf, local_files_only=True)
 
             def tokenize(text: str) -> list[int]:
                 return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -64,7 +67,7 @@ class Rank0:
             if url is None:
                 server = self._stack.enter_context(
                     EmbeddedServer(
-                        config.model.hf,
+                        self._servable(),
                         config.run_dir / "logs" / "server.log",
                         start_timeout_s=config.rollout.server.start_timeout_s,
                     )
@@ -83,12 +86,21 @@ class Rank0:
         if self.active:
             self._stack.close()
 
+    def _servable(self) -> Path:
+        """A folder that a rollout server can start from; for a converted checkpoint it is made."""
+        if not is_converted(self.config.model.hf):
+            return self.hf
+        self.sync_dir.mkdir(exist_ok=True)
+        carry_over(self.hf, self.sync_dir)
+        write_single(self.sync_dir, hf_tensors(MegatronReader(self.config.model.hf), self.hf))
+        return self.sync_dir
+
     def begin(self, state: TrainState) -> None:
         """Continue prompts and metrics where `state` left off."""
         if self.active:
             self.source.cursor = state.prompt_cursor
             self.sync_dir.mkdir(exist_ok=True)
-            carry_over(self.config.model.hf, self.sync_dir)
+            carry_over(self.hf, self.sync_dir)
             self.metrics = self._stack.enter_context(MetricsWriter(self.config.run_dir, state.step))
             self.console = self._stack.enter_context(Console(self.config.train.steps, state.step))
 

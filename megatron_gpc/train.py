@@ -8,7 +8,7 @@ from megatron_gpc.algo.regions import region_masks
 from megatron_gpc.algo.schedules import make_schedule
 from megatron_gpc.batching import mini_batches
 from megatron_gpc.config import Config
-from megatron_gpc.layout import read_hf_config
+from megatron_gpc.layout import is_converted, read_hf_config
 from megatron_gpc.mcore import checkpoint
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
 from megatron_gpc.mcore.setup import device, from_main, is_main, process_groups
@@ -16,7 +16,7 @@ from megatron_gpc.mcore.weights import Exporter, load_hf
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.rank0 import Rank0
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
-from megatron_gpc.weights import family_of
+from megatron_gpc.weights import family_of, places_of
 
 
 def train(config: Config) -> None:
@@ -28,9 +28,7 @@ def train(config: Config) -> None:
         policy = Policy(config, family.model_fields(hf))
         state = _resume(config, policy)
         if state is None:
-            state = TrainState()
-            load_hf(policy.models, params, config.model.hf, family.copies(hf))
-            policy.weights_changed()
+            state = _start(config, policy)
         schedule = make_schedule(config.clip, config.train.steps)
         if state.controller:
             schedule.restore(state.controller)
@@ -42,6 +40,7 @@ def train(config: Config) -> None:
             rank0.hand_over(exporter.tensors(), version=state.step)
             clock.lap("seconds_sync")
             rank0.evaluate_if_due(state.step)
+            clock.lap("seconds_evaluation")
             batch, prompt_cursor = from_main(rank0.rollout(step=state.step + 1))
             clock.lap("seconds_rollout")
 
@@ -89,6 +88,20 @@ def _resume(config: Config, policy: Policy) -> TrainState | None:
     return checkpoint.load(found[-1], policy) if found else None
 
 
+def _start(config: Config, policy: Policy) -> TrainState:
+    """Take the weights of model.hf, a Hugging Face folder or a converted checkpoint."""
+    hf = read_hf_config(config.model.hf)
+    family = family_of(hf)
+    params = family.params(hf, config.parallel.tp)
+    if is_converted(config.model.hf):
+        found = places_of(params, family.model_fields(hf))
+        checkpoint.load_weights(config.model.hf, policy.models, found)
+    else:
+        load_hf(policy.models, params, config.model.hf, family.copies(hf))
+    policy.weights_changed()
+    return TrainState()
+
+
 def _checkpoint_due(config: Config, step: int) -> bool:
     every = config.checkpoint.every
     return step == config.train.steps or (every > 0 and step % every == 0)
@@ -124,7 +137,7 @@ class Clock:
     """Seconds of each part of a training step."""
 
     def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
+        self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
@@ -133,5 +146,6 @@ class Clock:
         self.last = now
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """The laps, and response tokens per second of the whole step."""
-        return {**self.laps, "tokens_per_second": tokens / (self.last - self.start)}
+        """The laps, and response tokens per second of the step, evaluation left out."""
+        seconds = sum(self.laps.values()) - self.laps["seconds_evaluation"]
+        return {**self.laps, "tokens_per_second": tokens / seconds}

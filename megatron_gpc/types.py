@@ -160,6 +160,11 @@ class TokenStats:
     sum_p2_T: torch.Tensor
     sum_p2_logp_T: torch.Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Asked by megatron-core's schedules of what a mixture of experts returns."""
+        return self.logp_T.device
+
 
 @dataclass
 class TrainState:

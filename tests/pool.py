@@ -6,6 +6,7 @@ traceback.  Deadlines everywhere: a rank that hangs fails the test and takes its
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -62,6 +63,8 @@ def _leave_groups() -> None:
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    del group
+    gc.collect()  # their threads end with the last reference
 
 
 class Pool:

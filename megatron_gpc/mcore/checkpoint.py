@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,20 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
+from megatron_gpc.mcore.model import PolicyModel
 from megatron_gpc.mcore.policy import Policy
 from megatron_gpc.types import TrainState
+from megatron_gpc.weights import MegatronReader, Place
 
 PREFIX = "step_"
+_UNREADABLE = (
+    *(OSError, RuntimeError, dist_checkpointing.core.CheckpointingException),
+    CheckpointException,  # a BaseException, in which torch wraps what any rank met
+)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -71,12 +79,12 @@ def load(folder: Path, policy: Policy) -> TrainState:
     """
     try:
         content = dist_checkpointing.load(_sharded_state(policy, loading=True), str(folder))
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+    except _UNREADABLE as error:
         raise UserError(
-            f"{folder}: cannot load this checkpoint: {error}; remove it to continue "
+            f"{folder}: cannot load this checkpoint: {_reason(error)}; remove it to continue "
             "from an older one"
         ) from error
-    for name, model in zip(_model_names(policy), policy.models, strict=True):
+    for name, model in zip(_names(policy.models), policy.models, strict=True):
         model.load_state_dict(content[name])
     policy.optimizer.load_state_dict(content["optimizer"])
     policy.scheduler.load_state_dict(content["scheduler"])
@@ -85,20 +93,57 @@ def load(folder: Path, policy: Policy) -> TrainState:
     return TrainState(**content["train_state"])
 
 
-def _model_names(policy: Policy) -> list[str]:
-    if len(policy.models) == 1:
-        return ["model"]
-    return [f"model{i}" for i in range(len(policy.models))]
+def load_weights(folder: Path, models: Sequence[PolicyModel], places: Sequence[Place]) -> None:
+    """Fill the policy from a converted or a saved checkpoint, at whatever layout; all ranks enter.
+
+    Args:
+        places: `weights.places_of` of the model, to which the checkpoint is held first.
+
+    Raises:
+        UserError: the checkpoint is damaged, or is not of that model.
+    """
+    MegatronReader(folder).check(places)
+    wanted = {
+        name: {  # transformer-engine's fp8 scales are not weights, and converted ones lack them
+            key: value
+            for key, value in model.sharded_state_dict(metadata=_metadata()).items()
+            if not key.endswith("_extra_state")
+        }
+        for name, model in zip(_names(models), models, strict=True)
+    }
+    try:
+        content = dist_checkpointing.load(wanted, str(folder))
+    except _UNREADABLE as error:
+        raise UserError(f"{folder}: cannot load this checkpoint: {_reason(error)}") from error
+    for name, model in zip(_names(models), models, strict=True):
+        wrong = model.load_state_dict(content[name], strict=False)
+        left = [key for key in wrong.missing_keys if not key.endswith("_extra_state")]
+        assert not left and not wrong.unexpected_keys, (left, wrong.unexpected_keys)
 
 
-def _sharded_state(policy: Policy, loading: bool) -> dict[str, Any]:
-    metadata = {
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the traceback that torch's exception is full of."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}"
+
+
+def _names(models: Sequence[PolicyModel]) -> list[str]:
+    return ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+
+
+def _metadata() -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+
+
+def _sharded_state(policy: Policy, loading: bool) -> dict[str, Any]:
+    metadata = _metadata()
     state: dict[str, Any] = {
         name: model.sharded_state_dict(metadata=metadata)
-        for name, model in zip(_model_names(policy), policy.models, strict=True)
+        for name, model in zip(_names(policy.models), policy.models, strict=True)
     }
     state["optimizer"] = policy.optimizer.sharded_state_dict(
         dict(state), is_loading=loading, metadata=metadata

@@ -10,6 +10,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_gpc.config import Config
 from megatron_gpc.kernels.vocab_parallel import token_stats
@@ -97,9 +99,7 @@ def build_model(config: Config, fields: ModelFields) -> list[PolicyModel]:
         chunks.append(
             PolicyModel(
                 core,
-                get_gpt_decoder_block_spec(
-                    core, use_transformer_engine=HAVE_TE, normalization="RMSNorm", vp_stage=vp_stage
-                ),
+                _layers(core, vp_stage),
                 padded_vocab_size(fields.vocab_size, config.parallel.tp),
                 fields.max_position_embeddings,
                 pre_process=parallel_state.is_pipeline_first_stage(
@@ -117,3 +117,19 @@ def build_model(config: Config, fields: ModelFields) -> list[PolicyModel]:
             )
         )
     return chunks
+
+
+def _layers(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """This stage's layers.
+
+    Checkpoints have transformer-engine's names, to which the local spec maps its own.  It does so
+    for the norm before a dense block also where experts follow, and there transformer-engine keeps
+    the norm apart: without that entry both write the same names.
+    """
+    block = get_gpt_decoder_block_spec(
+        core, use_transformer_engine=HAVE_TE, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    for layer in block.layer_specs:
+        if layer.submodules.mlp.module is MoELayer:
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return block

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.weights.folders import carry_over, new_folder
 from megatron_gpc.weights.table import Param
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,9 +30,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of the dtypes that weights may have."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_CARRIED = ("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt",
-            "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken",
-            "LICENSE*", "NOTICE*")
 _HEADER_BYTES = 2**18
 """Room for the JSON of a shard: about 2000 tensors; then the next one begins."""
 _SINGLE_HEADER_BYTES = 2**23
@@ -138,8 +135,7 @@ def write_hf(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, source: Pat
              dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write a checkpoint folder that `from_pretrained` and SGLang load as it is.
 
-    Everything is written to a hidden folder beside, which takes its name at the end: a reader never
-    sees half a checkpoint, and nothing is left behind when this is interrupted.
+    It appears whole or not at all (`folders.new_folder`).
 
     Args:
         folder: absent or empty.
@@ -152,20 +148,9 @@ def write_hf(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, source: Pat
         UserError: folder is not empty, source has no config.json, a dtype that is none of `DTYPES`,
             a name that comes twice, or the disk is full.
     """
-    folder, source = Path(folder), Path(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder; give another, or remove it first")
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        carry_over(source, partial, dtype)
+    with new_folder(Path(folder)) as partial:
+        carry_over(Path(source), partial, dtype)
         _write_shards(partial, tensors, dtype, max_shard_bytes)
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_single(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -191,28 +176,6 @@ def write_single(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     finally:
         with contextlib.suppress(OSError):  # after success there is nothing to remove
             partial.unlink()
-
-
-def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy what a checkpoint holds besides weights: configuration, tokenizer, template, licence.
-
-    Args:
-        dtype: what config.json is to say; None: as it is, byte for byte.
-
-    Raises:
-        UserError: source has no config.json.
-    """
-    if not (source / "config.json").is_file():
-        raise UserError(f"{source} has no config.json")
-    for pattern in _CARRIED:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-    if dtype is not None:
-        config = json.loads((folder / "config.json").read_text())
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class _Shard:
@@ -283,6 +246,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
             shard.add(name, tensor)
             shard_of[name] = count
             total_bytes += tensor.nbytes
+            del tensor  # before the next one is made
         if shard is None:
             raise UserError(f"{folder}: no tensors to write")
         _settle(shard)
@@ -302,14 +266,31 @@ def _settle(shard: _Shard) -> None:
     os.fsync(shard.file.fileno())
 
 
+def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in another dtype; the tensor itself where it has that already, or dtype is None.
+
+    Raises:
+        UserError: a finite number becomes infinite, as large ones do in float16.
+    """
+    if dtype is None or tensor.dtype is dtype:
+        return tensor
+    made = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not _finite(made) and _finite(tensor):
+        raise UserError(f"{name} has numbers as large as {tensor.abs().max().item():.3g}, which "
+                        f"{dtype} cannot represent; choose float32 or bfloat16")
+    return made
+
+
+def _finite(tensor: Tensor) -> bool:
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
 def _plain(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """On the CPU, contiguous, in a dtype that a checkpoint may have."""
-    tensor = tensor.detach()
-    if dtype is not None:
-        tensor = tensor.to(dtype)
     if tensor.dtype not in _DTYPE_NAMES:
         raise UserError(f"{name} is {tensor.dtype}; a checkpoint holds float32, bfloat16, float16")
-    return tensor.cpu().contiguous()
+    return cast(name, tensor.detach(), dtype).cpu().contiguous()
 
 
 def _read_index(index: Path) -> dict[str, str]:

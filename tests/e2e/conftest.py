@@ -21,7 +21,7 @@ def start(tmp_path_factory) -> Path:
         [sys.executable, ROOT / "examples" / "arithmetic" / "build.py", folder],
         check=True,
         env=environment,
-        timeout=280,
+        timeout=840,
     )
     return folder
 

@@ -13,6 +13,8 @@ import pytest
 from commands import CONFIG, ROOT, command_line, metrics
 from pool import free_port
 
+pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
+
 # What a step gives before its first update is exact to fp32 rounding; later updates see weights
 # that Adam has moved by rounding of near-zero gradients.
 EXACT = {"reward", "response_length", "eps_high_at_p0", "eps_low_at_p1", "weight_version", "step"}

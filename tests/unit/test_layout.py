@@ -6,7 +6,14 @@ import pytest
 from tiny import run_config
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.layout import check_layout, check_world, read_hf_config, world_size
+from megatron_gpc.layout import (
+    check_layout,
+    check_world,
+    hf_folder,
+    is_converted,
+    read_hf_config,
+    world_size,
+)
 
 MODEL = {
     "num_attention_heads": 4,
@@ -15,6 +22,7 @@ MODEL = {
     "intermediate_size": 64,
 }
 MOE = {**MODEL, "num_experts": 4, "moe_intermediate_size": 32}
+MOE5 = {**MODEL, "num_local_experts": 4, "moe_intermediate_size": 32}  # as transformers 5 writes it
 
 
 @pytest.mark.parametrize(
@@ -31,6 +39,7 @@ MOE = {**MODEL, "num_experts": 4, "moe_intermediate_size": 32}
         (["parallel.ep=2", "parallel.dp=2"], MODEL, "has no experts"),
         (["parallel.ep=2"], MOE, "parallel.ep=2 must divide"),
         (["parallel.ep=3", "parallel.dp=3"], MOE, "does not divide the model's 4 experts"),
+        (["parallel.ep=3", "parallel.dp=3"], MOE5, "does not divide the model's 4 experts"),
         (["parallel.tp=2"], MOE, "needs parallel.sequence_parallel=true"),
         (["train.mini_batches=17"], MODEL, "train.mini_batches=17 is more than the samples"),
     ],
@@ -64,6 +73,16 @@ def test_the_number_of_started_processes_must_fit(tmp_path):
     parallel = run_config(tmp_path, tmp_path, "parallel.tp=2", "parallel.dp=2").parallel
     with pytest.raises(UserError, match="leave parallel.dp out"):
         check_world(parallel, 8)
+
+
+def test_of_a_converted_checkpoint_the_configuration_inside_is_read(tmp_path):
+    (tmp_path / "metadata.json").write_text("{}")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "qwen2"}')
+    assert is_converted(tmp_path) and hf_folder(tmp_path) == tmp_path / "hf"
+    assert read_hf_config(tmp_path) == {"model_type": "qwen2"}
+    (tmp_path / "config.json").write_text("{}")  # a Hugging Face folder after all
+    assert not is_converted(tmp_path) and hf_folder(tmp_path) == tmp_path
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):

@@ -1,0 +1,69 @@
+"""The policy's logits over whole sequences, for comparing and not for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from megatron_gpc.config import Config
+from megatron_gpc.mcore.model import PolicyModel
+from megatron_gpc.mcore.setup import device
+
+
+@torch.no_grad()
+def sequence_logits(
+    config: Config, models: Sequence[PolicyModel], sequences: Sequence[Sequence[int]]
+) -> list[torch.Tensor] | None:
+    """Logits [S, V] of every position of every sequence, the vocabulary's padding cut off.
+
+    The model is run as training runs it, and what its output layer gives is looked at.  A
+    collective: every rank enters it.
+
+    Returns:
+        fp32 on the CPU, on one rank of those that hold the last pipeline stage; None on the others.
+    """
+    p, to = config.parallel, device()
+    multiple = p.tp if p.sequence_parallel else 1
+    length = -(-max(map(len, sequences)) // multiple) * multiple
+    tokens_BS = torch.zeros(len(sequences), length, dtype=torch.int64, device=to)
+    for b, sequence in enumerate(sequences):
+        tokens_BS[b, : len(sequence)] = torch.tensor(sequence)
+    rows_T = torch.cat([b * length + torch.arange(len(s)) for b, s in enumerate(sequences)]).to(to)
+    targets_T = torch.zeros_like(rows_T)
+
+    logits_TV: list[torch.Tensor] = []
+    last = models[-1].eval()
+    if last.post_process:
+        hook = last.output_layer.register_forward_hook(
+            lambda layer, given, result: logits_TV.append(
+                gather_from_tensor_model_parallel_region(result[0])[:, 0, : last.true_vocab_size]
+            )
+        )
+
+    def forward(iterator: Iterator[None], model: PolicyModel) -> tuple[Any, Any]:
+        return model(tokens_BS, rows_T, targets_T), lambda output, non_loss_data: None
+
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(()) for _ in models] if p.vpp else iter(()),
+        model=list(models) if p.vpp else models[0],
+        num_microbatches=p.pp if p.vpp else 1,  # the interleaved schedule wants so many
+        seq_length=length,
+        micro_batch_size=len(sequences),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    if last.post_process:
+        hook.remove()
+    if not (
+        last.post_process
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank() == 0
+    ):
+        return None
+    return [part.float().cpu() for part in logits_TV[0].split([len(s) for s in sequences])]

@@ -1,0 +1,76 @@
+"""Folders that appear whole or not at all, and what goes along with a checkpoint's weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from megatron_gpc.errors import UserError
+
+_CARRIED = (
+    *("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*"),
+)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder`, to be written to; it takes that name when the block ends.
+
+    A reader never sees half of it, and when the block is left by an error or an interrupt nothing
+    stays.  Only SIGKILL or a power cut can leave the hidden folder, which no tool reads.
+
+    Args:
+        folder: absent or empty.
+
+    Raises:
+        UserError: folder is not empty, or something cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder; give another, or remove it first")
+    final = folder.absolute()
+    partial = final.parent / f".{final.name}.partial-{os.getpid()}"
+    missing = [parent for parent in final.parents if not parent.exists()]
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        partial.rename(final)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # raised by the first that is not empty: all of them after success
+            for parent in missing:
+                parent.rmdir()
+
+
+def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy what a checkpoint holds besides weights: configuration, tokenizer, template, licence.
+
+    Args:
+        dtype: what config.json is to say; None, or where it does: as it is, byte for byte.
+
+    Raises:
+        UserError: source has no config.json.
+    """
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source} has no config.json")
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    if dtype is not None:
+        config = json.loads((folder / "config.json").read_text())
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        name = str(dtype).removeprefix("torch.")
+        if config.get(key) != name:
+            text = json.dumps({**config, key: name}, indent=2)
+            (folder / "config.json").write_text(text + "\n")

@@ -1,0 +1,40 @@
+"""The scripts of tools/, as functions and as processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_gpc.tool import run
+
+TOOLS = Path(__file__).parents[2] / "tools"
+CARRIED = {  # what a Hugging Face folder may hold besides weights and configuration
+    "tokenizer_config.json": '{"a": 1}',
+    "merges.txt": "x y",
+    "chat_template.jinja": "{{ messages }}",
+    "LICENSE": "Apache",
+}
+
+
+def call(name: str, *arguments: object) -> int:
+    """The exit code of tools/NAME.py, which runs inside this process."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return run(module.main)
+
+
+def start(name: str, *arguments: object) -> subprocess.Popen[str]:
+    """tools/NAME.py as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, TOOLS / f"{name}.py", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
