@@ -25,7 +25,9 @@ def pool() -> Iterator[Callable[[int], Pool]]:
     pools: dict[int, Pool] = {}
 
     def get(world: int) -> Pool:
-        if world not in pools or not pools[world].alive:
+        if world in pools and not pools[world].fresh:
+            pools.pop(world).close()
+        if world not in pools:
             pools[world] = Pool(world)
         return pools[world]
 

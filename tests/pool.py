@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 START_TIMEOUT_S = 120.0
+MAX_TASKS = 40
 
 
 def _serve(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
@@ -54,8 +55,7 @@ def _serve(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
 def _leave_groups() -> None:
     """End the groups that a task made.
 
-    megatron-core forgets its groups without destroying them, and each keeps gloo threads that poll:
-    after some forty tasks thousands of them would hold both cores.
+    megatron-core forgets its groups without destroying them, and each keeps gloo threads that poll.
     """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
@@ -72,6 +72,7 @@ class Pool:
 
     def __init__(self, world: int):
         self.world = world
+        self.tasks = 0
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         store = os.path.join(self.folder.name, "store")
@@ -93,6 +94,7 @@ class Pool:
         self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
     ) -> list[Any]:
         """function(*arguments) on every rank at once; the results in rank order."""
+        self.tasks += 1
         for inbox in self.inboxes:
             inbox.put((function, arguments))
         return self._collect(timeout_s)
@@ -119,8 +121,13 @@ class Pool:
         return [results[rank] for rank in range(self.world)]
 
     @property
-    def alive(self) -> bool:
-        return all(process.is_alive() for process in self.processes)
+    def fresh(self) -> bool:
+        """Whether to go on with these processes.
+
+        A model that was trained is never freed (DDP's hooks hold it through C++), nor are its
+        groups: some fifty polling threads a task.  Past MAX_TASKS new processes cost less.
+        """
+        return self.tasks < MAX_TASKS and all(process.is_alive() for process in self.processes)
 
     def close(self) -> None:
         for inbox in self.inboxes:

@@ -33,10 +33,6 @@ def policy_of(config: Config):
         load_hf(policy.models, params, config.model.hf, family.copies(hf))
         policy.weights_changed()
         yield policy, params
-        for chunk in policy.chunks:
-            # These hold hooks that hold the chunk, through C++ where no collector sees it: the model
-            # would stay, and with it the groups and their threads.
-            chunk.grad_accs.clear()
     finally:
         parallel_state.destroy_model_parallel()
 
