@@ -44,9 +44,7 @@ def run_ranks(
         0, or the exit code of the rank that failed first (1 where a signal ended it).
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(ranks):
         environment = {
@@ -75,6 +73,13 @@ def run_ranks(
         return _watch(processes, log_dir)
     finally:
         _end(processes)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def die_with_parent() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from megatron_gpc.algo.regions import region_masks
 from megatron_gpc.algo.schedules import make_schedule
@@ -16,7 +18,7 @@ from megatron_gpc.mcore.weights import Exporter, load_hf
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.rank0 import Rank0
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
-from megatron_gpc.weights import family_of, places_of
+from megatron_gpc.weights import Param, family_of, places_of
 
 
 def train(config: Config) -> None:
@@ -28,7 +30,7 @@ def train(config: Config) -> None:
         policy = Policy(config, family.model_fields(hf))
         state = _resume(config, policy)
         if state is None:
-            state = _start(config, policy)
+            state = _start(config, policy, hf, params)
         schedule = make_schedule(config.clip, config.train.steps)
         if state.controller:
             schedule.restore(state.controller)
@@ -88,11 +90,11 @@ def _resume(config: Config, policy: Policy) -> TrainState | None:
     return checkpoint.load(found[-1], policy) if found else None
 
 
-def _start(config: Config, policy: Policy) -> TrainState:
+def _start(
+    config: Config, policy: Policy, hf: dict[str, Any], params: Sequence[Param]
+) -> TrainState:
     """Take the weights of model.hf, a Hugging Face folder or a converted checkpoint."""
-    hf = read_hf_config(config.model.hf)
     family = family_of(hf)
-    params = family.params(hf, config.parallel.tp)
     if is_converted(config.model.hf):
         found = places_of(params, family.model_fields(hf))
         checkpoint.load_weights(config.model.hf, policy.models, found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing as mp
 import os
-import socket
+import queue
 import tempfile
 import time
 import traceback
@@ -106,7 +106,7 @@ class Pool:
         while len(results) + len(errors) < self.world:
             try:
                 rank, error, value = self.outbox.get(timeout=max(0.1, deadline - time.monotonic()))
-            except Exception as empty:
+            except queue.Empty as empty:
                 self.close()
                 raise TimeoutError(
                     f"{self.world - len(results)} of {self.world} ranks gave no answer within "
@@ -137,9 +137,3 @@ class Pool:
             if process.is_alive():
                 process.kill()
         self.folder.cleanup()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from commands import CONFIG, ROOT, command_line, metrics
-from pool import free_port
+
+from megatron_gpc.launch import free_port
 
 pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
 
