@@ -8,24 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_fixtures import *  # noqa: F403 - fixtures are found by name
 from tiny import tiny_qwen2
-from tiny_models import MODELS, Checkpoint, Checkpoints
+from tiny_models import Checkpoints
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tool_scripts import CARRIED
 from transformers import PreTrainedTokenizerFast
 
 from megatron_gpc.weights import family_of, hf_to_megatron, write_hf
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(params=MODELS)
-def checkpoint(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> Checkpoint:
-    """Each model in turn."""
-    return checkpoints[request.param]
 
 
 @pytest.fixture
@@ -34,15 +24,6 @@ def single(checkpoints: Checkpoints, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(checkpoints["qwen2-tied"].folder, tmp_path / "single"))
     for name, text in CARRIED.items():
         (folder / name).write_text(text)
-    return folder
-
-
-@pytest.fixture
-def sharded(checkpoints: Checkpoints, tmp_path: Path) -> Path:
-    """qwen2-untied in four files and an index, free to damage."""
-    folder = tmp_path / "sharded"
-    source = checkpoints["qwen2-untied"]
-    write_hf(folder, source.tensors().items(), source=source.folder, max_shard_bytes=30_000)
     return folder
 
 

@@ -6,29 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_models import MODELS, Checkpoint, Checkpoints
-
-from megatron_gpc.weights import write_hf
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(params=MODELS)
-def checkpoint(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> Checkpoint:
-    """Each model in turn."""
-    return checkpoints[request.param]
-
-
-@pytest.fixture
-def sharded(checkpoints: Checkpoints, tmp_path: Path) -> Path:
-    """qwen2-untied in four files and an index, free to damage."""
-    folder = tmp_path / "sharded"
-    source = checkpoints["qwen2-untied"]
-    write_hf(folder, source.tensors().items(), source=source.folder, max_shard_bytes=30_000)
-    return folder
+from checkpoint_fixtures import *  # noqa: F403 - fixtures are found by name
+from tiny_models import Checkpoints
 
 
 @pytest.fixture
