@@ -96,13 +96,13 @@ def start_update_save(
         hf_config = read_hf_config(config.model.hf)
         family = family_of(hf_config)
         policy = Policy(config, family.model_fields(hf_config))
-        state = _start(config, policy)
+        params = family.params(hf_config, config.parallel.tp)
+        state = _start(config, policy, hf_config, params)
         policy.score(batch)
         samples = list(range(batch.num_samples))
         sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
         policy.update(batch, samples, batch.rollout_logp_T, bounds, sums)
         folder = save(config, policy, TrainState(state.step + 1))
-        params = family.params(hf_config, config.parallel.tp)
         return folder, dict(Exporter(policy.models, params).tensors())
 
 
