@@ -1,6 +1,6 @@
 """Log-prob + entropy at Qwen's vocabulary: the chunked kernel against full logits, in one run.
 
-    python tools/bench/token_stats.py [--tokens 256 1024] [--vocab 151936] [--chunk 32]
+    python tools/bench/token_stats.py [--tokens 256 1024] [--vocab 151936] [--chunk 64]
 
 Each way runs in a process of its own, forward and backward with a gradient through both log-prob
 and entropy, on the same bf16 logits.  Peak memory is what it took beside the logits and their
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--chunk", type=int, default=32, help="tokens of a chunk")
+    parser.add_argument("--chunk", type=int, default=64, help="tokens of a chunk")
     parser.add_argument("--way", choices=["full", "chunked"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
