@@ -30,6 +30,7 @@ setup(
         "tenacity==9.2.1",  # its retries
         "fastapi==0.165.0",  # the embedded rollout server
         "uvicorn==0.54.0",  # which serves it
+        "pyarrow==26.0.1",  # saved samples, as Parquet
         "rich==15.0.0",  # progress and tables
         "matplotlib==3.11.2",  # plots
         "tensorboard==2.21.0",  # events for TensorBoard

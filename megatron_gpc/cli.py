@@ -1,4 +1,4 @@
-"""The command line: `megatron-gpc train CONFIG [key=value ...]` and `megatron-gpc plot RUN ...`."""
+"""The command line: `megatron-gpc train CONFIG [key=value ...]`, `plot RUN ...`, `samples RUN`."""
 
 from __future__ import annotations
 
@@ -66,6 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     plot.add_argument("--out", type=Path, help="picture to write")
     plot.set_defaults(run=_plot)
+
+    samples = commands.add_parser(
+        "samples",
+        help="look at what was sampled",
+        description="Show saved samples of a training step (rollout.save_samples=true).",
+    )
+    samples.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    samples.add_argument("--step", type=int, help="training step (default: the last saved)")
+    samples.add_argument("--prompt", type=int, help="only this prompt, by its line in the file")
+    samples.add_argument("--limit", type=int, default=40, help="samples shown at most (40)")
+    samples.set_defaults(run=_samples)
     return parser
 
 
@@ -136,4 +147,24 @@ def _plot(arguments: argparse.Namespace) -> int:
     else:
         print(plot_runs(arguments.runs, arguments.out or Path("comparison.png")))
         print_table(compare_table(arguments.runs))
+    return 0
+
+
+def _samples(arguments: argparse.Namespace) -> int:
+    from megatron_gpc.metrics.tables import print_table, samples_table
+    from megatron_gpc.rollout.samples import read_samples, saved_steps
+
+    step = arguments.step
+    if step is None:
+        step = max(saved_steps(arguments.run_dir), default=1)
+    samples, advantages = read_samples(arguments.run_dir, step)
+    rows = [
+        (sample, advantage)
+        for sample, advantage in zip(samples, advantages, strict=True)
+        if arguments.prompt in (None, sample.prompt.index)
+    ]
+    if not rows:
+        there = sorted({sample.prompt.index for sample in samples})
+        raise UserError(f"--prompt {arguments.prompt}: not in step {step}; there are {there}")
+    print_table(samples_table(step, rows[: arguments.limit], len(rows)))
     return 0

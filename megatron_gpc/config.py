@@ -111,6 +111,12 @@ class RolloutConfig:
     """Responses are cut at this length."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; log-probs, ratios and entropies are those of this distribution."""
+    save_samples: bool = False
+    """Keep every step's samples as run_dir/samples/step_NNNNNN.parquet: to be looked at
+    (`megatron-gpc samples`) and to be trained on again (rollout.replay)."""
+    replay: Path | None = None
+    """Folder of a run whose saved samples are trained on, step by step, instead of new ones; no
+    server is needed then, and nothing is evaluated."""
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
 

@@ -41,7 +41,7 @@ class Sample:
     """One response to one prompt, as the rollout server returned it, then judged.
 
     >>> Sample(prompt, sample_index=0, token_ids=(49, 43, 36), logprobs=(-0.5, -1.2, -0.1),
-    ...        text="1+$", finish_reason="stop", weight_version="3", reward=0.0)
+    ...        text="1+$", finish_reason="stop", weight_versions=(("3", 0, 3),), reward=0.0)
     """
 
     prompt: Prompt
@@ -54,8 +54,9 @@ class Sample:
     text: str
     finish_reason: str
     """`stop` (the policy ended the answer), `length` (cut at the limit) or `abort`."""
-    weight_version: str
-    """Which weights made the response: the trainer's weight version as a string."""
+    weight_versions: tuple[tuple[str, int, int], ...]
+    """(version, start, end): the weights that made tokens start <= i < end, in order.  A version is
+    the trainer's count of finished steps, as a string."""
     reward: float = 0.0
 
     def judged(self, reward: float) -> Sample:

@@ -71,7 +71,8 @@ def random_batch(prompts: int = 4, group: int = 4, seed: int = 0) -> RolloutBatc
             response = tokens(1, 8)
             logprobs = tuple((-3.0 - torch.rand(len(response), generator=draw)).tolist())
             reward = float(torch.randint(0, 2, (), generator=draw))
-            samples.append(Sample(prompt, i, response, logprobs, "", "stop", "0", reward))
+            spans = (("0", 0, len(response)),)
+            samples.append(Sample(prompt, i, response, logprobs, "", "stop", spans, reward))
     rewards_N = torch.tensor([s.reward for s in samples])
     return pack(
         samples, group, group_advantages(rewards_N, torch.arange(len(samples)) // group, "std")

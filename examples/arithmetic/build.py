@@ -16,7 +16,7 @@ for N < 200): where short answers were taught too, the policy soon wrote nothing
 are easier, and entropy fell for that reason and no other.
 
 With --peaked the warm-up is in two stages, as language models are trained: a broad one (uniform
-digits), then a short one on strongly skewed answers.  The policy is then right some 90 % of the
+digits), then a short one on strongly skewed answers.  The policy is then right some 80 % of the
 time and has clear favourites, but is about as good at the answers that it rarely gives: entropy
 that falls from there does not fall because the favourites are easier.
 """

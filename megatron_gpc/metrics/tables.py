@@ -1,4 +1,4 @@
-"""Tables of finished runs: the summary of one, the comparison of several."""
+"""Tables of runs: the summary of one, the comparison of several, the samples of a step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_gpc.metrics.runs import PLOT_NAME, Group, Run, Series, group_runs, load_run
+from megatron_gpc.types import Sample
 
 
 def summary_table(run_dir: Path) -> Table:
@@ -146,6 +147,37 @@ def _paired_differences(first: Group, other: Group) -> tuple[list[int], list[lis
         [number(of_other[seed]) - number(of_first[seed]) for seed in seeds]
         for number in _COMPARED.values()
     ]
+
+
+def samples_table(step: int, rows: Sequence[tuple[Sample, float]], of: int) -> Table:
+    """Saved samples with their advantages, as they were trained on.
+
+    Args:
+        rows: (sample, advantage), those to show.
+        of: how many there were to choose from.
+    """
+    shown = f"{len(rows)} of {of} samples" if len(rows) < of else f"{of} samples"
+    table = _table(f"step {step}: {shown}")
+    table.add_column("prompt", overflow="fold")
+    table.add_column("#", justify="right")
+    table.add_column("response", overflow="fold")
+    for heading in ("tokens", "reward", "advantage", "mean log-prob"):
+        table.add_column(heading, justify="right")
+    table.add_column("weights")
+    table.add_column("ended by")
+    for sample, advantage in rows:
+        table.add_row(
+            f"{sample.prompt.index} {escape(repr(sample.prompt.text))}",
+            str(sample.sample_index),
+            escape(repr(sample.text)),
+            str(len(sample.token_ids)),
+            _text(sample.reward),
+            _text(advantage),
+            _text(float(np.mean(sample.logprobs))),
+            " ".join(dict.fromkeys(version for version, _, _ in sample.weight_versions)),
+            sample.finish_reason,
+        )
+    return table
 
 
 def print_table(table: Table) -> None:

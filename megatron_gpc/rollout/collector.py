@@ -121,7 +121,7 @@ class Collector:
             tuple(generation.logprobs),
             self.decode(generation.token_ids),
             generation.finish_reason,
-            generation.weight_version,
+            generation.weight_versions,
         )
         return sample.judged(self.verifier(sample.text, prompt.label))
 

@@ -102,13 +102,32 @@ def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
         time.sleep(0.1)
 
     assert command_line(*arguments(killed, *schedule)).returncode == 0
+    for one, other in zip(metrics(undisturbed), metrics(killed), strict=True):
+        assert untimed(one) == untimed(other)
+
+
+def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(arguments, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    steps = "train.steps=2"
+    done = command_line(*arguments(first, steps, "rollout.save_samples=true"))
+    assert done.returncode == 0, done.stderr
+    done = command_line(*arguments(again, steps, f"rollout.replay={first}", "eval.every=1"))
+    assert done.returncode == 0, done.stderr
+    for one, other in zip(metrics(first), metrics(again), strict=True):
+        assert untimed(one) == untimed(other)
+    assert not (again / "logs" / "server.log").exists()
+    shown = command_line("samples", str(first), "--step", "2", "--limit", "3")
+    assert shown.returncode == 0 and "step 2: 3 of 64 samples" in shown.stdout
+    refused = command_line(*arguments(again, "train.steps=3", f"rollout.replay={first}"))
+    assert refused.returncode == 2 and "no samples of step 3" in refused.stderr
+
+
+def untimed(step: dict) -> dict:
+    """A step's metrics without what the clock says."""
     timed = {"tokens_per_second"} | {
         f"seconds_{part}" for part in ("rollout", "train", "sync", "evaluation")
     }
-    for one, other in zip(metrics(undisturbed), metrics(killed), strict=True):
-        assert {k: v for k, v in one.items() if k not in timed} == {
-            k: v for k, v in other.items() if k not in timed
-        }
+    return {name: value for name, value in step.items() if name not in timed}
 
 
 def _pids_using(run_dir) -> list[int]:
