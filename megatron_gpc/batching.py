@@ -14,7 +14,7 @@ import torch
 from megatron_gpc.types import MicroBatch, RolloutBatch, Sample
 
 
-def pack(samples: list[Sample], group_size: int, advantages_N: torch.Tensor) -> RolloutBatch:
+def pack(samples: list[Sample], advantages_N: torch.Tensor) -> RolloutBatch:
     """Samples, ordered prompt by prompt, as one packed batch."""
     prompt_lengths_N = torch.tensor([len(s.prompt.token_ids) for s in samples])
     response_lengths_N = torch.tensor([len(s.token_ids) for s in samples])
@@ -27,7 +27,6 @@ def pack(samples: list[Sample], group_size: int, advantages_N: torch.Tensor) -> 
         rollout_logp_T=torch.tensor([p for s in samples for p in s.logprobs], dtype=torch.float32),
         rewards_N=torch.tensor([s.reward for s in samples], dtype=torch.float32),
         advantages_N=advantages_N,
-        group_N=torch.arange(len(samples)) // group_size,
     )
 
 

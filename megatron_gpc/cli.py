@@ -157,14 +157,14 @@ def _samples(arguments: argparse.Namespace) -> int:
     step = arguments.step
     if step is None:
         step = max(saved_steps(arguments.run_dir), default=1)
-    samples, advantages = read_samples(arguments.run_dir, step)
+    saved = read_samples(arguments.run_dir, step)
     rows = [
         (sample, advantage)
-        for sample, advantage in zip(samples, advantages, strict=True)
+        for sample, advantage in zip(saved.samples, saved.advantages, strict=True)
         if arguments.prompt in (None, sample.prompt.index)
     ]
     if not rows:
-        there = sorted({sample.prompt.index for sample in samples})
+        there = sorted({sample.prompt.index for sample in saved.samples})
         raise UserError(f"--prompt {arguments.prompt}: not in step {step}; there are {there}")
     print_table(samples_table(step, rows[: arguments.limit], len(rows)))
     return 0

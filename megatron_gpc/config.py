@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+import urllib.parse
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_gpc.errors import UserError
@@ -23,6 +24,16 @@ NonNegativeInt = typing.Annotated[int, Field(ge=0)]
 PositiveFloat = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = typing.Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _http_url(value: str) -> str:
+    parts = urllib.parse.urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected an address such as http://127.0.0.1:30000")
+    return value.rstrip("/")
+
+
+Url = typing.Annotated[str, AfterValidator(_http_url)]
 
 T = typing.TypeVar("T")
 
@@ -83,20 +94,60 @@ class DataConfig:
 
 @_section
 class ServerConfig:
-    """Where rollouts come from: a server with SGLang's HTTP interface."""
+    """Where rollouts come from: engines, servers with SGLang's HTTP interface."""
 
-    url: str | None = None
-    """Address of a running server.  Left out, the project's embedded server is started."""
+    kind: Literal["embedded", "sglang"] = "embedded"
+    """What is started on this machine where neither urls nor urls_file names running servers: the
+    project's own server, or SGLang (see the section `sglang`)."""
+    engines: PositiveInt = 1
+    """How many are started."""
+    urls: tuple[Url, ...] = ()
+    """Addresses of running servers, such as [http://10.0.0.7:30000]."""
+    urls_file: Path | None = None
+    """File with one such address a line, written by whoever starts the servers; waited for."""
+    router: bool = False
+    """Put sglang-router in front of the engines; weights and pauses go to the engines directly."""
+    api_key_file: Path | None = None
+    """File with the key that the servers ask for."""
     start_timeout_s: PositiveFloat = 180.0
     """How long a server may take to become healthy [s]."""
     request_timeout_s: PositiveFloat = 300.0
     """How long one HTTP request may take [s]."""
+    sync_timeout_s: PositiveFloat = 300.0
+    """How long one part of a weight update may take [s]."""
     retries: NonNegativeInt = 4
-    """How often a failed request is sent again, with growing pauses."""
+    """How often a failed request is sent again, to another engine where there is one."""
     max_in_flight: PositiveInt = 256
-    """Samples that are asked for at the same time."""
-    sync: Literal["disk", "tensor"] = "disk"
-    """How new weights reach the server: safetensors in a shared folder, or inside the request."""
+    """Samples that an engine is asked for at the same time."""
+    max_restarts: NonNegativeInt = 20
+    """How often engines that died are started again, over a run."""
+    sync: Literal["disk", "tensor", "distributed"] = "disk"
+    """How new weights reach the engines: safetensors in a shared folder; inside requests, a bucket
+    at a time; or by broadcast in a process group of trainer and engines (NCCL, or gloo on CPUs)."""
+    bucket_mb: PositiveInt = 256
+    """Most that is gathered and sent at once with `tensor` and `distributed` [MiB]."""
+    probe_tokens: NonNegativeInt = 8
+    """Tokens that every engine samples after an update, to be held against the trainer's log-probs;
+    0: none."""
+    probe_tolerance: PositiveFloat = 0.05
+    """Largest difference of a log-prob in that comparison [nats]; bf16 needs the default, fp32
+    agrees within 1e-4."""
+
+
+@_section
+class SGLangConfig:
+    """How SGLang is started, for rollout.server.kind=sglang.
+
+    It has an environment and pins of its own: trainer and SGLang meet over HTTP only.
+    """
+
+    python: Path | None = None
+    """Interpreter of the environment that SGLang is installed in; left out, this one's."""
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of the installed SGLang by name: {tp_size: 2, disable_overlap_schedule: true} is
+    --tp-size 2 --disable-overlap-schedule."""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Environment variables of the server."""
 
 
 @_section
@@ -111,6 +162,27 @@ class RolloutConfig:
     """Responses are cut at this length."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; log-probs, ratios and entropies are those of this distribution."""
+    filter: Literal["none", "mixed"] = "none"
+    """`mixed`: groups that are all right or all wrong give no gradient; they are dropped and the
+    next prompts asked for instead (dynamic sampling, DAPO)."""
+    refill_limit: typing.Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+    """With filter=mixed at most so many times prompts_per_step are asked for; what is then missing
+    is filled with uniform groups."""
+    oversample: typing.Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Ask for so many times prompts_per_step, train on the groups that end first, abort the rest;
+    their prompts come back in the next step."""
+    partial: bool = False
+    """Aborted samples go on in the next step, under the next weights, instead of starting anew."""
+    overlap: bool = False
+    """Sample for the next step while this one trains: samples are one weight version older."""
+    max_staleness: NonNegativeInt = 1
+    """Weight versions that a sample's oldest token may lie behind; older ones are made anew."""
+    overlong: Literal["keep", "drop", "penalty"] = "keep"
+    """Responses cut at max_response_tokens: `keep` trains on them as they were judged, `drop` does
+    not train on them (they still count in their group's baseline), `penalty` takes up to 1 from the
+    reward over the last overlong_buffer tokens (DAPO, eq. 13)."""
+    overlong_buffer: PositiveInt = 64
+    """Tokens over which `penalty` grows from 0 to 1."""
     save_samples: bool = False
     """Keep every step's samples as run_dir/samples/step_NNNNNN.parquet: to be looked at
     (`megatron-gpc samples`) and to be trained on again (rollout.replay)."""
@@ -138,6 +210,14 @@ class TrainConfig:
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
     """Denominator of the importance ratio: recomputed by the trainer before the first update, or
     as the server returned it."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Importance weight for samples that other numbers or older weights made, w = exp(old log-prob
+    - rollout's log-prob): `truncate` takes min(w, correction_cap), `mask` w where it lies within
+    [1 / correction_cap, correction_cap] and 0 elsewhere."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """w of each token, or the product over a response, the same for all of its tokens."""
+    correction_cap: typing.Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    """Where weights are truncated or masked."""
     entropy_coef: FiniteFloat = 0.0
     """Weight of an entropy bonus in the objective; 0 keeps no state for its gradient."""
     logit_chunk_tokens: PositiveInt = 1024
@@ -242,6 +322,7 @@ class Config:
     """How long a rank waits for the others before the run ends with an error [s]."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    sglang: SGLangConfig = dataclasses.field(default_factory=SGLangConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)

@@ -103,6 +103,13 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
             f"train.mini_batches={config.train.mini_batches} is more than the samples of a step, "
             f"rollout.prompts_per_step * group_size = {samples}"
         )
+    r = config.rollout
+    if r.max_staleness == 0 and (r.overlap or r.partial):
+        name = "overlap" if r.overlap else "partial"
+        raise UserError(
+            f"rollout.{name}=true makes samples of older weights, and rollout.max_staleness=0 "
+            "forbids them; set rollout.max_staleness to 1 or more"
+        )
     if hf is not None:
         _check_model(p, hf)
 

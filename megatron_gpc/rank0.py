@@ -6,7 +6,7 @@ ranks and no collective hides behind an `if`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import torch
 
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
-from megatron_gpc.config import Config, RolloutConfig
-from megatron_gpc.errors import UserError
+from megatron_gpc.config import Config
 from megatron_gpc.layout import hf_folder, is_converted
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.plots import plot_run
@@ -24,11 +23,13 @@ from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector, distinct_right
-from megatron_gpc.rollout.launcher import EmbeddedServer
+from megatron_gpc.rollout.engines import Engines
+from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
-from megatron_gpc.rollout.samples import read_samples, write_samples
+from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
+from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
-from megatron_gpc.types import RolloutBatch, Sample, TrainState
+from megatron_gpc.types import RolloutBatch, TokenStats, TrainState
 from megatron_gpc.weights import MegatronReader, carry_over, hf_tensors, write_single
 
 
@@ -42,11 +43,10 @@ class Rank0:
         self.hf = hf_folder(config.model.hf)
 
     def __enter__(self) -> Rank0:
-        """Read prompts and start the rollout server, while the other ranks build their model.
+        """Read prompts and start the engines, while the other ranks build their model.
 
         Raises:
             UserError: prompts, tokenizer or verifier cannot be used.
-            RuntimeError: the server did not start.
         """
         if not self.active:
             return self
@@ -55,17 +55,28 @@ class Rank0:
         config, self._stack = self.config, ExitStack()
         try:
             self._stack.enter_context(lock(config))
+            if config.rollout.replay:
+                return self
+            engines = Engines(
+                config.rollout.server, config.sglang, self._servable(), config.run_dir / "logs"
+            )
+            self.engines = self._stack.enter_context(engines)
             tokenizer = AutoTokenizer.from_pretrained(self.hf, local_files_only=True)
 
             def tokenize(text: str) -> list[int]:
                 return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-            self.source = PromptSource(read_prompts(config.data.prompts, tokenize), config.seed)
             self.held_out = (
                 read_prompts(config.eval.prompts, tokenize) if config.eval.prompts else []
             )
-            if config.rollout.replay is None:
-                self._start_rollouts(tokenizer)
+            self.collector = Collector(
+                config,
+                self.engines,
+                PromptSource(read_prompts(config.data.prompts, tokenize), config.seed),
+                verifier(config.data.verifier),
+                tokenizer.decode,
+                [tokenizer.eos_token_id],
+            )
         except BaseException:
             self._stack.close()
             raise
@@ -75,24 +86,8 @@ class Rank0:
         if self.active:
             self._stack.close()
 
-    def _start_rollouts(self, tokenizer: Any) -> None:
-        judge = verifier(self.config.data.verifier)
-        server = self.config.rollout.server
-        url = server.url
-        if url is None:
-            embedded = EmbeddedServer(
-                self._servable(),
-                self.config.run_dir / "logs" / "server.log",
-                start_timeout_s=server.start_timeout_s,
-            )
-            url = self._stack.enter_context(embedded).url
-        self.collector = Collector(
-            self.config, url, judge, tokenizer.decode, [tokenizer.eos_token_id]
-        )
-        self._stack.callback(self.collector.close)
-
     def _servable(self) -> Path:
-        """A folder that a rollout server can start from; for a converted checkpoint it is made."""
+        """A folder that an engine can start from; for a converted checkpoint it is made."""
         if not is_converted(self.config.model.hf):
             return self.hf
         self.sync_dir.mkdir(exist_ok=True)
@@ -101,56 +96,123 @@ class Rank0:
         return self.sync_dir
 
     def begin(self, state: TrainState) -> None:
-        """Continue prompts and metrics where `state` left off."""
-        if self.active:
-            self.source.cursor = state.prompt_cursor
-            self.sync_dir.mkdir(exist_ok=True)
-            carry_over(self.hf, self.sync_dir)
-            self.metrics = self._stack.enter_context(MetricsWriter(self.config.run_dir, state.step))
-            self.console = self._stack.enter_context(Console(self.config.train.steps, state.step))
+        """Continue prompts and metrics where `state` left off; wait for the engines.
+
+        Raises:
+            ServerError, RolloutError: an engine did not start or does not answer.
+        """
+        if not self.active:
+            return
+        self.metrics = self._stack.enter_context(MetricsWriter(self.config.run_dir, state.step))
+        self.console = self._stack.enter_context(Console(self.config.train.steps, state.step))
+        if self.config.rollout.replay:
+            return
+        self.engines.await_started()
+        self.sync_dir.mkdir(exist_ok=True)
+        carry_over(self.hf, self.sync_dir)
+        self.sync = make_sync(self.config.rollout.server, self.engines, self.sync_dir)
+        self._stack.callback(self.sync.close)
+        self._pending = Pending(self.engines, self.collector)
+        if state.sampling:
+            self._pending.restore(state.sampling)
+
+    # ---- weights ----
 
     def hand_over(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Give the rollout server the policy's weights; every rank enters (they are gathered)."""
+        """Give the engines the policy's weights; every rank enters (they are gathered)."""
         if self.config.rollout.replay:
             return
         if not self.active:
             for _ in tensors:
                 pass
             return
-        if self.config.rollout.server.sync == "disk":
-            write_single(self.sync_dir, tensors)
-            self.collector.hand_over(self.sync_dir, None, version)
-        else:
-            self.collector.hand_over(self.sync_dir, dict(tensors), version)
+        self.engines.await_alive()
+        self.sync.push(tensors, str(version))
 
-    def rollout(self, step: int) -> tuple[RolloutBatch, int] | None:
-        """Sample, judge and pack the prompts of a training step; and the prompt cursor after it."""
+    def probe(self) -> tuple[RolloutBatch | None, bool]:
+        """A few tokens of every engine that has the weights, and whether one has.
+
+        The first is None where no engine has, or where none is to be asked (probe_tokens=0).
+        """
+        if not self.active or not self.engines.ready():
+            return None, False
+        if self.config.rollout.server.probe_tokens == 0:
+            return None, True
+        samples = self.engines.run(self.collector.probe())
+        return (pack(samples, torch.zeros(len(samples))) if samples else None), False
+
+    def convinced(self, probe: RolloutBatch, scored: TokenStats) -> bool:
+        """Whether engines answer as the trainer would; one that does not is taken out."""
+        if not self.active:
+            return False
+        gaps = (scored.logp_T - probe.rollout_logp_T).abs()
+        return self.engines.check_probe(
+            [float(gaps[probe.response_slice(n)].max()) for n in range(probe.num_samples)]
+        )
+
+    def give_up(self, version: int) -> None:
+        """End the run: engines have not taken the weights.
+
+        Raises:
+            ServerUnavailable: says what was wrong with each.
+        """
+        if self.active:
+            raise self.engines.lost(f"weights {version} could not be handed over")
+
+    # ---- samples ----
+
+    def start_rollout(self, step: int) -> None:
+        """Begin to sample for a training step; `rollout` waits for it."""
+        if self.active and not self.config.rollout.replay and step <= self.config.train.steps:
+            self._pending.start(step)
+
+    def rollout(self, step: int) -> tuple[RolloutBatch, dict[str, float]] | None:
+        """Sample, judge and pack the prompts of a training step, and what is to be said of them.
+
+        None on other ranks, and where the engines need the weights first.
+        """
         if not self.active:
             return None
-        rollout, cursor = self.config.rollout, self.source.cursor
-        if rollout.replay:
-            samples, _ = read_samples(rollout.replay, step)
-            _check_groups(samples, rollout)
+        config = self.config.rollout
+        if config.replay:
+            saved = read_samples(config.replay, step)
+            check_groups(saved, config)
+            samples, positions, metrics = saved.samples, saved.positions, {}
         else:
-            prompts = self.source.take(rollout.prompts_per_step)
-            samples = self.collector.sample(prompts, rollout.group_size, f"step {step}")
-            cursor = self.source.cursor
-            _check_versions(samples, step)
+            found = self._pending.result(step)
+            if found is None:
+                return None
+            samples, positions, metrics = found.samples, found.positions, found.metrics
         rewards_N = torch.tensor([s.reward for s in samples])
-        group_N = torch.arange(len(samples)) // rollout.group_size
+        group_N = torch.arange(len(samples)) // config.group_size
         advantages_N = group_advantages(rewards_N, group_N, self.config.train.advantage)
-        if rollout.save_samples:
-            write_samples(self.config.run_dir, step, samples, advantages_N.tolist())
-        return pack(samples, rollout.group_size, advantages_N), cursor
+        metrics = {
+            "reward": float(rewards_N.double().mean()),
+            "weight_version": max(int(v) for s in samples for v, _, _ in s.weight_versions),
+            **metrics,
+        }
+        if config.save_samples:
+            saved = SavedStep(samples, positions, advantages_N.tolist())
+            write_samples(self.config.run_dir, step, saved)
+        if config.overlong == "drop":
+            kept = [n for n, s in enumerate(samples) if s.finish_reason != "length"]
+            samples, advantages_N = [samples[n] for n in kept], advantages_N[kept]
+        return pack(samples, advantages_N), metrics
+
+    def sampling_state(self) -> dict[str, Any]:
+        """What the next steps' samples depend on; waits for a rollout that is under way."""
+        if not self.active or self.config.rollout.replay:
+            return {}
+        return self._pending.state()
 
     def evaluate_if_due(self, step: int) -> None:
         """Sample held-out prompts before the first, after the last, and every eval.every steps."""
         every = self.config.eval.every
         due = step in (0, self.config.train.steps) or (every > 0 and step % every == 0)
-        if not (self.active and self.held_out and due) or self.config.rollout.replay:
+        if not (self.active and due) or self.config.rollout.replay or not self.held_out:
             return
         count = self.config.eval.samples
-        samples = self.collector.sample(self.held_out, count, "eval")
+        samples = self.engines.run(self.collector.sample(self.held_out, count, "eval"))
         self.metrics.write_evaluation(
             step,
             {
@@ -171,29 +233,3 @@ class Rank0:
             self.console.close()
             plot_run(self.config.run_dir)
             print_table(summary_table(self.config.run_dir))
-
-
-def _check_versions(samples: Sequence[Sample], step: int) -> None:
-    found = {version for sample in samples for version, _, _ in sample.weight_versions}
-    stale = found - {str(step - 1)}
-    if stale:
-        raise RuntimeError(
-            f"step {step}: samples made by weights {sorted(stale)}, expected only "
-            f"{step - 1}; does someone else use this rollout server?"
-        )
-
-
-def _check_groups(samples: Sequence[Sample], rollout: RolloutConfig) -> None:
-    """Hold replayed samples to the configured groups.
-
-    Raises:
-        UserError: they were saved by a run with other groups.
-    """
-    wanted = rollout.prompts_per_step, rollout.group_size
-    indices = [sample.sample_index for sample in samples]
-    if indices != list(range(wanted[1])) * wanted[0]:
-        raise UserError(
-            f"rollout.replay: {rollout.replay}: its {len(samples)} samples are not "
-            f"prompts_per_step = {wanted[0]} groups of group_size = {wanted[1]}; give both the "
-            "values of that run"
-        )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from megatron_gpc.algo.correction import correction_weights
 from megatron_gpc.algo.regions import region_masks
 from megatron_gpc.algo.schedules import make_schedule
 from megatron_gpc.batching import mini_batches
@@ -19,6 +23,9 @@ from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.rank0 import Rank0
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
 from megatron_gpc.weights import Param, family_of, places_of
+
+HAND_OVERS = 3
+"""How often weights are handed over before the run gives up on its engines."""
 
 
 def train(config: Config) -> None:
@@ -36,20 +43,30 @@ def train(config: Config) -> None:
             schedule.restore(state.controller)
         exporter = Exporter(policy.models, params)
         rank0.begin(state)
+        engines = Handover(config, rank0, exporter, policy)
 
         while state.step < config.train.steps:
             clock = Clock()
-            rank0.hand_over(exporter.tensors(), version=state.step)
-            clock.lap("seconds_sync")
-            rank0.evaluate_if_due(state.step)
-            clock.lap("seconds_evaluation")
-            batch, prompt_cursor = from_main(rank0.rollout(step=state.step + 1))
+            if not config.rollout.overlap:
+                engines.refresh(state.step, clock)
+            batch, rollout_metrics = engines.rollout(state.step + 1)
             clock.lap("seconds_rollout")
+            if config.rollout.overlap:  # the next step's samples are made while this one trains
+                engines.refresh(state.step, clock)
+                rank0.start_rollout(state.step + 2)
 
             scored = policy.score(batch)
             old_logp_T = batch.rollout_logp_T
             if config.train.old_logprobs == "trainer":
                 old_logp_T = scored.logp_T
+            weights_T = correction_weights(
+                old_logp_T,
+                batch.rollout_logp_T,
+                batch.response_lengths_N,
+                config.train.correction,
+                config.train.correction_level,
+                config.train.correction_cap,
+            )
             bounds = schedule.bounds(state.step, float(scored.entropy_T.double().mean()))
             sums = Sums((*UPDATE_MEANS, "grad_norm"), UPDATE_MAXIMA, device())
             for samples in mini_batches(
@@ -59,29 +76,70 @@ def train(config: Config) -> None:
                 config.seed,
                 state.step + 1,
             ):
-                updated = policy.update(batch, samples, old_logp_T, bounds, sums)
+                updated = policy.update(batch, samples, old_logp_T, weights_T, bounds, sums)
                 sums.add("grad_norm", updated["grad_norm"], 1)
             metrics = sums.reduce()
             clock.lap("seconds_train")
 
-            state = TrainState(state.step + 1, prompt_cursor, schedule.state())
+            state = dataclasses.replace(state, step=state.step + 1, controller=schedule.state())
             rank0.log(
                 state.step,
                 {
                     **metrics,
-                    **rollout_metrics(batch, scored),
+                    **rollout_metrics,
+                    **batch_metrics(batch, scored, weights_T),
                     **bounds_metrics(bounds),
                     **clock.metrics(batch.num_response_tokens),
                     "learning_rate": updated["learning_rate"],
-                    "weight_version": state.step - 1,
                 },
             )
             if _checkpoint_due(config, state.step):
-                checkpoint.save(config, policy, state)
+                sampling = from_main(rank0.sampling_state())
+                checkpoint.save(config, policy, dataclasses.replace(state, sampling=sampling))
 
-        rank0.hand_over(exporter.tensors(), version=state.step)
-        rank0.evaluate_if_due(state.step)
+        engines.refresh(state.step, Clock())
         rank0.finish()
+
+
+class Handover:
+    """Weights to the engines and samples back, as collectives that every rank enters."""
+
+    def __init__(self, config: Config, rank0: Rank0, exporter: Exporter, policy: Policy):
+        self.config, self.rank0, self.exporter, self.policy = config, rank0, exporter, policy
+        self.version: int | None = None
+
+    def refresh(self, version: int, clock: Clock) -> None:
+        """Give the engines these weights where they have others; evaluate where that is due."""
+        if version != self.version:
+            self._hand_over(version)
+        clock.lap("seconds_sync")
+        self.rank0.evaluate_if_due(version)
+        clock.lap("seconds_evaluation")
+
+    def rollout(self, step: int) -> tuple[RolloutBatch, dict[str, float]]:
+        """A training step's samples; weights are handed over where no engine has them any more."""
+        found = from_main(self.rank0.rollout(step))
+        while found is None:
+            self._hand_over(step - 1)
+            found = from_main(self.rank0.rollout(step))
+        return found
+
+    def _hand_over(self, version: int) -> None:
+        for _ in range(HAND_OVERS):
+            self.rank0.hand_over(self.exporter.tensors(), version)
+            if self._convinced():
+                self.version = version
+                return
+        from_main(self.rank0.give_up(version))
+
+    def _convinced(self) -> bool:
+        """Whether an engine answers with the policy's own log-probs."""
+        if self.config.rollout.replay:
+            return True
+        probe, ready = from_main(self.rank0.probe())
+        if probe is None:
+            return ready
+        return from_main(self.rank0.convinced(probe, self.policy.score(probe)))
 
 
 def _resume(config: Config, policy: Policy) -> TrainState | None:
@@ -109,7 +167,9 @@ def _checkpoint_due(config: Config, step: int) -> bool:
     return step == config.train.steps or (every > 0 and step % every == 0)
 
 
-def rollout_metrics(batch: RolloutBatch, scored: TokenStats) -> dict[str, float]:
+def batch_metrics(
+    batch: RolloutBatch, scored: TokenStats, weights_T: torch.Tensor
+) -> dict[str, float]:
     """What the step's samples say before any update; means over all response tokens.
 
     Computed from globally reduced values, so every rank gets the same numbers.
@@ -118,11 +178,11 @@ def rollout_metrics(batch: RolloutBatch, scored: TokenStats) -> dict[str, float]
     regions = region_masks(scored.logp_T, scored.entropy_T, advantages_T)
     gap_T = (scored.logp_T - batch.rollout_logp_T).abs().double()
     return {
-        "reward": float(batch.rewards_N.double().mean()),
         "entropy": float(scored.entropy_T.double().mean()),
         "response_length": float(batch.response_lengths_N.double().mean()),
         "logp_gap_mean": float(gap_T.mean()),
         "logp_gap_max": float(gap_T.max()),
+        "correction_mean": float(weights_T.double().mean()),
         **{f"share_e{i}": float(mask.double().mean()) for i, mask in enumerate(regions, start=1)},
     }
 

@@ -62,6 +62,11 @@ class Sample:
     def judged(self, reward: float) -> Sample:
         return replace(self, reward=reward)
 
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> Sample:
+        """The sample that `dataclasses.asdict` was given."""
+        return Sample(**{**values, "prompt": Prompt(**values["prompt"])})
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -115,8 +120,6 @@ class RolloutBatch:
     """The server's log-probs of the response tokens."""
     rewards_N: torch.Tensor
     advantages_N: torch.Tensor
-    group_N: torch.Tensor
-    """Which prompt of the rollout a sample belongs to, 0 <= group < P."""
 
     @property
     def num_samples(self) -> int:
@@ -173,7 +176,7 @@ class TrainState:
 
     step: int = 0
     """Finished training steps; the next one is step + 1."""
-    prompt_cursor: int = 0
-    """Prompts handed out so far, over all epochs."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """State of prompts and rollouts (rollout/pending.py); on rank 0, and empty before step 1."""
     controller: dict[str, Any] = field(default_factory=dict)
     """State of the clip schedule (OD: s and H_init; empty for the others)."""

@@ -75,5 +75,5 @@ def random_batch(prompts: int = 4, group: int = 4, seed: int = 0) -> RolloutBatc
             samples.append(Sample(prompt, i, response, logprobs, "", "stop", spans, reward))
     rewards_N = torch.tensor([s.reward for s in samples])
     return pack(
-        samples, group, group_advantages(rewards_N, torch.arange(len(samples)) // group, "std")
+        samples, group_advantages(rewards_N, torch.arange(len(samples)) // group, "std")
     )

@@ -89,6 +89,7 @@ class Policy:
         batch: RolloutBatch,
         samples: list[int],
         old_logp_T: torch.Tensor,
+        weights_T: torch.Tensor,
         bounds: Bounds,
         sums: Sums,
     ) -> dict[str, float]:
@@ -98,6 +99,7 @@ class Policy:
             batch: the step's rollout.
             samples: sample numbers of the mini-batch, the same on every rank.
             old_logp_T: old log-probs of all response tokens of the rollout, packed as `batch` is.
+            weights_T: each token's importance weight (algo/correction.py), packed likewise.
             bounds: this training step's thresholds.
             sums: takes this rank's share of UPDATE_MEANS and UPDATE_MAXIMA.
 
@@ -114,7 +116,8 @@ class Policy:
         loss = partial(
             _update_loss,
             old_logp_T=old_logp_T,
-            advantages_T=token_advantages_T,
+            # w min(r A, clip(r) A) = min(r (w A), clip(r) (w A)), because w is not negative
+            advantages_T=token_advantages_T * weights_T,
             bounds=bounds,
             entropy_coef=self.config.train.entropy_coef,
         )

@@ -128,8 +128,13 @@ class SGLangClient:
         """One sample; see generate_many."""
         return (await self.generate_many([Request(input_ids, sampling_params, rid)]))[0]
 
-    async def generate_many(self, requests: Sequence[Request]) -> list[Generation]:
+    async def generate_many(
+        self, requests: Sequence[Request], attempts: int | None = None
+    ) -> list[Generation]:
         """One sample a request, in the requests' order, in few HTTP posts.
+
+        Args:
+            attempts: instead of the client's `retries + 1`.
 
         Raises:
             MalformedAnswer: an answer was malformed at every attempt; names the request's rid.
@@ -147,12 +152,14 @@ class SGLangClient:
         parts = [requests[i:i + size] for i in range(0, len(requests), size)]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._generate_part(part)) for part in parts]
+                tasks = [group.create_task(self._generate_part(part, attempts)) for part in parts]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [generation for task in tasks for generation in task.result()]
 
-    async def _generate_part(self, requests: Sequence[Request]) -> list[Generation]:
+    async def _generate_part(
+        self, requests: Sequence[Request], attempts: int | None
+    ) -> list[Generation]:
         rids = [request.rid or uuid.uuid4().hex for request in requests]
 
         def body(attempt: int) -> dict[str, Any]:
@@ -171,7 +178,7 @@ class SGLangClient:
                     for answer, rid, request in zip(answers, rids, requests, strict=True)]
 
         async with self._reserved(len(requests)):
-            return await self._request("POST", "/generate", body, read)
+            return await self._request("POST", "/generate", body, read, attempts)
 
     @asynccontextmanager
     async def _reserved(self, count: int) -> AsyncIterator[None]:
@@ -209,6 +216,10 @@ class SGLangClient:
     async def model_info(self) -> dict[str, Any]:
         """What the server says of its model, `weight_version` among it."""
         return await self._request("GET", "/model_info", None, _json)
+
+    async def server_info(self) -> dict[str, Any]:
+        """What the server says of itself, `tp_size` among it."""
+        return await self._request("GET", "/server_info", None, _json)
 
     # ---- control ----
 
@@ -260,6 +271,44 @@ class SGLangClient:
             "serialized_named_tensors": [packed] * tp_size, "weight_version": version,
             "flush_cache": flush_cache})
 
+    async def init_weights_update_group(self, address: str, port: int, rank: int, world_size: int,
+                                        name: str, backend: str) -> None:
+        """Have the server join a process group at `rank` and, with tensor parallelism, following
+        ranks; answers when all `world_size` processes have come."""
+        await self._post("/init_weights_update_group", {
+            "master_address": address, "master_port": port, "rank_offset": rank,
+            "world_size": world_size, "group_name": name, "backend": backend})
+
+    async def update_weights_from_distributed(
+            self, described: Sequence[tuple[str, torch.dtype, Sequence[int]]], version: str,
+            group: str) -> None:
+        """Have the server receive tensors, broadcast in this order by rank 0 of a joined group.
+
+        Args:
+            described: name, dtype and shape of each tensor.
+        """
+        await self._post("/update_weights_from_distributed", {
+            "names": [name for name, _, _ in described],
+            "dtypes": [str(dtype).removeprefix("torch.") for _, dtype, _ in described],
+            "shapes": [list(shape) for _, _, shape in described],
+            "group_name": group, "weight_version": version, "flush_cache": True})
+
+    async def destroy_weights_update_group(self, name: str) -> None:
+        """Have the server leave a group; one that it is not in is no error."""
+        try:
+            await self._post("/destroy_weights_update_group", {"group_name": name})
+        except RequestRefused as refused:
+            if refused.status not in (400, 404):
+                raise
+
+    async def release_memory(self) -> None:
+        """Have the server give its GPU memory back, weights and cache."""
+        await self._post("/release_memory_occupation", {})
+
+    async def resume_memory(self) -> None:
+        """Have the server take its GPU memory again; new weights must follow."""
+        await self._post("/resume_memory_occupation", {})
+
     # ---- transport ----
 
     async def _post(self, path: str, body: dict[str, Any]) -> None:
@@ -281,9 +330,9 @@ class SGLangClient:
         return True
 
     async def _request(self, method: str, path: str, body: Callable[[int], Any] | None,
-                       read: Callable[[httpx.Response], T]) -> T:
+                       read: Callable[[httpx.Response], T], attempts: int | None = None) -> T:
         async for attempt in AsyncRetrying(
-                stop=stop_after_attempt(self._attempts),
+                stop=stop_after_attempt(attempts or self._attempts),
                 wait=wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2),
                 retry=retry_if_exception_type((ServerUnavailable, MalformedAnswer)), reraise=True):
             with attempt:

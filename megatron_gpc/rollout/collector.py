@@ -1,17 +1,33 @@
-"""What rank 0 does between two updates: hand over weights, sample, judge."""
+"""From prompts to judged groups: what is asked for, accepted, refilled, aborted and kept.
+
+A group is the samples of one prompt.  Groups are asked for as others end, so no batch waits for its
+slowest sample before the next is sent.  Which groups a training step gets:
+
+- plainly, the first `prompts_per_step` in prompt order: the same at every repetition;
+- rollout.filter=mixed drops groups that are all right or all wrong (no gradient) and asks for the
+  next prompts instead (DAPO's dynamic sampling), up to rollout.refill_limit times as many;
+- rollout.oversample > 1 asks for more than needed and takes those that end first; stragglers are
+  aborted.  Their prompts come back next, with rollout.partial from where they were.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_gpc.config import Config
+from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.rewards import Verifier
-from megatron_gpc.rollout.client import Generation, Request, SGLangClient
+from megatron_gpc.rollout.client import Generation, Request
+from megatron_gpc.rollout.engines import Engines
+from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.types import Prompt, Sample
+
+Span = tuple[str, int, int]
 
 
 def sample_seed(run_seed: int, stream: str, prompt_index: int, sample_index: int) -> int:
@@ -27,103 +43,349 @@ def sample_seed(run_seed: int, stream: str, prompt_index: int, sample_index: int
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
+@dataclasses.dataclass(eq=False)
+class Group:
+    """The samples of one prompt, in the making."""
+
+    position: int
+    """In the prompt source."""
+    prompt: Prompt
+    samples: list[Sample]
+    """By sample_index.  `abort` as finish reason: not finished, and may be empty."""
+    ended: bool = False
+
+    @property
+    def verdict(self) -> Literal["mixed", "right", "wrong"]:
+        """Whether its rewards differ, and where not, on which side they all are."""
+        rewards = {sample.reward for sample in self.samples}
+        if len(rewards) > 1:
+            return "mixed"
+        return "right" if rewards.pop() > 0 else "wrong"
+
+
+@dataclasses.dataclass
+class Rollout:
+    """What one training step is made of."""
+
+    samples: list[Sample]
+    """group_size of every prompt, prompt by prompt."""
+    positions: list[int]
+    """Of the prompts in the source, one a group."""
+    metrics: dict[str, float]
+
+
 class Collector:
-    """Groups of judged samples from a rollout server."""
+    """Groups of judged samples for training steps and evaluations.
+
+    Args:
+        config: the run.
+        engines: where samples come from.
+        source: training prompts.
+        verifier: (text, label) -> reward.
+        decode: response tokens -> text, special tokens kept: whether an answer was ended is for the
+            verifier to judge, and servers differ in what they trim.
+        stop_token_ids: tokens that end a response.
+    """
 
     def __init__(
         self,
         config: Config,
-        url: str,
+        engines: Engines,
+        source: PromptSource,
         verifier: Verifier,
         decode: Callable[[Sequence[int]], str],
         stop_token_ids: Sequence[int],
     ):
-        """Args:
-        decode: response tokens -> text, special tokens kept: whether an answer was ended is
-            for the verifier to judge, and servers differ in what they trim.
-        """
-        self.config = config
-        self.verifier = verifier
-        self.decode = decode
+        self.config, self.engines, self.source = config, engines, source
+        self.verifier, self.decode = verifier, decode
         self.stop_token_ids = list(stop_token_ids)
-        server = config.rollout.server
-        self.client = SGLangClient(
-            url,
-            timeout_s=server.request_timeout_s,
-            retries=server.retries,
-            max_in_flight=server.max_in_flight,
+        self.unfinished: dict[int, list[Sample]] = {}
+        """Position -> samples of an aborted group that go on in the next step (rollout.partial)."""
+
+    # ---- state ----
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as plain values."""
+        unfinished = {
+            position: [dataclasses.asdict(sample) for sample in samples]
+            for position, samples in self.unfinished.items()
+        }
+        return {"source": self.source.state(), "unfinished": unfinished}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.source.restore(state["source"])
+        self.unfinished = {
+            position: [Sample.from_plain(values) for values in samples]
+            for position, samples in state["unfinished"].items()
+        }
+
+    # ---- a training step ----
+
+    async def collect(self, step: int) -> Rollout:
+        """The groups of a training step; on the engines' loop.
+
+        Raises:
+            RolloutError: see Engines.generate.  Everything taken has been given back by then.
+        """
+        rollout, stream = self.config.rollout, f"step {step}"
+        wanted = rollout.prompts_per_step
+        limit = max(wanted, math.floor(wanted * rollout.refill_limit))
+        counts: Counter[str] = Counter()
+        groups: list[Group] = []  # in the order in which they were asked for
+        ended: list[Group] = []  # in the order in which they ended
+        running: dict[asyncio.Task[None], list[Group]] = {}
+
+        def launch(count: int) -> None:
+            count = min(count, math.ceil(max(limit, first)) - len(groups))
+            new = [self._group(position, counts) for position in self.source.take(count)]
+            groups.extend(new)
+            for part in self._parts(new):
+                running[asyncio.create_task(self._fill(part, stream))] = part
+
+        first = math.ceil(wanted * rollout.oversample)
+        chosen: list[Group] | None = None
+        try:
+            launch(first)
+            while chosen is None and running:
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                    ended += running.pop(task)
+                dropped = sum(not self._accepts(group) for group in ended)
+                launch(first + dropped - len(groups))
+                chosen = self._choose(groups, ended)
+            if chosen is None:  # the limit of refills: uniform groups fill up the batch
+                by_use = sorted(ended, key=lambda g: (not self._accepts(g), g.position))
+                chosen = sorted(by_use[:wanted], key=lambda g: g.position)
+        except BaseException:
+            for task in running:
+                task.cancel()
+            self._give_back(groups)
+            raise
+        await self._end_stragglers(running, stream)
+        counts["samples_aborted"] += sum(
+            sample.finish_reason == "abort"
+            for part in running.values()
+            for group in part
+            for sample in group.samples
         )
-        self._loop = asyncio.Runner()
+        self._give_back([group for group in groups if not self._used(group, groups, chosen)])
+        return self._rollout(chosen, ended, counts, step)
 
-    def close(self) -> None:
-        self._loop.run(self.client.close())
-        self._loop.close()
+    def _accepts(self, group: Group) -> bool:
+        return self.config.rollout.filter == "none" or group.verdict == "mixed"
 
-    def hand_over(self, folder: Path, tensors: dict[str, Any] | None, version: int) -> None:
-        """Give the server new weights: from `folder`, or inside the request.
+    def _choose(self, groups: Sequence[Group], ended: Sequence[Group]) -> list[Group] | None:
+        """The step's groups, once they are known."""
+        wanted = self.config.rollout.prompts_per_step
+        if self.config.rollout.oversample > 1:
+            accepted = [group for group in ended if self._accepts(group)]
+        else:  # in prompt order, and only as far as all before have ended: timing plays no part
+            accepted = []
+            for group in groups:
+                if not group.ended:
+                    break
+                accepted += [group] if self._accepts(group) else []
+        if len(accepted) < wanted:
+            return None
+        return sorted(accepted[:wanted], key=lambda group: group.position)
 
-        Raises:
-            RuntimeError: the server did not take them, or answers with another version.
+    def _used(self, group: Group, groups: Sequence[Group], chosen: Sequence[Group]) -> bool:
+        """Whether its prompt is done with: trained on, or dropped for being uniform."""
+        if group in chosen or not group.ended:
+            return group in chosen
+        if self.config.rollout.oversample > 1:
+            return not self._accepts(group)
+        # What was asked for beyond the last chosen group, chance decided: it is asked for again.
+        return groups.index(group) < max(map(groups.index, chosen))
+
+    def _group(self, position: int, counts: Counter[str]) -> Group:
+        """A group to be asked for: a new one, or one that was aborted and is not too old."""
+        prompt = self.source.at(position)
+        kept = self.unfinished.pop(position, None)
+        if kept is not None and self._too_old(kept):
+            counts["groups_too_old"] += 1
+            kept = None
+        if kept is None:
+            kept = [
+                Sample(prompt, index, (), (), "", "abort", ())
+                for index in range(self.config.rollout.group_size)
+            ]
+        return Group(position, prompt, kept)
+
+    def _too_old(self, samples: Sequence[Sample]) -> bool:
+        oldest = min((int(v) for s in samples for v, _, _ in s.weight_versions), default=None)
+        if oldest is None or self.engines.version is None:
+            return False
+        return int(self.engines.version) - oldest > self.config.rollout.max_staleness
+
+    def _parts(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """What is asked for in one request.
+
+        The embedded engine's numbers depend, in their last bit, on what is computed beside them:
+        it gets everything at once, so that a repetition gives the same bits.  SGLang, whose batches
+        follow the clock anyway, gets a request a group and refills as they end.
         """
-        self._loop.run(self._hand_over(folder, tensors, str(version)))
+        size, rollout = 1, self.config.rollout
+        embedded = rollout.server.kind == "embedded" and not rollout.server.urls
+        if embedded and rollout.oversample == 1:
+            engines = max(len(self.engines.ready()), 1)
+            room = rollout.server.max_in_flight // rollout.group_size
+            size = max(min(math.ceil(len(groups) / engines), room), 1)
+        return [list(groups[i : i + size]) for i in range(0, len(groups), size)]
 
-    async def _hand_over(self, folder: Path, tensors: dict[str, Any] | None, version: str) -> None:
-        if tensors is None:
-            await self.client.update_weights_from_disk(str(folder), version)
-        else:
-            await self.client.begin_weight_update()
-            await self.client.update_weights_from_tensor(list(tensors.items()), version)
-            await self.client.end_weight_update()
-        info = await self.client.model_info()
-        if info["weight_version"] != version:
-            raise RuntimeError(
-                f"the server reports weight version {info['weight_version']!r} after "
-                f"it was given {version!r}"
-            )
-
-    def sample(self, prompts: Sequence[Prompt], group_size: int, stream: str) -> list[Sample]:
-        """`group_size` judged samples of every prompt, prompt by prompt.
-
-        Args:
-            stream: see `sample_seed`.
-
-        Raises:
-            RuntimeError: the server failed beyond the configured retries.
-        """
-        requests, owners = [], []
-        for prompt in prompts:
-            for index in range(group_size):
-                owners.append((prompt, index))
-                requests.append(
-                    Request(
-                        list(prompt.token_ids),
-                        {
-                            "temperature": self.config.rollout.temperature,
-                            "max_new_tokens": self.config.rollout.max_response_tokens,
-                            "stop_token_ids": self.stop_token_ids,
-                            "sampling_seed": sample_seed(
-                                self.config.seed, stream, prompt.index, index
-                            ),
-                        },
-                    )
-                )
-        generations = self._loop.run(self.client.generate_many(requests))
-        return [
-            self._judged(prompt, index, generation)
-            for (prompt, index), generation in zip(owners, generations, strict=True)
+    async def _fill(self, groups: Sequence[Group], stream: str) -> None:
+        """Finish the unfinished samples of some groups, in one request."""
+        owners = [
+            (group, sample)
+            for group in groups
+            for sample in group.samples
+            if sample.finish_reason == "abort"
         ]
+        requests = [self._request(sample, stream) for _, sample in owners]
+        generations = await self.engines.generate(requests)
+        for (group, sample), generation in zip(owners, generations, strict=True):
+            group.samples[sample.sample_index] = self._extended(sample, generation)
+        for group in groups:
+            group.ended = all(sample.finish_reason != "abort" for sample in group.samples)
 
-    def _judged(self, prompt: Prompt, index: int, generation: Generation) -> Sample:
-        sample = Sample(
-            prompt,
-            index,
-            tuple(generation.token_ids),
-            tuple(generation.logprobs),
-            self.decode(generation.token_ids),
-            generation.finish_reason,
-            generation.weight_versions,
+    def _request(self, sample: Sample, stream: str) -> Request:
+        """For what is still missing of a sample."""
+        rollout, made = self.config.rollout, len(sample.token_ids)
+        return Request(
+            [*sample.prompt.token_ids, *sample.token_ids],
+            {
+                "temperature": rollout.temperature,
+                "max_new_tokens": rollout.max_response_tokens - made,
+                "stop_token_ids": self.stop_token_ids,
+                "sampling_seed": sample_seed(
+                    self.config.seed, stream, sample.prompt.index, sample.sample_index
+                ),
+            },
+            rid=f"{stream.replace(' ', '-')}-{sample.prompt.index}-{sample.sample_index}",
         )
-        return sample.judged(self.verifier(sample.text, prompt.label))
+
+    def _extended(self, sample: Sample, generation: Generation) -> Sample:
+        """A sample with what was generated now; judged where it is finished."""
+        made = len(sample.token_ids)
+        spans = (
+            *sample.weight_versions,
+            *((version, made + start, made + end) for version, start, end in _spans(generation)),
+        )
+        tokens = sample.token_ids + tuple(generation.token_ids)
+        text = self.decode(tokens)
+        extended = dataclasses.replace(
+            sample,
+            token_ids=tokens,
+            logprobs=sample.logprobs + tuple(generation.logprobs),
+            text=text,
+            finish_reason=generation.finish_reason,
+            weight_versions=_joined(spans),
+        )
+        if generation.finish_reason == "abort":
+            return extended
+        reward = self.verifier(text, sample.prompt.label)
+        if self.config.rollout.overlong == "penalty":
+            reward -= overlong_penalty(len(tokens), self.config.rollout)
+        return extended.judged(reward)
+
+    async def _end_stragglers(
+        self, running: dict[asyncio.Task[None], list[Group]], stream: str
+    ) -> None:
+        """Abort what still runs, and wait for what has been made of it."""
+        if not running:
+            return
+        rid = f"{stream.replace(' ', '-')}-"
+        await asyncio.gather(*(e.client.abort(rid) for e in self.engines.ready()))
+        timeout_s = self.config.rollout.server.request_timeout_s
+        done, late = await asyncio.wait(running, timeout=timeout_s)
+        for task in late:
+            task.cancel()
+        for task in done:
+            task.exception()  # a straggler that failed is a straggler: it is made anew
+
+    def _give_back(self, groups: Sequence[Group]) -> None:
+        self.source.give_back(group.position for group in groups)
+        if self.config.rollout.partial:
+            for group in groups:
+                if any(sample.token_ids for sample in group.samples):
+                    self.unfinished[group.position] = group.samples
+
+    def _rollout(
+        self, chosen: Sequence[Group], ended: Sequence[Group], counts: Counter[str], step: int
+    ) -> Rollout:
+        samples = [sample for group in chosen for sample in group.samples]
+        ages = [
+            step - 1 - int(version)
+            for sample in samples
+            for version, start, end in sample.weight_versions
+            for _ in range(end - start)
+        ]
+        verdicts = Counter(group.verdict for group in ended)
+        metrics = {
+            "groups_all_right": verdicts["right"] / len(ended),
+            "groups_all_wrong": verdicts["wrong"] / len(ended),
+            "groups_asked": float(len(ended)),
+            "groups_too_old": float(counts["groups_too_old"]),
+            "samples_aborted": float(counts["samples_aborted"]),
+            "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
+            "staleness_mean": sum(ages) / len(ages),
+            "staleness_max": float(max(ages)),
+            **{name: float(count) for name, count in self.engines.counts.items()},
+        }
+        return Rollout(samples, [group.position for group in chosen], metrics)
+
+    # ---- an evaluation, a probe ----
+
+    async def probe(self) -> list[Sample]:
+        """A few tokens of every ready engine, in their order, from the first training prompt."""
+        prompt, server = self.source.at(0), self.config.rollout.server
+        blank = Sample(prompt, 0, (), (), "", "abort", ())
+        request = self._request(blank, "probe")
+        request.sampling_params["max_new_tokens"] = server.probe_tokens
+        found = await self.engines.ask_each(request)
+        return [self._extended(blank, generation) for generation in found]
+
+    async def sample(self, prompts: Sequence[Prompt], count: int, stream: str) -> list[Sample]:
+        """`count` judged samples of every prompt, prompt by prompt; nothing is filtered."""
+        groups = [
+            Group(
+                i,
+                prompt,
+                [Sample(prompt, index, (), (), "", "abort", ()) for index in range(count)],
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        async with asyncio.TaskGroup() as tasks:
+            for part in self._parts(groups):
+                tasks.create_task(self._fill(part, stream))
+        return [sample for group in groups for sample in group.samples]
+
+
+def overlong_penalty(length: int, rollout: RolloutConfig) -> float:
+    """What a response of `length` tokens loses: 0 up to the buffer, then up to 1 (DAPO, eq. 13).
+
+    >>> overlong_penalty(240, RolloutConfig(max_response_tokens=256, overlong_buffer=64))
+    0.75
+    """
+    begin = rollout.max_response_tokens - rollout.overlong_buffer
+    return min(max((length - begin) / rollout.overlong_buffer, 0.0), 1.0)
+
+
+def _spans(generation: Generation) -> tuple[Span, ...]:
+    return tuple(span for span in generation.weight_versions if span[1] < span[2])
+
+
+def _joined(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Neighbouring spans of the same version as one."""
+    joined: list[Span] = []
+    for version, start, end in spans:
+        if joined and joined[-1][0] == version:
+            joined[-1] = (version, joined[-1][1], end)
+        else:
+            joined.append((version, start, end))
+    return tuple(joined)
 
 
 def distinct_right(samples: Sequence[Sample], group_size: int) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.types import Prompt
@@ -49,23 +50,47 @@ def read_prompts(file: Path, tokenize: Callable[[str], list[int]]) -> list[Promp
 
 
 class PromptSource:
-    """Hands out prompts in an order that follows from (seed, cursor) alone."""
+    """Hands out prompts in an order that follows from (seed, position) alone.
 
-    def __init__(self, prompts: list[Prompt], seed: int, cursor: int = 0):
+    A position counts prompts over all epochs; every epoch is shuffled anew.  Each position is
+    trained on once: what is handed out and not used is given back, and comes first the next time.
+    """
+
+    def __init__(self, prompts: list[Prompt], seed: int):
         self.prompts = prompts
         self.seed = seed
-        self.cursor = cursor
-        """Prompts handed out so far, over all epochs; with the seed it is the whole state."""
+        self.cursor = 0
+        """First position that was never handed out."""
+        self.returned: list[int] = []
+        """Positions below it that were given back, ascending."""
+        self._epoch, self._order = -1, list(range(len(prompts)))
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; a new epoch begins, shuffled anew, where one ends."""
-        size = len(self.prompts)
-        taken: list[Prompt] = []
-        while len(taken) < count:
-            epoch, position = divmod(self.cursor, size)
-            order = list(range(size))
-            Random(f"{self.seed}/prompts/{epoch}").shuffle(order)
-            part = order[position : position + count - len(taken)]
-            taken += [self.prompts[i] for i in part]
-            self.cursor += len(part)
-        return taken
+    def take(self, count: int) -> list[int]:
+        """The next `count` positions, those given back first."""
+        taken = self.returned[:count]
+        del self.returned[:count]
+        fresh = range(self.cursor, self.cursor + count - len(taken))
+        self.cursor = fresh.stop
+        return [*taken, *fresh]
+
+    def give_back(self, positions: Iterable[int]) -> None:
+        """Positions that were taken and not used."""
+        self.returned = sorted({*self.returned, *positions})
+        # One state for one future: what was handed out last and came back was never handed out.
+        while self.returned and self.returned[-1] == self.cursor - 1:
+            self.cursor = self.returned.pop()
+
+    def at(self, position: int) -> Prompt:
+        """The prompt of a position."""
+        epoch, place = divmod(position, len(self.prompts))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self.prompts)))
+            Random(f"{self.seed}/prompts/{epoch}").shuffle(self._order)
+        return self.prompts[self._order[place]]
+
+    def state(self) -> dict[str, Any]:
+        return {"cursor": self.cursor, "returned": list(self.returned)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.cursor, self.returned = state["cursor"], list(state["returned"])

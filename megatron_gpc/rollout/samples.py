@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_gpc.config import RolloutConfig
 from megatron_gpc.errors import UserError
 from megatron_gpc.types import Prompt, Sample
 
 FOLDER = "samples"
 SCHEMA = pa.schema(
     [
+        ("position", pa.int64()),  # of the prompt in the run's order, over all epochs
         ("prompt_index", pa.int64()),
         ("sample_index", pa.int32()),
         ("prompt", pa.string()),
@@ -44,9 +47,23 @@ def samples_file(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:06d}.parquet"
 
 
-def write_samples(
-    run_dir: Path, step: int, samples: Sequence[Sample], advantages: Sequence[float]
-) -> Path:
+@dataclass(frozen=True)
+class SavedStep:
+    """The samples of a training step, as they were trained on."""
+
+    samples: list[Sample]
+    """group_size of every prompt, prompt by prompt."""
+    positions: list[int]
+    """Of every prompt in the run's order (rollout/prompts.py)."""
+    advantages: list[float]
+    """Of every sample."""
+
+    @property
+    def group_size(self) -> int:
+        return len(self.samples) // len(self.positions)
+
+
+def write_samples(run_dir: Path, step: int, saved: SavedStep) -> Path:
     """Write the samples of a step; a reader sees the whole file or none.
 
     Raises:
@@ -54,6 +71,7 @@ def write_samples(
     """
     rows = [
         {
+            "position": saved.positions[n // saved.group_size],
             "prompt_index": sample.prompt.index,
             "sample_index": sample.sample_index,
             "prompt": sample.prompt.text,
@@ -68,9 +86,9 @@ def write_samples(
                 for version, start, end in sample.weight_versions
             ],
             "reward": sample.reward,
-            "advantage": advantage,
+            "advantage": saved.advantages[n],
         }
-        for sample, advantage in zip(samples, advantages, strict=True)
+        for n, sample in enumerate(saved.samples)
     ]
     file = samples_file(run_dir, step)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +98,8 @@ def write_samples(
     return file
 
 
-def read_samples(run_dir: Path, step: int) -> tuple[list[Sample], list[float]]:
-    """The samples of a step, in the order in which they were trained on, and their advantages.
+def read_samples(run_dir: Path, step: int) -> SavedStep:
+    """The samples of a step, in the order in which they were trained on.
 
     Raises:
         UserError: there is no such file (names the steps there are), or it is damaged.
@@ -93,27 +111,45 @@ def read_samples(run_dir: Path, step: int) -> tuple[list[Sample], list[float]]:
         rows = pq.read_table(file, schema=SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: cannot be read as samples: {error}") from None
-    samples = [
-        Sample(
-            prompt=Prompt(
-                row["prompt_index"],
-                row["prompt"],
-                tuple(row["prompt_token_ids"]),
-                json.loads(row["label"]),
-            ),
-            sample_index=row["sample_index"],
-            token_ids=tuple(row["token_ids"]),
-            logprobs=tuple(row["logprobs"]),
-            text=row["text"],
-            finish_reason=row["finish_reason"],
-            weight_versions=tuple(
-                (span["version"], span["start"], span["end"]) for span in row["weight_versions"]
-            ),
-            reward=row["reward"],
+    return SavedStep(
+        [_sample(row) for row in rows],
+        list(dict.fromkeys(row["position"] for row in rows)),
+        [row["advantage"] for row in rows],
+    )
+
+
+def check_groups(saved: SavedStep, rollout: RolloutConfig) -> None:
+    """Hold replayed samples to the configured groups.
+
+    Raises:
+        UserError: they were saved by a run with other groups.
+    """
+    found = len(saved.positions), saved.group_size
+    if found != (rollout.prompts_per_step, rollout.group_size):
+        raise UserError(
+            f"rollout.replay: {rollout.replay} was made with prompts_per_step={found[0]} and "
+            f"group_size={found[1]}; set both so"
         )
-        for row in rows
-    ]
-    return samples, [row["advantage"] for row in rows]
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    return Sample(
+        prompt=Prompt(
+            row["prompt_index"],
+            row["prompt"],
+            tuple(row["prompt_token_ids"]),
+            json.loads(row["label"]),
+        ),
+        sample_index=row["sample_index"],
+        token_ids=tuple(row["token_ids"]),
+        logprobs=tuple(row["logprobs"]),
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        weight_versions=tuple(
+            (span["version"], span["start"], span["end"]) for span in row["weight_versions"]
+        ),
+        reward=row["reward"],
+    )
 
 
 def saved_steps(run_dir: Path) -> list[int]:

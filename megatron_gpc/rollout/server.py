@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,6 +36,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.rollout import loading, sequence
 from megatron_gpc.rollout.engine import Engine, EngineEnded
 from megatron_gpc.rollout.sampling import SamplingParams
+from megatron_gpc.rollout.weight_receiver import WeightReceiver
 
 COMMAND_TIMEOUT_S = 600.0
 """How long a pause, a weight update and the like may take; a large checkpoint takes longest."""
@@ -77,6 +78,27 @@ class TensorBody(BaseModel):
     weight_version: str | None = None
 
 
+class GroupBody(BaseModel):
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: str = "nccl"
+
+
+class DistributedBody(BaseModel):
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str = "weight_update_group"
+    weight_version: str | None = None
+
+
+class GroupNameBody(BaseModel):
+    group_name: str = "weight_update_group"
+
+
 class VersionBody(BaseModel):
     new_version: str
     abort_all_requests: bool = False
@@ -90,6 +112,7 @@ class Server:
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.in_update = False
+        self.receiver = WeightReceiver()
 
     # ---- generation ----
 
@@ -255,6 +278,36 @@ class Server:
         update = self.engine.update_from_tensors(named, body.weight_version)
         return await self._updated(update, body.weight_version, "Success", {})
 
+    async def join_group(self, body: GroupBody) -> Response:
+        return await self._of_group(
+            lambda: self.receiver.join(body.master_address, body.master_port, body.rank_offset,
+                                       body.world_size, body.group_name, body.backend),
+            "Succeeded to initialize custom process group.")
+
+    async def leave_group(self, body: GroupNameBody) -> Response:
+        return await self._of_group(lambda: self.receiver.leave(body.group_name),
+                                    "Succeeded to destroy custom process group.")
+
+    async def _of_group(self, work: Callable[[], None], message: str) -> Response:
+        try:
+            await asyncio.to_thread(work)
+        except UserError as error:
+            return _failed(str(error))
+        return JSONResponse({"success": True, "message": message})
+
+    async def update_from_distributed(self, body: DistributedBody) -> Response:
+        if not self.in_update:
+            return _failed("update_weights_from_distributed must run between "
+                           "begin_weight_update() and end_weight_update()")
+        try:
+            named = await asyncio.to_thread(
+                self.receiver.receive, body.group_name, body.names, body.dtypes, body.shapes)
+        except UserError as error:
+            return _failed(str(error))
+        update = self.engine.update_from_tensors(named, body.weight_version)
+        return await self._updated(update, body.weight_version,
+                                   "Succeeded to update parameter online.", {})
+
     async def _updated(self, update: Future[None], version: str | None, message: str,
                        extra: dict[str, Any]) -> Response:
         try:
@@ -298,6 +351,9 @@ class Server:
                 "/pause_generation": self.pause, "/continue_generation": self.resume,
                 "/abort_request": self.abort, "/update_weights_from_disk": self.update_from_disk,
                 "/update_weights_from_tensor": self.update_from_tensor,
+                "/init_weights_update_group": self.join_group,
+                "/update_weights_from_distributed": self.update_from_distributed,
+                "/destroy_weights_update_group": self.leave_group,
                 "/begin_weight_update": self.begin_update, "/end_weight_update": self.end_update,
                 "/update_weight_version": self.update_version}.items():
             app.post(path)(handler)

@@ -68,7 +68,12 @@ def score_and_update(config: Config, batch: RolloutBatch, bounds: Bounds) -> dic
         scored = policy.score(batch)
         sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
         updated = policy.update(
-            batch, list(range(batch.num_samples)), batch.rollout_logp_T, bounds, sums
+            batch,
+            list(range(batch.num_samples)),
+            batch.rollout_logp_T,
+            torch.ones_like(batch.rollout_logp_T),
+            bounds,
+            sums,
         )
         gradient = {}
         if not config.optim.distributed:

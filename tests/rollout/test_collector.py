@@ -1,61 +1,121 @@
-"""The collector against the embedded server: groups, seeds, weight versions, judgement."""
+"""The collector against embedded engines: groups, seeds, filters, stragglers, faults."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import run_config
 
-from megatron_gpc.rollout.collector import Collector, distinct_right, sample_seed
-from megatron_gpc.rollout.launcher import EmbeddedServer
+from megatron_gpc.config import RolloutConfig
+from megatron_gpc.rollout.collector import (
+    Collector,
+    distinct_right,
+    overlong_penalty,
+    sample_seed,
+)
+from megatron_gpc.rollout.engines import Engines, WeightsNeeded
+from megatron_gpc.rollout.pending import Pending
+from megatron_gpc.rollout.prompts import PromptSource
+from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.types import Prompt, Sample
+from megatron_gpc.weights import carry_over
 
-PROMPTS = [Prompt(i, "", (5 + i, 7, 9), label=i) for i in range(3)]
+PROMPTS = [Prompt(i, "", (5 + i, 7, 9), label=i) for i in range(40)]
+
+
+class Rig:
+    """Engines with a model's weights, and a collector."""
+
+    def __init__(self, engines: Engines, folder: Path, config) -> None:
+        self.engines, self.config = engines, config
+        folder.mkdir(exist_ok=True)
+        carry_over(engines.model_path, folder)
+        self.sync = make_sync(config.rollout.server, engines, folder)
+        self.collector = self.collector_of(config)
+
+    def collector_of(self, config) -> Collector:
+        return Collector(
+            config,
+            self.engines,
+            PromptSource(PROMPTS, config.seed),
+            # right: the first token is even; so groups are mixed, all right or all wrong
+            verifier=lambda text, label: float(int(text.split()[0]) % 2 == 0),
+            decode=lambda ids: " ".join(map(str, ids)),
+            stop_token_ids=[1],
+        )
+
+    def hand_over(self, model: Path, version: int) -> None:
+        self.engines.await_alive()
+        self.sync.push(load_file(model / "model.safetensors").items(), str(version))
+
+    def collect(self, step: int, collector: Collector | None = None):
+        return self.engines.run((collector or self.collector).collect(step))
 
 
 @pytest.fixture(scope="module")
-def url(model_a, tmp_path_factory) -> Iterator[str]:
-    with EmbeddedServer(model_a, tmp_path_factory.mktemp("collector") / "log") as server:
-        yield server.url
+def start(model_a, tmp_path_factory) -> Iterator[Callable[..., Rig]]:
+    """start(*overrides): a rig with model_a's weights as version 0; engines live for the module."""
+    started: dict[tuple[str, ...], Rig] = {}
+
+    def make(*overrides: str) -> Rig:
+        servers = tuple(o for o in overrides if ".server." in o)
+        folder = tmp_path_factory.mktemp("collector")
+        config = run_config(folder, model_a, "seed=3", *overrides)
+        if servers not in started:
+            engines = Engines(config.rollout.server, config.sglang, model_a, folder / "logs")
+            engines.__enter__()
+            engines.await_started()
+            started[servers] = Rig(engines, folder / "sync", config)
+        rig = started[servers]
+        rig.config, rig.collector = config, rig.collector_of(config)
+        rig.hand_over(model_a, 0)
+        return rig
+
+    yield make
+    for rig in started.values():
+        rig.sync.close()
+        rig.engines.__exit__()
 
 
-@pytest.fixture
-def collector(url, model_a, tmp_path) -> Iterator[Collector]:
-    config = run_config(tmp_path, model_a, "seed=3")
-    made = Collector(
-        config,
-        url,
-        verifier=lambda text, label: float(text.startswith(str(label))),
-        decode=lambda ids: " ".join(map(str, ids)),
-        stop_token_ids=[1],
-    )
-    yield made
-    made.close()
+def versions(samples: list[Sample]) -> set[str]:
+    return {version for s in samples for version, _, _ in s.weight_versions}
 
 
-def test_groups_come_prompt_by_prompt_and_judged_on_our_own_decoding(collector):
-    samples = collector.sample(PROMPTS, 4, "step 1")
-    assert [(s.prompt.index, s.sample_index) for s in samples] == [
-        (p, i) for p in range(3) for i in range(4)
+def test_groups_come_prompt_by_prompt_and_judged_on_our_own_decoding(start):
+    rig = start()
+    rollout = rig.collect(1)
+    prompts = [rig.collector.source.at(p).index for p in rollout.positions]
+    assert rollout.positions == [0, 1, 2, 3]
+    assert [(s.prompt.index, s.sample_index) for s in rollout.samples] == [
+        (p, i) for p in prompts for i in range(4)
     ]
-    for sample in samples:
+    for sample in rollout.samples:
         assert sample.text == " ".join(map(str, sample.token_ids))
-        assert sample.reward == float(sample.text.startswith(str(sample.prompt.label)))
+        assert sample.reward == float(sample.token_ids[0] % 2 == 0)
         assert 1 <= len(sample.token_ids) == len(sample.logprobs) <= 8
+        assert sample.weight_versions == (("0", 0, len(sample.token_ids)),)
+    assert rig.collect(2).positions == [4, 5, 6, 7]
 
 
-def test_a_sample_depends_on_seed_step_prompt_and_index_alone(collector):
-    def tokens(samples):
+def test_a_sample_depends_on_seed_step_prompt_and_index_alone(start):
+    rig = start()
+
+    def tokens(prompts: list[Prompt], count: int, stream: str):
+        samples = rig.engines.run(rig.collector.sample(prompts, count, stream))
         return {(s.prompt.index, s.sample_index): s.token_ids for s in samples}
 
-    alone = tokens(collector.sample(PROMPTS[1:2], 2, "step 1"))
-    together = tokens(collector.sample(PROMPTS, 4, "step 1"))
+    alone = tokens(PROMPTS[1:2], 2, "step 1")
+    together = tokens(PROMPTS[:3], 4, "step 1")
     assert alone.items() <= together.items(), "whatever else is sampled at the same time"
-    assert together == tokens(collector.sample(PROMPTS, 4, "step 1"))
-    assert together != tokens(collector.sample(PROMPTS, 4, "step 2"))
+    assert together == tokens(PROMPTS[:3], 4, "step 1")
+    assert together != tokens(PROMPTS[:3], 4, "step 2")
 
 
 def test_seeds_differ_wherever_anything_differs():
@@ -70,26 +130,146 @@ def test_seeds_differ_wherever_anything_differs():
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-def versions(samples: list[Sample]) -> set[str]:
-    return {version for s in samples for version, _, _ in s.weight_versions}
+@pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
+def test_every_way_of_handing_over_reaches_every_engine(start, model_b, way):
+    rig = start(f"rollout.server.sync={way}", "rollout.server.engines=2")
+    before = rig.engines.run(rig.collector.probe())
+    rig.hand_over(model_b, 11)
+    assert len(rig.engines.ready()) == 2
+    after = rig.engines.run(rig.collector.probe())
+    assert versions(before) == {"0"} and versions(after) == {"11"}
+    assert len(after) == 2 and len({s.logprobs for s in after}) == 1
+    assert after[0].logprobs != before[0].logprobs
+
+
+def test_dynamic_sampling_drops_uniform_groups_and_asks_for_the_next_prompts(start):
+    plain = start("rollout.prompts_per_step=30").collect(1)
+    mixed = [
+        position
+        for i, position in enumerate(plain.positions)
+        if len({s.reward for s in plain.samples[4 * i : 4 * i + 4]}) == 2
+    ]
+    rig = start("rollout.filter=mixed", "rollout.prompts_per_step=6")
+    found = rig.collect(1)
+    assert found.positions == mixed[:6] and found.positions != list(range(6))
+    assert rig.collector.source.state() == {"cursor": mixed[5] + 1, "returned": []}
+    metrics = found.metrics
+    uniform = metrics["groups_all_right"] + metrics["groups_all_wrong"]
+    assert round(uniform * metrics["groups_asked"]) >= mixed[5] + 1 - 6
+
+
+def test_the_limit_of_refills_fills_the_batch_with_uniform_groups(start):
+    rig = start("rollout.filter=mixed", "rollout.prompts_per_step=6", "rollout.refill_limit=1")
+    found = rig.collect(1)
+    assert sorted(found.positions) == list(range(6)) and found.metrics["groups_asked"] == 6
+
+
+LONG = ("rollout.max_response_tokens=400", "rollout.oversample=2", "rollout.prompts_per_step=2")
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_stragglers_are_aborted_and_their_prompts_come_back(start, model_b, partial):
+    rig = start(*LONG, f"rollout.partial={partial}".lower())
+    rig.collector.stop_token_ids = list(range(0, 264, 60))  # ends after some 50 tokens, or 300
+    first = rig.collect(1)
+    state = rig.collector.state()
+    assert first.metrics["samples_aborted"] > 0
+    assert len(first.positions) == 2 and state["source"]["cursor"] <= 4
+    assert all(s.finish_reason in ("stop", "length") for s in first.samples)
+    again = rig.collector_of(rig.config)
+    again.restore(state)
+    assert again.state() == state
+    rig.hand_over(model_b, 1)
+    second = rig.collect(2, again)
+    assert set(second.positions).isdisjoint(first.positions)
+    mixed = [s for s in second.samples if len(s.weight_versions) > 1]
+    assert bool(mixed) <= partial
+    for sample in second.samples:
+        ends = [end for _, _, end in sample.weight_versions]
+        assert ends[-1] == len(sample.token_ids) == len(sample.logprobs) <= 400
+    if partial:
+        assert any(state["unfinished"].values())
+        kept = {
+            (position, s["sample_index"]): s["token_ids"]
+            for position, samples in state["unfinished"].items()
+            for s in samples
+        }
+        for i, position in enumerate(second.positions):
+            for sample in second.samples[4 * i : 4 * i + 4]:
+                begun = kept.get((position, sample.sample_index), ())
+                assert sample.token_ids[: len(begun)] == tuple(begun)
+
+
+def test_partial_samples_that_are_too_old_are_made_anew(start, model_b):
+    rig = start(*LONG, "rollout.partial=true", "rollout.max_staleness=1")
+    rig.collect(1)
+    assert rig.collector.unfinished
+    rig.hand_over(model_b, 5)
+    second = rig.collect(6)
+    assert second.metrics["groups_too_old"] > 0 and versions(second.samples) == {"5"}
 
 
 @pytest.mark.parametrize("way", ["disk", "tensor"])
-def test_samples_say_which_weights_made_them(collector, model_b, way):
-    tensors = load_file(model_b / "model.safetensors") if way == "tensor" else None
-    version = {"disk": 11, "tensor": 12}[way]
-    collector.hand_over(model_b, tensors, version)
-    samples = collector.sample(PROMPTS, 2, "step 1")
-    assert versions(samples) == {str(version)}
+def test_a_killed_engine_is_replaced_and_no_sample_is_lost(start, way):
+    servers = (f"rollout.server.sync={way}", "rollout.server.engines=2")
+    undisturbed = start(*servers).collect(1)
+    rig = start(*servers, "rollout.max_response_tokens=8")
+    victim = rig.engines.engines[0]
+    os.kill(victim.process.pid, signal.SIGKILL)
+    disturbed = rig.collect(1)
+    assert [s.token_ids for s in disturbed.samples] == [s.token_ids for s in undisturbed.samples]
+    assert disturbed.positions == undisturbed.positions
+
+    # a shared folder has the weights; otherwise they come with the next hand-over
+    revived = "ready" if way == "disk" else "stale"
+
+    async def revive() -> None:
+        async with asyncio.timeout(60):
+            while victim.state != revived or not victim.process.alive():
+                await asyncio.sleep(0.05)
+
+    rig.engines.run(revive())
+    assert rig.engines.counts["faults_restarts"] >= 1
 
 
-def test_a_folder_without_weights_is_refused_and_the_old_weights_stay(collector, tmp_path):
-    before = collector.sample(PROMPTS, 2, "step 5")
-    with pytest.raises(RuntimeError, match="update_weights_from_disk"):
-        collector.hand_over(tmp_path, None, 99)
-    after = collector.sample(PROMPTS, 2, "step 5")
-    assert [s.token_ids for s in before] == [s.token_ids for s in after]
-    assert versions(after) == versions(before)
+def test_the_loss_of_the_only_engine_asks_for_the_weights_again(start, model_a):
+    rig = start("rollout.server.sync=tensor")
+    want = [s.token_ids for s in rig.collect(1).samples]
+    rig = start("rollout.server.sync=tensor")
+    os.kill(rig.engines.engines[0].process.pid, signal.SIGKILL)
+    pending = Pending(rig.engines, rig.collector)
+    assert pending.result(1) is None
+    rig.hand_over(model_a, 0)
+    assert [s.token_ids for s in pending.result(1).samples] == want
+
+
+def test_a_server_that_someone_else_gives_weights_is_not_trained_on(start):
+    rig = start("rollout.server.sync=tensor", "rollout.server.retries=0")
+    engine = rig.engines.engines[0]
+    rig.engines.run(engine.client.update_weights_from_disk(str(rig.engines.model_path), "theirs"))
+    with pytest.raises(Exception, match="does someone else use this server"):
+        rig.collect(1)
+    with pytest.raises(WeightsNeeded):
+        rig.collect(1)
+    assert rig.collector.source.state() == {"cursor": 0, "returned": []}
+
+
+def test_a_rollout_made_ahead_survives_a_restart(start):
+    rig = start()
+    pending = Pending(rig.engines, rig.collector)
+    pending.start(1)
+    state = pending.state()
+    again = Pending(rig.engines, rig.collector_of(rig.config))
+    again.restore(state)
+    one, other = pending.result(1), again.result(1)
+    assert one == other
+    assert pending.result(2).positions == again.result(2).positions == [4, 5, 6, 7]
+
+
+def test_the_overlong_penalty_grows_over_the_buffer():
+    rollout = RolloutConfig(max_response_tokens=256, overlong_buffer=64)
+    lengths = (1, 192, 224, 256)
+    assert [overlong_penalty(n, rollout) for n in lengths] == [0.0, 0.0, 0.5, 1.0]
 
 
 def test_distinct_right_counts_different_right_answers_a_prompt():

@@ -101,7 +101,14 @@ def start_update_save(
         policy.score(batch)
         samples = list(range(batch.num_samples))
         sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
-        policy.update(batch, samples, batch.rollout_logp_T, bounds, sums)
+        policy.update(
+            batch,
+            samples,
+            batch.rollout_logp_T,
+            torch.ones_like(batch.rollout_logp_T),
+            bounds,
+            sums,
+        )
         folder = save(config, policy, TrainState(state.step + 1))
         return folder, dict(Exporter(policy.models, params).tensors())
 

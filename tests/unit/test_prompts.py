@@ -8,6 +8,7 @@ import pytest
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
+from megatron_gpc.types import Prompt
 
 
 def tokenize(text: str) -> list[int]:
@@ -21,22 +22,49 @@ def prompts(tmp_path):
     return read_prompts(file, tokenize)
 
 
+def taken(source: PromptSource, count: int) -> list[Prompt]:
+    return [source.at(position) for position in source.take(count)]
+
+
 def test_every_epoch_hands_out_every_prompt_once_in_another_order(prompts):
     source = PromptSource(prompts, seed=1)
-    first, second = source.take(10), source.take(10)
+    first, second = taken(source, 10), taken(source, 10)
     assert {p.index for p in first} == {p.index for p in second} == set(range(10))
     assert first != second
 
 
-def test_a_restored_cursor_continues_the_same_order(prompts):
+def test_a_restored_source_continues_the_same_order(prompts):
     source = PromptSource(prompts, seed=1)
-    source.take(7)
-    again = PromptSource(prompts, seed=1, cursor=source.cursor)
-    assert source.take(8) == again.take(8)
+    source.give_back(source.take(7)[2:4])
+    again = PromptSource(prompts, seed=1)
+    again.restore(source.state())
+    assert source.state()["returned"] == [2, 3]
+    assert taken(source, 8) == taken(again, 8)
+
+
+def test_what_is_given_back_comes_first_and_nothing_is_lost_or_doubled(prompts):
+    source = PromptSource(prompts, seed=1)
+    used = []
+    for lost in (3, 0, 5, 1):
+        positions = source.take(6)
+        source.give_back(positions[lost:4])
+        used += [p for p in positions if p not in positions[lost:4]]
+    used += source.take(source.cursor - len(used))
+    assert sorted(used) == list(range(len(used)))
+
+
+def test_giving_back_what_was_handed_out_last_leaves_no_trace(prompts):
+    """So that how much was asked for too early, which is chance, is not part of the state."""
+    source = PromptSource(prompts, seed=1)
+    source.take(4)
+    before = source.state()
+    for surplus in (1, 3):
+        source.give_back(source.take(surplus))
+        assert source.state() == before
 
 
 def test_the_seed_decides_the_order(prompts):
-    assert PromptSource(prompts, seed=1).take(10) != PromptSource(prompts, seed=2).take(10)
+    assert taken(PromptSource(prompts, seed=1), 10) != taken(PromptSource(prompts, seed=2), 10)
 
 
 @pytest.mark.parametrize(
