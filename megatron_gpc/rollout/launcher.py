@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import megatron_gpc
+from megatron_gpc.launch import own_search_path
 
 STOP_TIMEOUT_S = 5.0
 """How long the server may take to end by itself before it is killed."""
@@ -42,13 +42,13 @@ class EmbeddedServer:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         receiver, sender = os.pipe()
         command = [
-            sys.executable, "-m", "megatron_gpc.rollout.server", "--model-path", str(model_path),
+            sys.executable, "-P", "-m", "megatron_gpc.rollout.server",
+            "--model-path", str(model_path),
             "--host", "127.0.0.1", "--port", "0", "--port-fd", str(sender),
             "--parent", str(os.getpid()), "--dtype", dtype, "--threads", str(threads),
             "--max-running-requests", str(max_running)]
-        root = str(Path(megatron_gpc.__file__).parent.parent)
-        search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": search,
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads),
+                       "PYTHONPATH": own_search_path(),
                        "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         try:
             with self._log.open("ab") as output:
