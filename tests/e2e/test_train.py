@@ -133,11 +133,7 @@ def _pids_using(run_dir) -> list[int]:
         (["parallel.vpp=2"], "needs parallel.pp > 1"),
         (["data.verifier=foo"], "there are: addition"),
         (["model.hf=/nowhere", "model.build=null"], "no config.json"),
-        (
-            ["megatron.transformer.recompute_granularty=full"],
-            "did you mean 'recompute_granularity'",
-        ),
-        (["megatron.optimizer.lr=1"], "set optim.lr"),
+        (["megatron.transformer.num_layers=8"], "it follows from model.hf"),
         (["data.prompts=/nowhere.jsonl"], "/nowhere.jsonl: cannot read prompts"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else None,
