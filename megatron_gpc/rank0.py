@@ -16,18 +16,27 @@ import torch
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
-from megatron_gpc.layout import hf_folder, is_converted
+from megatron_gpc.layout import hf_folder, is_converted, read_hf_config
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.plots import plot_run
 from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
 from megatron_gpc.rewards import verifier
+from megatron_gpc.rollout.client import RolloutError
 from megatron_gpc.rollout.collector import Collector, distinct_right
 from megatron_gpc.rollout.launcher import EmbeddedServer
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
+from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.rundir import lock
 from megatron_gpc.types import RolloutBatch, TrainState
-from megatron_gpc.weights import MegatronReader, carry_over, hf_tensors, write_single
+from megatron_gpc.weights import (
+    HFReader,
+    MegatronReader,
+    carry_over,
+    family_of,
+    hf_tensors,
+    write_single,
+)
 
 
 class Rank0:
@@ -44,16 +53,14 @@ class Rank0:
 
         Raises:
             UserError: prompts, tokenizer or verifier cannot be used.
-            RuntimeError: the server did not start.
+            RolloutError: the server did not start.
         """
         if not self.active:
             return self
-        from transformers import AutoTokenizer  # seconds of import, which only rank 0 spends
-
         config, self._stack = self.config, ExitStack()
         try:
             self._stack.enter_context(lock(config))
-            tokenizer = AutoTokenizer.from_pretrained(self.hf, local_files_only=True)
+            tokenizer = load_tokenizer(self.hf)
 
             def tokenize(text: str) -> list[int]:
                 return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -74,7 +81,7 @@ class Rank0:
                 )
                 url = server.url
             self.collector = Collector(
-                config, url, judge, tokenizer.decode, [tokenizer.eos_token_id]
+                config, str(url), judge, tokenizer.decode, [tokenizer.eos_token_id]
             )
             self._stack.callback(self.collector.close)
         except BaseException:
@@ -87,8 +94,15 @@ class Rank0:
             self._stack.close()
 
     def _servable(self) -> Path:
-        """A folder that a rollout server can start from; for a converted checkpoint it is made."""
+        """A folder that a rollout server can start from; for a converted checkpoint it is made.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
         if not is_converted(self.config.model.hf):
+            hf = read_hf_config(self.hf)
+            family = family_of(hf)
+            HFReader(self.hf).check(family.params(hf), family.copies(hf))
             return self.hf
         self.sync_dir.mkdir(exist_ok=True)
         carry_over(self.hf, self.sync_dir)
@@ -126,7 +140,7 @@ class Rank0:
         )
         stale = {s.weight_version for s in samples} - {str(step - 1)}
         if stale:
-            raise RuntimeError(
+            raise RolloutError(
                 f"step {step}: samples made by weights {sorted(stale)}, expected only "
                 f"{step - 1}; does someone else use this rollout server?"
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_gpc.config import Config
 from megatron_gpc.rewards import Verifier
-from megatron_gpc.rollout.client import Generation, Request, SGLangClient
+from megatron_gpc.rollout.client import Generation, Request, RolloutError, SGLangClient
 from megatron_gpc.types import Prompt, Sample
 
 
@@ -63,7 +63,7 @@ class Collector:
         """Give the server new weights: from `folder`, or inside the request.
 
         Raises:
-            RuntimeError: the server did not take them, or answers with another version.
+            RolloutError: the server did not take them, or answers with another version.
         """
         self._loop.run(self._hand_over(folder, tensors, str(version)))
 
@@ -76,7 +76,7 @@ class Collector:
             await self.client.end_weight_update()
         info = await self.client.model_info()
         if info["weight_version"] != version:
-            raise RuntimeError(
+            raise RolloutError(
                 f"the server reports weight version {info['weight_version']!r} after "
                 f"it was given {version!r}"
             )
@@ -88,7 +88,7 @@ class Collector:
             stream: see `sample_seed`.
 
         Raises:
-            RuntimeError: the server failed beyond the configured retries.
+            RolloutError: the server failed beyond the configured retries.
         """
         requests, owners = [], []
         for prompt in prompts:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_gpc.launch import own_search_path
+from megatron_gpc.rollout.client import RolloutError
 
 STOP_TIMEOUT_S = 5.0
 """How long the server may take to end by itself before it is killed."""
@@ -33,7 +34,7 @@ class EmbeddedServer:
         max_running: sequences decoded at the same time.
 
     Raises:
-        RuntimeError: it ended while starting or was not up in time; with the end of its log.
+        RolloutError: it ended while starting or was not up in time; with the end of its log.
     """
 
     def __init__(self, model_path: Path, log_file: Path, *, start_timeout_s: float = 180.0,
@@ -72,12 +73,12 @@ class EmbeddedServer:
         while not sent.endswith(b"\n"):
             left = max(deadline - time.monotonic(), 0.0)
             if not select.select([receiver], [], [], left)[0]:
-                raise RuntimeError(f"the embedded server was not up after {timeout_s:g} s; "
+                raise RolloutError(f"the embedded server was not up after {timeout_s:g} s; "
                                    f"{self._end_of_log()}")
             piece = os.read(receiver, 16)
             if not piece:
                 self.stop()
-                raise RuntimeError("the embedded server ended while starting (exit code "
+                raise RolloutError("the embedded server ended while starting (exit code "
                                    f"{self._process.returncode}); {self._end_of_log()}")
             sent += piece
         return int(sent)

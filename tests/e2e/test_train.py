@@ -144,6 +144,14 @@ def test_bad_input_ends_with_code_2_and_one_clear_line(arguments, tmp_path, over
     assert says in done.stderr and "Traceback" not in done.stderr
 
 
+def test_an_unreachable_server_ends_with_code_1_and_one_clear_line(arguments, tmp_path):
+    server = (f"rollout.server.url=http://127.0.0.1:{free_port()}", "rollout.server.retries=0")
+    done = command_line(*arguments(tmp_path / "run", "train.steps=1", *server))
+    assert done.returncode == 1
+    assert "megatron-gpc: rollout server: POST http://127.0.0.1:" in done.stderr
+    assert "ConnectError" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_dry_run_prints_the_resolved_configuration_and_makes_nothing(arguments, tmp_path):
     done = command_line(*arguments(tmp_path / "run", "clip.schedule=did"), "--dry-run")
     assert done.returncode == 0
