@@ -127,10 +127,12 @@ def load_run(folder: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        UserError: metrics.jsonl or config.yaml is missing or damaged, or the latter lacks a key
-            that drawing needs.
+        UserError: it is a file; metrics.jsonl or config.yaml is missing or damaged, or the latter
+            lacks a key that drawing needs.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder of a run, {folder.parent}")
     lines = read_metrics(folder)
     if (folder / EVAL_NAME).exists():
         lines = sorted(lines + read_metrics(folder, EVAL_NAME), key=lambda line: line["step"])
