@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        0; 2 where the user's input cannot be used (said in one line, no traceback); otherwise the
-        exit code of the part that failed.
+        0; 2 where the user's input cannot be used, 1 where the rollout server failed (both said in
+        one line, no traceback); otherwise the exit code of the part that failed.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -112,9 +112,14 @@ def _train_rank(config: Config) -> int:
     from megatron_gpc.mcore import cpu
 
     cpu.install()  # before the first megatron import
+    from megatron_gpc.rollout.client import RolloutError
     from megatron_gpc.train import train
 
-    train(config)
+    try:
+        train(config)
+    except RolloutError as error:
+        print(f"megatron-gpc: rollout server: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -124,9 +129,12 @@ def _check(config: Config) -> None:
 
     from megatron_gpc.layout import check_layout, read_hf_config
     from megatron_gpc.rewards import verifier
+    from megatron_gpc.weights import family_of
 
     to_be_built = config.model.build is not None and not config.model.hf.exists()
     hf = None if to_be_built else read_hf_config(config.model.hf)
+    if hf is not None:
+        family_of(hf).model_fields(hf)
     check_layout(config, hf, torch.cuda.is_available())
     verifier(config.data.verifier)
     if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from megatron_gpc.errors import UserError
@@ -34,6 +41,9 @@ def _http_url(value: str) -> str:
 
 
 Url = typing.Annotated[str, AfterValidator(_http_url)]
+Urls = typing.Annotated[
+    tuple[Url, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 
 T = typing.TypeVar("T")
 
@@ -101,8 +111,8 @@ class ServerConfig:
     project's own server, or SGLang (see the section `sglang`)."""
     engines: PositiveInt = 1
     """How many are started."""
-    urls: tuple[Url, ...] = ()
-    """Addresses of running servers, such as [http://10.0.0.7:30000]."""
+    urls: Urls = ()
+    """Addresses of running servers, such as http://10.0.0.7:30000; one or a list."""
     urls_file: Path | None = None
     """File with one such address a line, written by whoever starts the servers; waited for."""
     router: bool = False
@@ -360,6 +370,7 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
     flat = _resolve_paths(_flatten(content, str(path)), path.resolve().parent)
+    origin: dict[str, str] = {}
     for override in overrides:
         key, found, text = override.partition("=")
         if not found:
@@ -371,8 +382,10 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        flat.update(_resolve_paths(_flatten(nested, f"override {override!r}"), Path.cwd()))
-    return _build(flat, str(path))
+        given = _flatten(nested, f"override {override!r}")
+        flat.update(_resolve_paths(given, Path.cwd()))
+        origin.update(dict.fromkeys(given, f"override {override!r}"))
+    return _build(flat, str(path), origin)
 
 
 def warnings(config: Config) -> list[str]:
@@ -429,7 +442,7 @@ def _nearest(key: str, valid: typing.Iterable[str]) -> str:
     if not match:  # right name, wrong section
         last = key.rsplit(".", 1)[-1]
         match = [name for name in names if name.rsplit(".", 1)[-1] == last][:1]
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {match[0]!r}?" if match else "; all keys are in megatron_gpc/config.py"
 
 
 def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -443,26 +456,26 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
     }
 
 
-def _build(flat: dict[str, Any], source: str) -> Config:
-    nested: dict[str, Any] = {}
+def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
+    """`origin` says what to blame for the keys that are not the file's."""
+    # Without a required section pydantic would name the section, not the key.
+    nested: dict[str, Any] = {"model": {}, "data": {}}
     for key, value in flat.items():
         *parents, name = key.split(".")
         here = nested
         for parent in parents:
             here = here.setdefault(parent, {})
         here[name] = value
-    for section in ("model", "data"):  # without it pydantic would name the section, not the key
-        nested.setdefault(section, {})
     try:
         return TypeAdapter(Config).validate_python(nested)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
-            what = (
-                "is required"
-                if problem["type"] == "missing"
-                else (f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}")
-            )
-            lines.append(f"{key}: {what}")
-        raise UserError(f"{source}: " + "; ".join(lines)) from None
+            what = problem["msg"].replace("Input", "input").removeprefix("Value error, ")
+            what += f", got {problem['input']!r}"
+            if problem["type"] == "missing":
+                what = "is required"
+            blamed = next((origin[k] for k in origin if f"{key}.".startswith(f"{k}.")), file)
+            lines.append(f"{blamed}: {key}: {what}")
+        raise UserError("; ".join(lines)) from None

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import megatron_gpc
+
 GRACE_S = 10.0
 """How long ranks may take to end after SIGTERM before they are killed [s]."""
 
@@ -51,6 +53,7 @@ def run_ranks(
             # One thread a rank: ranks share the cores.
             "OMP_NUM_THREADS": "1",
             **os.environ,
+            "PYTHONPATH": own_search_path(),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
@@ -60,7 +63,7 @@ def run_ranks(
         log = None if rank == 0 else (log_dir / f"rank_{rank}.log").open("w")
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [sys.executable, "-P", "-m", module, *arguments],  # see own_search_path
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -73,6 +76,16 @@ def run_ranks(
         return _watch(processes, log_dir)
     finally:
         _end(processes)
+
+
+def own_search_path() -> str:
+    """PYTHONPATH for a child that is to run this copy of the package, wherever it is started from.
+
+    Such a child is started with `python -P -m`: `-m` alone would look in the current folder first,
+    and one of the package's name may lie there.
+    """
+    root = str(Path(megatron_gpc.__file__).parent.parent)
+    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 
 def free_port() -> int:

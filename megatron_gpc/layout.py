@@ -115,10 +115,11 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
 
 
 def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:
-    heads, layers = hf.get("num_attention_heads"), hf.get("num_hidden_layers")
+    for key in ("num_attention_heads", "num_hidden_layers"):
+        if not isinstance(hf.get(key), int):
+            raise UserError(f"model.hf: config.json lacks {key}, or it is no whole number")
+    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     experts = hf.get("num_experts", hf.get("num_local_experts")) or 0  # transformers 4, 5
-    if not isinstance(heads, int) or not isinstance(layers, int):
-        raise UserError("model.hf: config.json lacks num_attention_heads or num_hidden_layers")
     groups = hf.get("num_key_value_heads") or heads
     if heads % p.tp:
         raise UserError(f"parallel.tp={p.tp} does not divide the model's {heads} attention heads")
@@ -132,7 +133,8 @@ def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:
         raise UserError(f"parallel.tp={p.tp} does not divide the feed-forward size {width}")
     stages = p.pp * (p.vpp or 1)
     if layers % stages:
-        raise UserError(f"parallel.pp * vpp = {stages} does not divide the model's {layers} layers")
+        keys = f"parallel.pp * vpp = {stages}" if p.vpp else f"parallel.pp={p.pp}"
+        raise UserError(f"{keys} does not divide the model's {layers} layers")
     if p.ep > 1 and not experts:
         raise UserError(f"parallel.ep={p.ep}: the model has no experts")
     if experts and experts % p.ep:

@@ -19,6 +19,7 @@ from megatron_gpc.config import Config, DataConfig, ModelConfig, ParallelConfig,
 from megatron_gpc.errors import UserError
 from megatron_gpc.launch import run_ranks
 from megatron_gpc.layout import check_layout, read_hf_config, world_size
+from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.weights import HFReader, MegatronReader, family_of, places_of
 
 TEXTS = (
@@ -101,12 +102,7 @@ def prompts(hf: Path, texts: Sequence[str] = TEXTS) -> list[list[int]]:
         draw = torch.Generator().manual_seed(0)
         shape = (RANDOM_SEQUENCES, RANDOM_LENGTH)
         return torch.randint(vocab, shape, generator=draw).tolist()
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{hf}: cannot load the tokenizer: {error}") from None
+    tokenizer = load_tokenizer(hf)
     return [ids for text in texts if (ids := tokenizer(text)["input_ids"])]
 
 

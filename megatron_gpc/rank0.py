@@ -16,7 +16,7 @@ import torch
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
-from megatron_gpc.layout import hf_folder, is_converted
+from megatron_gpc.layout import hf_folder, is_converted, read_hf_config
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.plots import plot_run
 from megatron_gpc.metrics.tables import print_table, summary_table
@@ -27,10 +27,18 @@ from megatron_gpc.rollout.engines import Engines
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
+from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
 from megatron_gpc.types import RolloutBatch, TokenStats, TrainState
-from megatron_gpc.weights import MegatronReader, carry_over, hf_tensors, write_single
+from megatron_gpc.weights import (
+    HFReader,
+    MegatronReader,
+    carry_over,
+    family_of,
+    hf_tensors,
+    write_single,
+)
 
 
 class Rank0:
@@ -50,8 +58,6 @@ class Rank0:
         """
         if not self.active:
             return self
-        from transformers import AutoTokenizer  # seconds of import, which only rank 0 spends
-
         config, self._stack = self.config, ExitStack()
         try:
             self._stack.enter_context(lock(config))
@@ -61,7 +67,7 @@ class Rank0:
                 config.rollout.server, config.sglang, self._servable(), config.run_dir / "logs"
             )
             self.engines = self._stack.enter_context(engines)
-            tokenizer = AutoTokenizer.from_pretrained(self.hf, local_files_only=True)
+            tokenizer = load_tokenizer(self.hf)
 
             def tokenize(text: str) -> list[int]:
                 return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -87,8 +93,15 @@ class Rank0:
             self._stack.close()
 
     def _servable(self) -> Path:
-        """A folder that an engine can start from; for a converted checkpoint it is made."""
+        """A folder that an engine can start from; for a converted checkpoint it is made.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
         if not is_converted(self.config.model.hf):
+            hf = read_hf_config(self.hf)
+            family = family_of(hf)
+            HFReader(self.hf).check(family.params(hf), family.copies(hf))
             return self.hf
         self.sync_dir.mkdir(exist_ok=True)
         carry_over(self.hf, self.sync_dir)

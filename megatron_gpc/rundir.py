@@ -12,17 +12,21 @@ import fcntl
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TextIO
+
+import yaml
 
 from megatron_gpc.config import Config, dump
 from megatron_gpc.errors import UserError
+from megatron_gpc.metrics.runs import flatten
 
 
 def prepare(config: Config) -> None:
     """Make the run's folder ready and, where model.build says so, the model; one process calls it.
 
     Raises:
-        UserError: the folder or the model cannot be made.
+        UserError: the folder or the model cannot be made, or the folder's config.yaml is damaged.
     """
     build_model(config)
     if config.resume == "none" and config.run_dir.exists():
@@ -35,12 +39,14 @@ def prepare(config: Config) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         file = config.run_dir / "config.yaml"
         text = dump(config)
-        if file.exists() and file.read_text() != text:
-            print(
-                "megatron-gpc: warning: continuing a run under another configuration; changed: "
-                + ", ".join(_changed_lines(file.read_text(), text)),
-                file=sys.stderr,
-            )
+        if _has_checkpoint(config.run_dir) and file.exists():
+            changed = _changes(file, text)
+            if changed:
+                print(
+                    "megatron-gpc: warning: continuing a run under another configuration; "
+                    f"changed: {', '.join(changed)}",
+                    file=sys.stderr,
+                )
         part = file.with_suffix(".part")
         part.write_text(text)
         part.replace(file)
@@ -66,10 +72,30 @@ def lock(config: Config) -> TextIO:
     return file
 
 
-def _changed_lines(old: str, new: str) -> list[str]:
-    return sorted(
-        {line.strip() for line in new.splitlines()} - {line.strip() for line in old.splitlines()}
+def _has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is anything to continue from; a checkpoint in the making has another name."""
+    return any(
+        f.name.removeprefix("step_").isdigit() for f in (run_dir / "checkpoints").glob("step_*")
     )
+
+
+def _changes(file: Path, text: str) -> list[str]:
+    """`clip.schedule static -> id` for every key that differs between a run's file and `text`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError:
+        raise UserError(f"{file} is damaged; remove it to continue the run") from None
+    old = flatten(content) if isinstance(content, dict) else {}
+    new = flatten(yaml.safe_load(text))
+    return [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for key in dict.fromkeys([*new, *old])
+        if old.get(key) != new.get(key)
+    ]
 
 
 def build_model(config: Config) -> None:

@@ -1,18 +1,23 @@
 """megatron-core's own configuration dataclasses, filled from ours.
 
-Whatever those dataclasses offer can be set under `megatron.*`; names are checked against them.
+What those dataclasses offer can be set under `megatron.*`, but for what follows from the model or
+from keys of ours; names and types are checked against them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import enum
 import importlib.util
+import typing
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
@@ -23,24 +28,59 @@ HAVE_TE = torch.cuda.is_available() and importlib.util.find_spec("transformer_en
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ACTIVATIONS = {"silu": torch.nn.functional.silu}
+_SECTIONS = {
+    "transformer": TransformerConfig,
+    "ddp": DistributedDataParallelConfig,
+    "optimizer": OptimizerConfig,
+}
 _OWN_KEYS = {  # fields that follow from keys of ours, where setting them too could contradict
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",
     "virtual_pipeline_model_parallel_size": "parallel.vpp",
     "context_parallel_size": "parallel.cp",
     "expert_model_parallel_size": "parallel.ep",
+    "expert_tensor_parallel_size": "parallel.tp",
     "sequence_parallel": "parallel.sequence_parallel",
     "params_dtype": "model.dtype",
     "pipeline_dtype": "model.dtype",
     "bf16": "model.dtype",
+    "fp16": "model.dtype",
     "use_distributed_optimizer": "optim.distributed",
     "lr": "optim.lr",
+    "min_lr": "optim.min_lr",
     "adam_beta1": "optim.beta1",
     "adam_beta2": "optim.beta2",
     "adam_eps": "optim.eps",
     "weight_decay": "optim.weight_decay",
     "clip_grad": "optim.clip_grad",
-    "calculate_per_token_loss": None,  # the loss relies on it: see mcore/policy.py
+}
+_MODEL_FIELDS = {
+    # what weights/families.py sets
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+    *("num_query_groups", "kv_channels", "normalization", "layernorm_epsilon"),
+    *("gated_linear_unit", "activation_func", "add_bias_linear", "add_qkv_bias"),
+    *("qk_layernorm", "attention_dropout", "hidden_dropout", "num_moe_experts"),
+    *("moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk", "moe_router_pre_softmax"),
+    *("moe_router_score_function", "moe_router_dtype", "moe_router_load_balancing_type"),
+    *("moe_aux_loss_coeff", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    # what would make another model of it
+    *("rotary_interleaved", "no_rope_freq", "mrope_section", "window_size"),
+    *("window_attn_skip_freq", "softmax_scale", "softmax_type", "qk_l2_norm"),
+    *("attention_output_gate", "multi_latent_attention", "experimental_attention_variant"),
+    *("layernorm_zero_centered_gamma", "glu_linear_offset"),
+    *("apply_residual_connection_post_layernorm", "activation_func_clamp_value"),
+    *("mtp_num_layers", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_router_topk_limited_devices", "moe_router_topk_scaling_factor"),
+    *("moe_router_enable_expert_bias", "moe_router_force_load_balancing"),
+    *("moe_input_jitter_eps", "moe_apply_probs_on_input", "moe_latent_size"),
+    *("moe_expert_capacity_factor", "moe_token_dropping", "is_hybrid_model"),
+    "heterogeneous_block_specs",
+}
+_RELIED_ON = {
+    "calculate_per_token_loss": "the loss relies on it (mcore/policy.py)",
+    "perform_initialization": "the gradient norm relies on it",
+    "init_model_with_meta_device": "weights are copied into the model once it is built",
+    "moe_grouped_gemm": "weights are handed over expert by expert",
 }
 
 
@@ -50,30 +90,52 @@ def have_apex() -> bool:
 
 
 def check_overrides(config: Config) -> None:
-    """Hold the names under `megatron.*` to megatron-core's dataclasses.
+    """Hold what is set under `megatron.*` to megatron-core's dataclasses.
 
     Raises:
-        UserError: an unknown field (names the nearest), or one that has a key of its own.
+        UserError: an unknown field (names the nearest), one that is not free to be set, or a value
+            of another type.
     """
-    for section, kind in (
-        ("transformer", TransformerConfig),
-        ("ddp", DistributedDataParallelConfig),
-        ("optimizer", OptimizerConfig),
-    ):
-        valid = [f.name for f in dataclasses.fields(kind) if f.init]
-        for name in getattr(config.megatron, section):
-            if name in _OWN_KEYS:
-                key = _OWN_KEYS[name]
-                raise UserError(
-                    f"megatron.{section}.{name} cannot be set here; "
-                    + (f"set {key}" if key else "the loss depends on it")
-                )
-            if name not in valid:
-                near = difflib.get_close_matches(name, valid, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(
-                    f"megatron.{section}.{name}: {kind.__name__} has no such field{hint}"
-                )
+    for section in _SECTIONS:
+        _overrides(config, section)
+
+
+def _overrides(config: Config, section: str) -> dict[str, Any]:
+    """megatron.SECTION, each value in the type of its field; raises as check_overrides."""
+    kind = _SECTIONS[section]
+    types = typing.get_type_hints(kind)
+    found = {}
+    for name, value in getattr(config.megatron, section).items():
+        key = f"megatron.{section}.{name}"
+        if name in _OWN_KEYS:
+            raise UserError(f"{key} cannot be set here; set {_OWN_KEYS[name]}")
+        if name in _MODEL_FIELDS:
+            raise UserError(f"{key} cannot be set; it follows from model.hf")
+        if name in _RELIED_ON:
+            raise UserError(f"{key} cannot be set; {_RELIED_ON[name]}")
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{key}: {kind.__name__} has no such field{hint}")
+        found[name] = _in_type(key, value, types[name])
+    return found
+
+
+def _in_type(key: str, value: Any, kind: Any) -> Any:
+    """A value of a YAML file as a field's annotation wants it; enumerations go by their names."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        if value not in kind.__members__:
+            raise UserError(f"{key}: expected one of {', '.join(kind.__members__)}, got {value!r}")
+        return kind[value]
+    try:
+        adapter = TypeAdapter(kind)
+        adapter.json_schema()  # refuses what no text can say, such as a function
+        return adapter.validate_python(value)
+    except PydanticUserError:
+        raise UserError(f"{key} cannot be set in a configuration: it is of type {kind}") from None
+    except ValidationError as error:
+        what = error.errors()[0]["msg"]
+        raise UserError(f"{key}: {what[0].lower()}{what[1:]}, got {value!r}") from None
 
 
 def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:
@@ -107,7 +169,7 @@ def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:
         "bias_dropout_fusion": cuda,
         "persist_layer_norm": HAVE_TE,
         **model.transformer,
-        **config.megatron.transformer,
+        **_overrides(config, "transformer"),
     }
     fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
     made = TransformerConfig(**fields)
@@ -123,7 +185,7 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
             "grad_reduce_in_fp32": True,
             "use_distributed_optimizer": config.optim.distributed,
             "overlap_grad_reduce": torch.cuda.is_available(),
-            **config.megatron.ddp,
+            **_overrides(config, "ddp"),
         }
     )
 
@@ -144,6 +206,6 @@ def optimizer_config(config: Config) -> OptimizerConfig:
             "bf16": dtype is torch.bfloat16,
             "params_dtype": dtype,
             "use_distributed_optimizer": o.distributed,
-            **config.megatron.optimizer,
+            **_overrides(config, "optimizer"),
         }
     )

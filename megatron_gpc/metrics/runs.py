@@ -127,10 +127,12 @@ def load_run(folder: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        UserError: metrics.jsonl or config.yaml is missing or damaged, or the latter lacks a key
-            that drawing needs.
+        UserError: it is a file; metrics.jsonl or config.yaml is missing or damaged, or the latter
+            lacks a key that drawing needs.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder of a run, {folder.parent}")
     lines = read_metrics(folder)
     if (folder / EVAL_NAME).exists():
         lines = sorted(lines + read_metrics(folder, EVAL_NAME), key=lambda line: line["step"])
@@ -141,7 +143,7 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"{file}: no such file; give the folder of a run (run_dir)") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
-    config = _flatten(content) if isinstance(content, dict) else {}
+    config = flatten(content) if isinstance(content, dict) else {}
     for key, kind in (
         ("seed", int),
         ("clip.schedule", str),
@@ -156,11 +158,12 @@ def load_run(folder: Path) -> Run:
     return Run(folder, config, lines)
 
 
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted keys, unchecked: {"clip": {"schedule": "id"}} -> clip.schedule."""
     flat = {}
     for name, value in content.items():
         flat |= (
-            _flatten(value, f"{prefix}{name}.")
+            flatten(value, f"{prefix}{name}.")
             if isinstance(value, dict)
             else {f"{prefix}{name}": value}
         )

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, TextIO
 
 from megatron_gpc.errors import UserError
@@ -79,7 +80,8 @@ def read_metrics(run_dir: Path, name: str = FILE_NAME) -> list[dict[str, float]]
     A last line without its end is left out: the run is being written, or was killed.
 
     Raises:
-        UserError: the file is missing, or a line is not a JSON object with a `step`.
+        UserError: the file is missing, is no text, or a line is not a JSON object of numbers (or
+            null) with a whole `step`.
     """
     return [
         {name: math.nan if value is None else value for name, value in content.items()}
@@ -93,8 +95,10 @@ def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the folder of a run (run_dir)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not a text file; move it away, or restore it") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     *lines, _half_written = text.split("\n")
     found = []
     for number, line in enumerate(lines, start=1):
@@ -102,11 +106,16 @@ def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
             content = json.loads(line)
         except ValueError:
             content = None
-        if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+        if not isinstance(content, dict) or type(content.get("step")) is not int:
             raise UserError(
-                f"{file}, line {number}: not a JSON object with a step; "
-                "remove the line, or start over with resume=none"
+                f"{file}, line {number}: not a JSON object with a step; mend or remove the line"
             )
+        for name, value in content.items():
+            if type(value) not in (int, float, NoneType):
+                raise UserError(
+                    f"{file}, line {number}: {name} is {value!r}, not a number; mend or remove the "
+                    "line"
+                )
         found.append((line, content))
     return found
 

@@ -36,7 +36,11 @@ LOGPROB_TOLERANCE = 1e-3
 
 
 class RolloutError(RuntimeError):
-    """The server could not do what was asked of it."""
+    """The server could not do what was asked of it.
+
+    The command line prints it alone, without a traceback, and exits with code 1: it is neither the
+    user's input nor this code that failed.
+    """
 
 
 class ServerUnavailable(RolloutError):

@@ -14,15 +14,15 @@ from typing import Any, Self
 
 import httpx
 
-import megatron_gpc
-from megatron_gpc.launch import die_with_parent, free_port
+from megatron_gpc.launch import die_with_parent, free_port, own_search_path
+from megatron_gpc.rollout.client import RolloutError
 
 STOP_TIMEOUT_S = 5.0
 """How long a server may take to end by itself before it is killed."""
 LOG_LINES = 20
 
 
-class ServerError(RuntimeError):
+class ServerError(RolloutError):
     """A server did not start; the message has the end of its log."""
 
 
@@ -131,8 +131,6 @@ class EmbeddedServer(ServerProcess):
         max_running: int = 256,
     ):
         receiver, sender = os.pipe()
-        root = str(Path(megatron_gpc.__file__).parent.parent)
-        search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         try:
             super().__init__(
                 "the embedded server",
@@ -146,7 +144,7 @@ class EmbeddedServer(ServerProcess):
                 {
                     **os.environ,
                     "OMP_NUM_THREADS": str(threads),
-                    "PYTHONPATH": search,
+                    "PYTHONPATH": own_search_path(),
                     "PYTHONUNBUFFERED": "1",
                     "HF_HUB_OFFLINE": "1",
                 },

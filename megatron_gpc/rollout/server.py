@@ -28,7 +28,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import megatron_gpc
@@ -36,6 +36,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.rollout import loading, sequence
 from megatron_gpc.rollout.engine import Engine, EngineEnded
 from megatron_gpc.rollout.sampling import SamplingParams
+from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.rollout.weight_receiver import WeightReceiver
 
 COMMAND_TIMEOUT_S = 600.0
@@ -409,7 +410,7 @@ def main() -> None:
     if not args.model_path.is_dir():
         sys.exit(f"--model-path: {args.model_path} is not a folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_path, local_files_only=True)
+        tokenizer = load_tokenizer(args.model_path)
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         engine = Engine(args.model_path, dtype=args.dtype, threads=args.threads,
                         max_running=args.max_running_requests, end_tokens=ends)

@@ -230,7 +230,7 @@ class Family:
         if not any(rule.where == "moe" for rule in self.rules):
             return (False,) * layers
         step = fields.whole_number(config, "decoder_sparse_step")
-        dense = config["mlp_only_layers"]
+        dense = fields.items(config, "mlp_only_layers")
         return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
     def _expert_fields(self, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:

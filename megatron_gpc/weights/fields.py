@@ -8,7 +8,7 @@ read the same here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,12 +60,7 @@ def whole_number(config: Mapping[str, Any], key: str) -> int:
     Raises:
         UserError: absent or something else.
     """
-    value = config.get(key)
-    if value is None:
-        raise UserError(f"config.json lacks {key}")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"config.json: {key} must be a positive whole number, got {value!r}")
-    return value
+    return _positive(config, key, int, "whole number")
 
 
 def number(config: Mapping[str, Any], key: str) -> float:
@@ -74,11 +69,15 @@ def number(config: Mapping[str, Any], key: str) -> float:
     Raises:
         UserError: absent or something else.
     """
+    return _positive(config, key, (int, float), "number")
+
+
+def _positive(config: Mapping[str, Any], key: str, kind: Any, words: str) -> Any:
     value = config.get(key)
     if value is None:
         raise UserError(f"config.json lacks {key}")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"config.json: {key} must be a positive number, got {value!r}")
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"config.json: {key} must be a positive {words}, got {value!r}")
     return value
 
 
@@ -91,6 +90,18 @@ def flag(config: Mapping[str, Any], key: str) -> bool:
     value = config.get(key)
     if not isinstance(value, bool):
         raise UserError(f"config.json: {key} must be true or false, got {value!r}")
+    return value
+
+
+def items(config: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """A list of config.json; empty where it is absent.
+
+    Raises:
+        UserError: something else.
+    """
+    value = config.get(key, ())
+    if not isinstance(value, list | tuple):
+        raise UserError(f"config.json: {key} must be a list, got {value!r}")
     return value
 
 
@@ -110,7 +121,7 @@ def refuse_unsupported(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> N
         raise UserError(
             "config.json: use_sliding_window=true is not supported; set it to false if every "
             f"sequence is shorter than sliding_window={config.get('sliding_window')}")
-    other = sorted({str(kind) for kind in config.get("layer_types", ())} - {"full_attention"})
+    other = sorted({str(kind) for kind in items(config, "layer_types")} - {"full_attention"})
     if other:
         raise UserError(f"config.json: layer_types {', '.join(other)} not supported, only "
                         "full_attention")

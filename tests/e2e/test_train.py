@@ -154,11 +154,7 @@ def _pids_using(run_dir) -> list[int]:
         (["parallel.vpp=2"], "needs parallel.pp > 1"),
         (["data.verifier=foo"], "there are: addition"),
         (["model.hf=/nowhere", "model.build=null"], "no config.json"),
-        (
-            ["megatron.transformer.recompute_granularty=full"],
-            "did you mean 'recompute_granularity'",
-        ),
-        (["megatron.optimizer.lr=1"], "set optim.lr"),
+        (["megatron.transformer.num_layers=8"], "it follows from model.hf"),
         (["data.prompts=/nowhere.jsonl"], "/nowhere.jsonl: cannot read prompts"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else None,
@@ -167,6 +163,15 @@ def test_bad_input_ends_with_code_2_and_one_clear_line(arguments, tmp_path, over
     done = command_line(*arguments(tmp_path / "run", "train.steps=1", *overrides))
     assert done.returncode == 2
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unreachable_server_ends_with_code_1_and_one_clear_line(arguments, tmp_path):
+    url = f"http://127.0.0.1:{free_port()}"
+    server = (f"rollout.server.urls={url}", "rollout.server.start_timeout_s=1")
+    done = command_line(*arguments(tmp_path / "run", "train.steps=1", *server))
+    assert done.returncode == 1
+    assert f"megatron-gpc: rollout server: {url}: not healthy after 1 s" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_dry_run_prints_the_resolved_configuration_and_makes_nothing(arguments, tmp_path):

@@ -112,6 +112,12 @@ def test_the_mean_over_seeds_covers_the_steps_that_all_have(write_run):
     np.testing.assert_allclose(spread.values, abs(smooth[0] - smooth[1]) / math.sqrt(2))
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused(write_run):
+    folder = write_run("a")
+    with pytest.raises(UserError, match=f"metrics.jsonl is a file; give the folder .*{folder}"):
+        load_run(folder / "metrics.jsonl")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -78,17 +78,32 @@ def test_a_half_written_last_line_is_left_out_and_dropped_on_resume(tmp_path, ha
     assert _steps(tmp_path) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("damage", ["{broken\n", "[1]\n", '{"reward": 1.0}\n', "\n"])
-def test_a_damaged_line_is_refused_by_its_number(tmp_path, damage):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + damage + '{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("{broken", "not a JSON object with a step"),
+        ("[1]", "not a JSON object with a step"),
+        ('{"reward": 1.0}', "not a JSON object with a step"),
+        ('{"step": true}', "not a JSON object with a step"),
+        ("", "not a JSON object with a step"),
+        ('{"step": 2, "reward": "high"}', "reward is 'high', not a number"),
+        ('{"step": 2, "reward": [1.0]}', "reward is .*, not a number"),
+        ('{"step": 2, "reward": true}', "reward is True, not a number"),
+    ],
+)
+def test_a_damaged_line_is_refused_by_its_number(tmp_path, damage, says):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + damage + '\n{"step": 3}\n')
+    with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: {says}"):
         read_metrics(tmp_path)
     with pytest.raises(UserError, match="line 2"):
         MetricsWriter(tmp_path, 3)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_what_holds_no_metrics_is_refused(tmp_path):
     with pytest.raises(UserError, match="give the folder of a run"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\x89PNG\xff\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is not a text file"):
         read_metrics(tmp_path)
 
 

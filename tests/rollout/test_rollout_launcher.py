@@ -54,7 +54,10 @@ def test_the_server_dies_with_its_parent_even_on_sigkill(model_a, tmp_path):
     assert gone(pid, within_s=5)
 
 
-def test_an_early_death_is_reported_with_the_end_of_the_log(tmp_path):
+def test_an_early_death_is_reported_with_the_end_of_the_log(tmp_path, monkeypatch):
+    (tmp_path / "megatron_gpc").mkdir()  # not to be mistaken for the package
+    (tmp_path / "megatron_gpc" / "__init__.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match=r"ended while starting \(exit code 1\)") as died:
         EmbeddedServer(tmp_path / "nowhere", tmp_path / "server.log", start_timeout_s=60)
     assert f"{tmp_path / 'nowhere'} is not a folder" in str(died.value)

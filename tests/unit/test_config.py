@@ -61,7 +61,9 @@ def test_overrides_win_and_keep_their_types(file):
 
 
 def test_dump_and_load_give_the_same_configuration(file, tmp_path):
-    config = load(file, ["clip.phase_split=0.3", "seed=7"])
+    url = "rollout.server.urls=http://localhost:30000"
+    config = load(file, ["clip.phase_split=0.3", "seed=7", url])
+    assert config.rollout.server.urls == ("http://localhost:30000",)
     again = tmp_path / "elsewhere" / "config.yaml"
     again.parent.mkdir()
     again.write_text(dump(config))
@@ -100,12 +102,16 @@ def test_configuration_cannot_be_changed(file):
         ("clip.phase_split=1", "clip.phase_split: input should be less than 1"),
         ("rollout.group_size=1", "rollout.group_size"),
         ("seed", "expected key=value"),
+        ("frobnicate=1", "unknown key 'frobnicate'; all keys are in megatron_gpc/config.py"),
+        ("rollout.server.urls=here:1", "override 'rollout.server.urls=here:1': rollout.server.urls.0: expected an address"),
+        ("rollout.server.urls=[http://a, http://]", "rollout.server.urls.1: expected an address"),
     ],
 )
 def test_bad_overrides_are_refused_by_name(file, override, says):
     with pytest.raises(UserError) as error:
         load(file, [override])
     assert says in str(error.value)
+    assert f"override '{override}'" in str(error.value) and str(file) not in str(error.value)
 
 
 @pytest.mark.parametrize(

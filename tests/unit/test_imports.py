@@ -23,7 +23,7 @@ MAY_IMPORT = {  # part -> parts of megatron_gpc that it may import, besides itse
     "metrics": set(),
     "batching": set(),
     "launch": set(),
-    "rollout": {"rewards", "weights"},
+    "rollout": {"rewards", "weights", "launch"},
     "mcore": {"algo", "kernels", "weights", "metrics", "batching", "launch"},
 }
 

@@ -171,6 +171,8 @@ def test_an_unknown_model_type_is_refused_with_those_supported() -> None:
     (QWEN3_MOE, {"num_experts_per_tok": 129}, "num_experts_per_tok=129 is more than"),
     (QWEN3_MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_topk_prob=true"),
     (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive"),
+    (QWEN3_MOE, {"mlp_only_layers": 3}, "mlp_only_layers must be a list, got 3"),
+    (QWEN2, {"layer_types": 1}, "layer_types must be a list, got 1"),
 ])
 def test_what_megatron_cannot_follow_is_refused_by_field(
     base: dict[str, Any], change: dict[str, Any], says: str

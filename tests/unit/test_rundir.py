@@ -1,0 +1,54 @@
+"""The folder of a run, before the run."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import run_config
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.rundir import prepare
+
+
+@pytest.fixture
+def again(tmp_path, capsys):
+    """again(*overrides): what is said when a run is started once more under other settings."""
+    prepare(run_config(tmp_path, tmp_path))
+
+    def start(*overrides):
+        prepare(run_config(tmp_path, tmp_path, *overrides))
+        return capsys.readouterr().err
+
+    return start
+
+
+OTHER = ("clip.schedule=static", "eval.prompts=/p.jsonl", "megatron.ddp.bucket_size=7")
+
+
+def test_what_changed_since_the_last_start_is_named_by_key_with_both_values(again, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
+    assert again() == ""
+    said = again(*OTHER)
+    assert "continuing a run under another configuration; changed: " in said
+    assert said.strip().endswith(
+        "clip.schedule id -> static, eval.prompts None -> /p.jsonl, "
+        "megatron.ddp.bucket_size None -> 7"
+    )
+    assert again(*OTHER) == ""
+
+
+def test_a_run_without_a_checkpoint_starts_anew_and_nothing_is_said(again, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_000002.part").mkdir(parents=True)
+    assert again(*OTHER) == ""
+
+
+def test_a_damaged_configuration_of_the_run_is_refused(again, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match="config.yaml is damaged; remove it"):
+        again()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"run_dir: {tmp_path}/file/run: Not a directory"):
+        prepare(run_config(tmp_path, tmp_path, f"run_dir={tmp_path}/file/run"))
