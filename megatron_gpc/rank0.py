@@ -23,7 +23,7 @@ from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector, distinct_right
-from megatron_gpc.rollout.engines import Engines
+from megatron_gpc.rollout.engines import Engines, WeightsNeeded
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
@@ -218,14 +218,20 @@ class Rank0:
             return {}
         return self._pending.state()
 
-    def evaluate_if_due(self, step: int) -> None:
-        """Sample held-out prompts before the first, after the last, and every eval.every steps."""
+    def evaluate_if_due(self, step: int) -> bool:
+        """Sample held-out prompts before the first, after the last, and every eval.every steps.
+
+        False: it is due, but the engines need the weights first.
+        """
         every = self.config.eval.every
         due = step in (0, self.config.train.steps) or (every > 0 and step % every == 0)
         if not (self.active and due) or self.config.rollout.replay or not self.held_out:
-            return
+            return True
         count = self.config.eval.samples
-        samples = self.engines.run(self.collector.sample(self.held_out, count, "eval"))
+        try:
+            samples = self.engines.run(self.collector.sample(self.held_out, count, "eval"))
+        except WeightsNeeded:
+            return False
         self.metrics.write_evaluation(
             step,
             {
@@ -233,6 +239,7 @@ class Rank0:
                 "eval_distinct_right": distinct_right(samples, count),
             },
         )
+        return True
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, TensorBoard, console."""

@@ -113,7 +113,8 @@ class Handover:
         if version != self.version:
             self._hand_over(version)
         clock.lap("seconds_sync")
-        self.rank0.evaluate_if_due(version)
+        while not from_main(self.rank0.evaluate_if_due(version)):
+            self._hand_over(version)
         clock.lap("seconds_evaluation")
 
     def rollout(self, step: int) -> tuple[RolloutBatch, dict[str, float]]:

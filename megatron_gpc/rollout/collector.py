@@ -357,9 +357,7 @@ class Collector:
             )
             for i, prompt in enumerate(prompts)
         ]
-        async with asyncio.TaskGroup() as tasks:
-            for part in self._parts(groups):
-                tasks.create_task(self._fill(part, stream))
+        await asyncio.gather(*(self._fill(part, stream) for part in self._parts(groups)))
         return [sample for group in groups for sample in group.samples]
 
 

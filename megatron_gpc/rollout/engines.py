@@ -149,9 +149,8 @@ class Engines:
             urls = await self._await_urls(self.config.urls_file)
         if urls:
             self.engines = [Engine(i, url, self._client(url, key)) for i, url in enumerate(urls)]
-            async with asyncio.TaskGroup() as group:
-                for engine in self.engines:
-                    group.create_task(engine.client.wait_until_healthy(self.config.start_timeout_s))
+            timeout_s = self.config.start_timeout_s
+            await asyncio.gather(*(e.client.wait_until_healthy(timeout_s) for e in self.engines))
             for engine in self.engines:
                 engine.tp_size = int((await engine.client.server_info()).get("tp_size", 1))
         else:
