@@ -15,7 +15,7 @@ from megatron_gpc.algo.schedules import make_schedule
 from megatron_gpc.batching import mini_batches
 from megatron_gpc.config import Config
 from megatron_gpc.layout import is_converted, read_hf_config
-from megatron_gpc.mcore import checkpoint
+from megatron_gpc.mcore.checkpoint import Checkpoints, load_weights
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
 from megatron_gpc.mcore.setup import device, from_main, is_main, process_groups
 from megatron_gpc.mcore.weights import Exporter, load_hf
@@ -35,7 +35,8 @@ def train(config: Config) -> None:
         family = family_of(hf)
         params = family.params(hf, config.parallel.tp)
         policy = Policy(config, family.model_fields(hf))
-        state = _resume(config, policy)
+        checkpoints = Checkpoints(config, policy)
+        state = checkpoints.resume()
         if state is None:
             state = _start(config, policy, hf, params)
         schedule = make_schedule(config.clip, config.train.steps)
@@ -93,11 +94,13 @@ def train(config: Config) -> None:
                     "learning_rate": updated["learning_rate"],
                 },
             )
+            checkpoints.poll()
             if _checkpoint_due(config, state.step):
                 sampling = from_main(rank0.sampling_state())
-                checkpoint.save(config, policy, dataclasses.replace(state, sampling=sampling))
+                checkpoints.save(dataclasses.replace(state, sampling=sampling))
 
         engines.refresh(state.step, Clock())
+        checkpoints.wait()
         rank0.finish()
 
 
@@ -143,12 +146,6 @@ class Handover:
         return from_main(self.rank0.convinced(probe, self.policy.score(probe)))
 
 
-def _resume(config: Config, policy: Policy) -> TrainState | None:
-    """Take over the newest checkpoint; None where there is none.  Rank 0 says which it is."""
-    found = from_main(checkpoint.checkpoints(config.run_dir) if is_main() else None)
-    return checkpoint.load(found[-1], policy) if found else None
-
-
 def _start(
     config: Config, policy: Policy, hf: dict[str, Any], params: Sequence[Param]
 ) -> TrainState:
@@ -156,7 +153,7 @@ def _start(
     family = family_of(hf)
     if is_converted(config.model.hf):
         found = places_of(params, family.model_fields(hf))
-        checkpoint.load_weights(config.model.hf, policy.models, found)
+        load_weights(config.model.hf, policy.models, found)
     else:
         load_hf(policy.models, params, config.model.hf, family.copies(hf))
     policy.weights_changed()

@@ -103,7 +103,7 @@ def test_configuration_cannot_be_changed(file):
         ("rollout.group_size=1", "rollout.group_size"),
         ("seed", "expected key=value"),
         ("frobnicate=1", "unknown key 'frobnicate'; all keys are in megatron_gpc/config.py"),
-        ("rollout.server.urls=a:1", "'rollout.server.urls=a:1': rollout.server.urls.0: expected an"),
+        ("rollout.server.urls=a:1", "server.urls=a:1': rollout.server.urls.0: expected an"),
         ("rollout.server.urls=[http://a, http://]", "rollout.server.urls.1: expected an address"),
     ],
 )
