@@ -16,6 +16,7 @@ import torch
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
+from megatron_gpc.guard import save_mini_batch
 from megatron_gpc.layout import hf_folder, is_converted
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.plots import plot_run
@@ -26,7 +27,7 @@ from megatron_gpc.rollout.collector import Collector, distinct_right
 from megatron_gpc.rollout.launcher import EmbeddedServer
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rundir import lock
-from megatron_gpc.types import RolloutBatch, TrainState
+from megatron_gpc.types import Bounds, RolloutBatch, TrainState
 from megatron_gpc.weights import MegatronReader, carry_over, hf_tensors, write_single
 
 
@@ -150,6 +151,21 @@ class Rank0:
                 "eval_distinct_right": distinct_right(samples, count),
             },
         )
+
+    def keep_skipped(
+        self,
+        file: Path,
+        batch: RolloutBatch,
+        samples: list[int],
+        old_logp_T: torch.Tensor,
+        bounds: Bounds,
+    ) -> None:
+        """Save the mini-batch of an update that was left out, and say so."""
+        if self.active:
+            save_mini_batch(file, batch, samples, old_logp_T, bounds)
+            self.console.warn(
+                f"loss or gradient is not finite: the update was left out; its mini-batch: {file}"
+            )
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, TensorBoard, console."""

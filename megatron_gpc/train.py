@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_gpc.algo.regions import region_masks
 from megatron_gpc.algo.schedules import make_schedule
 from megatron_gpc.batching import mini_batches
 from megatron_gpc.config import Config
+from megatron_gpc.guard import SkippedUpdates, Watchdog
 from megatron_gpc.layout import is_converted, read_hf_config
 from megatron_gpc.mcore import checkpoint
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
@@ -23,7 +24,12 @@ from megatron_gpc.weights import Param, family_of, places_of
 
 def train(config: Config) -> None:
     """Run the configured training on this rank; every rank calls it."""
-    with process_groups(config), Rank0(config, is_main()) as rank0:
+    with (
+        process_groups(config),
+        Watchdog(config) as watchdog,
+        Rank0(config, is_main()) as rank0,
+    ):
+        watchdog.alive()
         hf = read_hf_config(config.model.hf)
         family = family_of(hf)
         params = family.params(hf, config.parallel.tp)
@@ -34,11 +40,12 @@ def train(config: Config) -> None:
         schedule = make_schedule(config.clip, config.train.steps)
         if state.controller:
             schedule.restore(state.controller)
+        skipped = SkippedUpdates(config, state.skipped)
         exporter = Exporter(policy.models, params)
         rank0.begin(state)
 
         while state.step < config.train.steps:
-            clock = Clock()
+            clock = Clock(watchdog.alive)
             rank0.hand_over(exporter.tensors(), version=state.step)
             clock.lap("seconds_sync")
             rank0.evaluate_if_due(state.step)
@@ -52,19 +59,26 @@ def train(config: Config) -> None:
                 old_logp_T = scored.logp_T
             bounds = schedule.bounds(state.step, float(scored.entropy_T.double().mean()))
             sums = Sums((*UPDATE_MEANS, "grad_norm"), UPDATE_MAXIMA, device())
-            for samples in mini_batches(
+            updates = mini_batches(
                 batch.num_samples,
                 config.train.mini_batches,
                 config.train.epochs,
                 config.seed,
                 state.step + 1,
-            ):
+            )
+            for number, samples in enumerate(updates, start=1):
                 updated = policy.update(batch, samples, old_logp_T, bounds, sums)
-                sums.add("grad_norm", updated["grad_norm"], 1)
+                watchdog.alive()
+                if updated["skipped"]:
+                    file = skipped.add(state.step + 1, number)
+                    rank0.keep_skipped(file, batch, samples, old_logp_T, bounds)
+                    skipped.check()
+                else:
+                    sums.add("grad_norm", updated["grad_norm"], 1)
             metrics = sums.reduce()
             clock.lap("seconds_train")
 
-            state = TrainState(state.step + 1, prompt_cursor, schedule.state())
+            state = TrainState(state.step + 1, prompt_cursor, schedule.state(), list(skipped.names))
             rank0.log(
                 state.step,
                 {
@@ -73,14 +87,18 @@ def train(config: Config) -> None:
                     **bounds_metrics(bounds),
                     **clock.metrics(batch.num_response_tokens),
                     "learning_rate": updated["learning_rate"],
+                    "skipped_updates": len(skipped.names),
                     "weight_version": state.step - 1,
                 },
             )
             if _checkpoint_due(config, state.step):
                 checkpoint.save(config, policy, state)
 
+        watchdog.alive()
         rank0.hand_over(exporter.tensors(), version=state.step)
+        watchdog.alive()
         rank0.evaluate_if_due(state.step)
+        watchdog.alive()
         rank0.finish()
 
 
@@ -136,9 +154,15 @@ def bounds_metrics(bounds: Bounds) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds of each part of a training step."""
+    """Seconds of each part of a training step.
 
-    def __init__(self) -> None:
+    Args:
+        on_lap: called at the end of each part, and at the beginning.
+    """
+
+    def __init__(self, on_lap: Callable[[], None]) -> None:
+        on_lap()
+        self.on_lap = on_lap
         self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
 
@@ -146,6 +170,7 @@ class Clock:
         now = time.perf_counter()
         self.laps[name] = now - self.last
         self.last = now
+        self.on_lap()
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """The laps, and response tokens per second of the step, evaluation left out."""

@@ -176,3 +176,6 @@ class TrainState:
     """Prompts handed out so far, over all epochs."""
     controller: dict[str, Any] = field(default_factory=dict)
     """State of the clip schedule (OD: s and H_init; empty for the others)."""
+    skipped: list[str] = field(default_factory=list)
+    """Updates left out so far because loss or gradient was not finite, by the names of their files
+    in run_dir/skipped."""

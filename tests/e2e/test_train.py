@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from commands import CONFIG, ROOT, command_line, metrics
+from commands import CONFIG, ROOT, command_line, metrics, pids_using
 
 from megatron_gpc.launch import free_port
 
@@ -97,7 +95,7 @@ def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
     running.send_signal(signal.SIGKILL)
     running.wait(10)
     deadline = time.monotonic() + 20
-    while left := _pids_using(killed):
+    while left := pids_using(killed):
         assert time.monotonic() < deadline, f"processes outlive the run: {left}"
         time.sleep(0.1)
 
@@ -109,20 +107,6 @@ def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
         assert {k: v for k, v in one.items() if k not in timed} == {
             k: v for k, v in other.items() if k not in timed
         }
-
-
-def _pids_using(run_dir) -> list[int]:
-    """Processes of a run: they name its folder, or have its lock or logs open."""
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            named = str(run_dir).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-            opened = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-        except OSError:
-            continue  # it ended while we looked
-        if pid != os.getpid() and (named or any(f.startswith(str(run_dir)) for f in opened)):
-            found.append(pid)
-    return found
 
 
 @pytest.mark.parametrize(
