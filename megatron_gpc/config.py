@@ -204,7 +204,11 @@ class CheckpointConfig:
     every: NonNegativeInt = 20
     """Save every so many training steps, and after the last; 0: only after the last."""
     keep: PositiveInt = 2
-    """Older checkpoints are removed."""
+    """How many of the newest are kept.  An old one is removed only after a new one is complete."""
+    keep_every: NonNegativeInt = 0
+    """Those of every so many-th step are kept for good; 0: none."""
+    asynchronous: bool = False
+    """Write in the background while training goes on; a failure is reported a step later."""
 
 
 @_section

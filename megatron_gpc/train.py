@@ -12,7 +12,7 @@ from megatron_gpc.batching import mini_batches
 from megatron_gpc.config import Config
 from megatron_gpc.guard import SkippedUpdates, Watchdog
 from megatron_gpc.layout import is_converted, read_hf_config
-from megatron_gpc.mcore import checkpoint
+from megatron_gpc.mcore.checkpoint import Checkpoints, load_weights
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
 from megatron_gpc.mcore.setup import device, from_main, is_main, process_groups
 from megatron_gpc.mcore.weights import Exporter, load_hf
@@ -34,7 +34,8 @@ def train(config: Config) -> None:
         family = family_of(hf)
         params = family.params(hf, config.parallel.tp)
         policy = Policy(config, family.model_fields(hf))
-        state = _resume(config, policy)
+        checkpoints = Checkpoints(config, policy)
+        state = checkpoints.resume()
         if state is None:
             state = _start(config, policy, hf, params)
         schedule = make_schedule(config.clip, config.train.steps)
@@ -91,21 +92,18 @@ def train(config: Config) -> None:
                     "weight_version": state.step - 1,
                 },
             )
+            checkpoints.poll()
             if _checkpoint_due(config, state.step):
-                checkpoint.save(config, policy, state)
+                checkpoints.save(state)
 
         watchdog.alive()
         rank0.hand_over(exporter.tensors(), version=state.step)
         watchdog.alive()
         rank0.evaluate_if_due(state.step)
         watchdog.alive()
+        checkpoints.wait()
+        watchdog.alive()
         rank0.finish()
-
-
-def _resume(config: Config, policy: Policy) -> TrainState | None:
-    """Take over the newest checkpoint; None where there is none.  Rank 0 says which it is."""
-    found = from_main(checkpoint.checkpoints(config.run_dir) if is_main() else None)
-    return checkpoint.load(found[-1], policy) if found else None
 
 
 def _start(
@@ -115,7 +113,7 @@ def _start(
     family = family_of(hf)
     if is_converted(config.model.hf):
         found = places_of(params, family.model_fields(hf))
-        checkpoint.load_weights(config.model.hf, policy.models, found)
+        load_weights(config.model.hf, policy.models, found)
     else:
         load_hf(policy.models, params, config.model.hf, family.copies(hf))
     policy.weights_changed()

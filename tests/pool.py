@@ -30,6 +30,8 @@ def _serve(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
     from megatron_gpc.mcore import cpu
 
     torch.set_num_threads(1)
+    # Saving a checkpoint starts a process in every rank, and daemons may have none.
+    mp.current_process()._config["daemon"] = False
     cpu.install()
     dist.init_process_group(
         "gloo",

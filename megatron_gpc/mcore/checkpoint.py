@@ -1,166 +1,208 @@
-"""Checkpoints: megatron-core's distributed format, complete or absent, for any layout."""
+"""Checkpoints of a run: written whole or not at all, verified before they are taken over.
+
+The format is megatron-core's `torch_dist`, with SHA256SUMS beside it.  See docs/checkpoints.md.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint import CheckpointException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
-from megatron_gpc.mcore.model import PolicyModel
+from megatron_gpc.mcore import checkpoint_folder as folders
+from megatron_gpc.mcore.checkpoint_state import content, load_weights, take_over
+from megatron_gpc.mcore.checkpoint_writer import RankWriter, Written, strategy
 from megatron_gpc.mcore.policy import Policy
+from megatron_gpc.mcore.setup import from_main, is_main, sum_over_ranks
 from megatron_gpc.types import TrainState
-from megatron_gpc.weights import MegatronReader, Place
 
-PREFIX = "step_"
-_UNREADABLE = (
-    *(OSError, RuntimeError, dist_checkpointing.core.CheckpointingException),
-    CheckpointException,  # a BaseException, in which torch wraps what any rank met
-)
+__all__ = ["Checkpoints", "load_weights"]
 
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first.
-
-    A folder is complete once it carries its final name: it is written under another and renamed.
-    """
-    found = [
-        f for f in (run_dir / "checkpoints").glob(PREFIX + "*") if f.name[len(PREFIX) :].isdigit()
-    ]
-    return sorted(found, key=lambda f: int(f.name[len(PREFIX) :]))
+T = TypeVar("T")
+POLL_S = 0.02
+"""Pause between two looks at a save that is waited for [s]."""
 
 
-def save(config: Config, policy: Policy, state: TrainState) -> Path:
-    """Write a checkpoint and remove older ones beyond checkpoint.keep; every rank enters.
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that is being written."""
 
-    Saved: model, optimizer, learning-rate schedule, TrainState, random generators of every rank.
-    """
-    final = config.run_dir / "checkpoints" / f"{PREFIX}{state.step:06d}"
-    part = final.with_name(final.name + ".part")
-    if dist.get_rank() == 0:
-        for old in (part, final):  # leftovers of a run that was killed, or that was started over
-            shutil.rmtree(old, ignore_errors=True)
-        part.mkdir(parents=True)
-    rng: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(rng, _rng_state())
-    content = _sharded_state(policy, loading=False) | {
-        "train_state": dataclasses.asdict(state),
-        "scheduler": policy.scheduler.state_dict(),
-        "rng": rng,
-    }
-    dist.barrier()
-    dist_checkpointing.save(content, str(part), validate_access_integrity=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        part.rename(final)
-        for old in checkpoints(config.run_dir)[: -config.checkpoint.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+    final: Path
+    writer: RankWriter
+
+    @property
+    def part(self) -> Path:
+        return folders.part_name(self.final)
 
 
-def load(folder: Path, policy: Policy) -> TrainState:
-    """Take over a checkpoint, at whatever layout this run has; every rank enters.
+class Checkpoints:
+    """The checkpoints of one run.  Every method is a collective: every rank enters it."""
 
-    Random generators are taken over where the number of ranks is the same; at another layout they
-    keep their seeds (nothing in the policy draws from them while dropout is 0).
+    def __init__(self, config: Config, policy: Policy):
+        self.config, self.policy = config, policy
+        self._plan = strategy()
+        self._save: _Save | None = None
 
-    Raises:
-        UserError: the checkpoint cannot be read.
-    """
-    try:
-        content = dist_checkpointing.load(_sharded_state(policy, loading=True), str(folder))
-    except _UNREADABLE as error:
-        raise UserError(
-            f"{folder}: cannot load this checkpoint: {_reason(error)}; remove it to continue "
-            "from an older one"
-        ) from error
-    for name, model in zip(_names(policy.models), policy.models, strict=True):
-        model.load_state_dict(content[name])
-    policy.optimizer.load_state_dict(content["optimizer"])
-    policy.scheduler.load_state_dict(content["scheduler"])
-    if len(content["rng"]) == dist.get_world_size():
-        _set_rng_state(content["rng"][dist.get_rank()])
-    return TrainState(**content["train_state"])
+    def resume(self) -> TrainState | None:
+        """Take over the newest sound checkpoint; None where the run has none yet.
+
+        Every file is read and held to its checksum first, in shares over the ranks.  A damaged
+        checkpoint is named on rank 0's stderr, renamed to `step_NNNNNN.damaged`, and the one before
+        is looked at.
+
+        Raises:
+            UserError: there are checkpoints, but none is sound; or it is not of this model.
+        """
+        run_dir = self.config.run_dir
+
+        def found() -> list[Path]:
+            folders.remove_parts(run_dir)
+            return folders.checkpoints(run_dir)
+
+        for folder in reversed(_on_main(found, f"{run_dir}/checkpoints: cannot be used")):
+            wrong = folders.problems(folder, dist.get_rank(), dist.get_world_size())
+            if not (wrong := sorted({one for share in _gather(wrong) for one in share})):
+                return take_over(self.config, self.policy, folder)
+            aside = _on_main(lambda f=folder: folders.set_aside(f), f"{folder}: cannot be renamed")
+            if is_main():
+                print(
+                    f"megatron-gpc: warning: {folder} is damaged: {'; '.join(wrong)}; "
+                    f"it was renamed to {aside.name} and the one before is taken",
+                    file=sys.stderr,
+                )
+        if damaged := from_main(folders.damaged(run_dir) if is_main() else None):
+            names = ", ".join(folder.name for folder in damaged)
+            raise UserError(
+                f"{run_dir}/checkpoints: no checkpoint is sound ({names}); put one back that is, "
+                "under its name without .damaged, or start over with resume=none, which sets the "
+                "run aside"
+            )
+        return None
+
+    def save(self, state: TrainState) -> None:
+        """Begin a checkpoint; with checkpoint.asynchronous=false also end it.
+
+        Raises:
+            UserError: it cannot be written; or, before it was begun, the one before could not.
+        """
+        self.wait()
+        final = folders.final_name(self.config.run_dir, state.step)
+        part = folders.part_name(final)
+        _on_main(lambda: part.mkdir(parents=True), f"{final}: cannot be written")
+        writer = RankWriter(content(self.config, self.policy, state), part, self._plan)
+        self._save = _Save(final, writer)
+        if not self.config.checkpoint.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Complete the checkpoint in the background if all ranks have written; never waits.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self._look(overdue=False)
+
+    def wait(self) -> None:
+        """Complete the checkpoint in the background, if there is one.
+
+        Raises:
+            UserError: it could not be written, or not within config.timeout_s from now.
+        """
+        deadline = time.monotonic() + self.config.timeout_s
+        while self._save is not None:
+            time.sleep(POLL_S)
+            self._look(overdue=time.monotonic() > deadline)
+
+    def _look(self, overdue: bool) -> None:
+        """Agree on how far the save is, then go on, complete it or give it up."""
+        if (save := self._save) is None:
+            return
+        outcome = save.writer.outcome()
+        if outcome is None and overdue:
+            outcome = f"it took longer than timeout_s={self.config.timeout_s:g}"
+        ranks = torch.tensor([outcome is None, isinstance(outcome, str)], dtype=torch.int)
+        writing, failed = sum_over_ranks(ranks).tolist()
+        if failed:
+            self._give_up(save, outcome if isinstance(outcome, str) else None)
+        elif not writing:
+            assert isinstance(outcome, Written)
+            self._complete(save, outcome)
+
+    def _give_up(self, save: _Save, reason: str | None) -> None:
+        self._save = None
+        save.writer.stop()
+        reasons = _gather(reason)  # also: every rank's process has ended
+        if is_main():
+            shutil.rmtree(save.part, ignore_errors=True)
+        said = next(f"rank {rank}: {one}" for rank, one in enumerate(reasons) if one)
+        raise UserError(f"{save.final}: cannot be written: {said}; {self._what_is_left()}")
+
+    def _complete(self, save: _Save, mine: Written) -> None:
+        """Describe, checksum and publish what all ranks have written; then remove old ones."""
+        self._save = None
+        everyone: list[Any] | None = [None] * dist.get_world_size() if is_main() else None
+        dist.gather_object(mine, everyone)
+
+        def publish() -> None:
+            assert everyone is not None
+            try:
+                save.writer.writer.finish(
+                    save.writer.metadata, [written.results for written in everyone]
+                )
+                save_config(CheckpointingConfig("torch_dist", 1), str(save.part))
+                sums = {}
+                for name in (".metadata", folders.LAST):
+                    folders.bring_to_disk(save.part / name)
+                    sums[name] = folders.sha256(save.part / name)
+                for written in everyone:
+                    sums |= written.sums
+                folders.publish(save.part, save.final, sums)
+            except OSError:
+                shutil.rmtree(save.part, ignore_errors=True)
+                raise
+
+        _on_main(publish, f"{save.final}: cannot be written", self._what_is_left())
+        kept = self.config.checkpoint
+        _on_main(
+            lambda: folders.remove_old(self.config.run_dir, kept.keep, kept.keep_every),
+            f"{save.final} was written, but older ones cannot be removed",
+        )
+
+    def _what_is_left(self) -> str:
+        left = folders.checkpoints(self.config.run_dir)
+        start = left[-1].name if left else "the start, for there is none before it"
+        return (
+            "nothing of it was left, and older ones are as they were; once the cause is mended, "
+            f"the same command continues from {start}"
+        )
 
 
-def load_weights(folder: Path, models: Sequence[PolicyModel], places: Sequence[Place]) -> None:
-    """Fill the policy from a converted or a saved checkpoint, at whatever layout; all ranks enter.
-
-    Args:
-        places: `weights.places_of` of the model, to which the checkpoint is held first.
-
-    Raises:
-        UserError: the checkpoint is damaged, or is not of that model.
-    """
-    MegatronReader(folder).check(places)
-    wanted = {
-        name: {  # transformer-engine's fp8 scales are not weights, and converted ones lack them
-            key: value
-            for key, value in model.sharded_state_dict(metadata=_metadata()).items()
-            if not key.endswith("_extra_state")
-        }
-        for name, model in zip(_names(models), models, strict=True)
-    }
-    try:
-        content = dist_checkpointing.load(wanted, str(folder))
-    except _UNREADABLE as error:
-        raise UserError(f"{folder}: cannot load this checkpoint: {_reason(error)}") from error
-    for name, model in zip(_names(models), models, strict=True):
-        wrong = model.load_state_dict(content[name], strict=False)
-        left = [key for key in wrong.missing_keys if not key.endswith("_extra_state")]
-        assert not left and not wrong.unexpected_keys, (left, wrong.unexpected_keys)
+def _gather(value: T) -> Sequence[T]:
+    """Every rank's value, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong, without the traceback that torch's exception is full of."""
-    if isinstance(error, CheckpointException):
-        error, _ = next(iter(error.failures.values()))
-    return f"{type(error).__name__}: {error}"
-
-
-def _names(models: Sequence[PolicyModel]) -> list[str]:
-    return ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
-
-
-def _metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-def _sharded_state(policy: Policy, loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
-    state: dict[str, Any] = {
-        name: model.sharded_state_dict(metadata=metadata)
-        for name, model in zip(_names(policy.models), policy.models, strict=True)
-    }
-    state["optimizer"] = policy.optimizer.sharded_state_dict(
-        dict(state), is_loading=loading, metadata=metadata
-    )
-    return state
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+def _on_main(work: Callable[[], T], what: str, way_out: str = "") -> T:
+    """Do file work on rank 0; its result, or its OSError as a UserError, on every rank."""
+    result: tuple[T | None, str | None] = (None, None)
+    if is_main():
+        try:
+            result = (work(), None)
+        except OSError as error:
+            result = (None, f"{what}: {error}" + (f"; {way_out}" if way_out else ""))
+    value, problem = from_main(result)
+    if problem:
+        raise UserError(problem)
+    return value

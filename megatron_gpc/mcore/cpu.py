@@ -14,18 +14,14 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import multiprocessing
 import os
 import sys
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
-from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
-
-from megatron_gpc.launch import die_with_parent
 
 # Imported before the stand-in is put in place: a module that comes later would see the real torch.
 _MODULES = [
@@ -327,8 +323,9 @@ def _patch_optimizer_state() -> None:
     """The distributed optimizer saves and loads the state of torch's own Adam.
 
     Why: without transformer-engine and apex, state_dict() fails before the first step (torch's Adam
-    has no state yet); loading raises KeyError 'step', and would leave one "step" tensor shared by
-    all parameters, which Adam advances once for each.  An upstream fault, not about CPUs.
+    has no state yet), and always on a stage without experts, whose expert optimizer has no
+    parameters; loading raises KeyError 'step', and would leave one "step" tensor shared by all
+    parameters, which Adam advances once for each.  An upstream fault, not about CPUs.
     Gone when: core reads the state of torch.optim.Adam.
     """
     optimizer = _core("optimizer.distrib_optimizer").DistributedOptimizer
@@ -344,6 +341,8 @@ def _patch_optimizer_state() -> None:
                         exp_avg=torch.zeros_like(p),
                         exp_avg_sq=torch.zeros_like(p),
                     )
+        if not self.optimizer.state:
+            self.optimizer.state["no parameters"]["step"] = torch.zeros(())
         return state_dict(self)
 
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -357,20 +356,11 @@ def _patch_optimizer_state() -> None:
 
 
 def _patch_checkpoint_writer() -> None:
-    """The process that collects checkpoint writers' results ends with its rank.
+    """No process is started to collect what checkpoint writers report.
 
-    Why: dist_checkpointing starts a multiprocessing manager in every rank, and a manager outlives a
-    parent that is killed: each SIGKILL of a run left one process a rank behind.  An upstream fault,
-    not about CPUs.  Gone when: core starts it as a process that ends with its parent.
+    Why: planning a save starts a multiprocessing manager in every rank.  It outlives a rank that is
+    killed, imports the main script again, and costs the first save 6 s; nobody needs it, because
+    mcore/checkpoint_writer.py reports through a pipe.  An upstream fault, not about CPUs.
+    Gone when: core starts it where it is used, in the writing.
     """
-    writer = _core("dist_checkpointing.strategies.filesystem_async")
-
-    def results_queue() -> Any:
-        if writer._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-            manager.start(initializer=die_with_parent)
-            writer._results_queue = manager.Queue()
-            writer._results_queue.manager = manager  # or it would be collected, and end
-        return writer._results_queue
-
-    writer._get_write_results_queue = results_queue
+    _core("dist_checkpointing.strategies.filesystem_async")._get_write_results_queue = _nothing

@@ -8,10 +8,12 @@ difference.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -57,7 +59,15 @@ def initialize_model_parallel(config: Config) -> None:
         expert_model_parallel_size=p.ep,
         distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
     )
-    model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
+    seed_generators(config.seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every random generator of this rank; megatron-core's differ between parallel ranks."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def device() -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,15 +82,14 @@ def start_update_save(
     """Start from model.hf as training does, update once, save; the checkpoint, and the weights as
     weight sync gives them (on rank 0)."""
     from megatron_gpc.layout import read_hf_config
-    from megatron_gpc.mcore.checkpoint import save
+    from megatron_gpc.mcore.checkpoint import Checkpoints
+    from megatron_gpc.mcore.checkpoint_folder import checkpoints
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
     from megatron_gpc.mcore.weights import Exporter
     from megatron_gpc.metrics.reduce import Sums
     from megatron_gpc.train import _start
     from megatron_gpc.weights import family_of
 
-    # saving starts a process in every rank, and the pool's are daemons, which may have none
-    multiprocessing.current_process()._config["daemon"] = False
     with groups(config):
         hf_config = read_hf_config(config.model.hf)
         family = family_of(hf_config)
@@ -102,7 +100,10 @@ def start_update_save(
         samples = list(range(batch.num_samples))
         sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
         policy.update(batch, samples, batch.rollout_logp_T, bounds, sums)
-        folder = save(config, policy, TrainState(state.step + 1))
+        saving = Checkpoints(config, policy)
+        saving.save(TrainState(state.step + 1))
+        saving.wait()
+        (folder,) = checkpoints(config.run_dir)
         return folder, dict(Exporter(policy.models, params).tensors())
 
 

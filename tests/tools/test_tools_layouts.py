@@ -159,7 +159,8 @@ def test_starting_from_a_converted_checkpoint_is_starting_from_hugging_face(
 ) -> None:
     weights = []
     for start in (checkpoints["qwen3"].folder, converted_of("qwen3")):
-        config = run_config(tmp_path, start, "parallel.tp=2")
+        own = f"run_dir={tmp_path}/{len(weights)}"
+        config = run_config(tmp_path, start, "parallel.tp=2", own)
         run = conversion_ranks.start_update_save
         weights.append(pool(2).run(run, config, random_batch(), BOUNDS)[0][1])
     assert same(*weights)

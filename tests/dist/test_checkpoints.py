@@ -1,0 +1,203 @@
+"""A checkpoint is whole, sound or refused, and readable at another layout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import checkpoint_ranks
+import pytest
+from checkpoint_ranks import STATE, spoil
+from tiny import VOCAB, run_config, tiny_qwen2
+from tiny_models import MODELS
+
+SP = "parallel.sequence_parallel=true"
+COSINE = ["optim.decay=cosine", "optim.warmup_updates=2", "optim.min_lr=1e-5"]
+LAYOUTS = {  # processes, overrides
+    "tp1": (1, []),
+    "tp2": (2, ["parallel.tp=2"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "dp2": (2, ["parallel.dp=2"]),
+    "pp2 vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "pp4": (4, ["parallel.pp=4"]),
+    "tp2 pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
+    "ep2": (2, ["parallel.dp=2", "parallel.ep=2"]),
+    "tp2 ep2": (4, ["parallel.tp=2", SP, "parallel.dp=2", "parallel.ep=2"]),
+    "pp2 ep2": (4, ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2"]),
+}
+UNCUT = "optim.distributed=false"
+BF16 = "model.dtype=bfloat16"
+BACKGROUND = "checkpoint.asynchronous=true"
+CASES = [  # model, saved at, its settings, resumed at
+    ("dense", "pp4", [], ["pp4", "tp2 pp2", "tp1"]),
+    ("dense", "dp2", [BACKGROUND], ["dp2", "tp2"]),
+    ("dense", "pp2 vpp2", [UNCUT, BACKGROUND], ["pp2 vpp2", "tp2"]),
+    ("tied", "tp2 pp2", [BF16], ["tp2 pp2", "dp2"]),
+    # the first stage has no experts
+    ("moe", "pp2 ep2", [], ["pp2 ep2", "tp1", "ep2"]),
+    ("moe", "pp2 ep2", [UNCUT], ["pp2 ep2", "dp2"]),
+    ("moe", "dp2", [], ["tp2 ep2"]),
+]
+ROUNDING = {BF16: 3e-2}
+"""Relative differences of losses and gradient norms at another layout; fp32's measured below."""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Hugging Face folders by name."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("models")
+    _, settings = MODELS["qwen3_moe-some-dense"]
+    config = transformers.Qwen3MoeConfig(**settings | {"vocab_size": VOCAB})
+    model = transformers.Qwen3MoeForCausalLM(config)
+    model.save_pretrained(folder / "moe")
+    tiny_qwen2(folder / "tied", tie_word_embeddings=True)
+    return {
+        "dense": tiny_qwen2(folder / "dense"),
+        "tied": folder / "tied",
+        "moe": folder / "moe",
+    }
+
+
+def apart(ours, theirs) -> float:
+    """The largest relative difference of losses and gradient norms."""
+    return max(
+        abs(a - b) / abs(b)
+        for one, other in zip(ours, theirs, strict=True)
+        for a, b in zip(one[:2], other[:2], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "saved", "settings", "resumed"), CASES, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_a_run_goes_on_as_if_nothing_had_happened(
+    models, pool, tmp_path, model, saved, settings, resumed
+):
+    """At the same layout to the bit; at another one within rounding."""
+    world, layout = LAYOUTS[saved]
+    config = run_config(tmp_path, models[model], *layout, *settings, *COSINE)
+    want = pool(world).run(checkpoint_ranks.save_and_go_on, config)
+    for name in resumed:
+        world, layout = LAYOUTS[name]
+        config = run_config(tmp_path, models[model], *layout, *settings, *COSINE)
+        got = pool(world).run(checkpoint_ranks.resume_and_go_on, config)
+        assert all(result["state"] == STATE and not result["said"] for result in got)
+        ours, theirs = got[0]["updates"], want[0]["updates"]
+        assert [one[2] for one in ours] == [one[2] for one in theirs], "learning rates"
+        if name == saved:
+            assert [result["updates"] for result in got] == [result["updates"] for result in want]
+            assert [result["drawn"] for result in got] == [result["drawn"] for result in want]
+            assert all(result["drawn"] != result["start"] for result in want)
+        else:
+            difference = apart(ours, theirs)
+            print(f"{model} {settings}: {saved} -> {name}: {difference:.1e}")
+            assert difference < max(ROUNDING.get(key, 1e-5) for key in ["", *settings])
+
+
+def test_at_another_layout_random_numbers_are_decided_by_seed_and_step(models, pool, tmp_path):
+    def at(layout, *overrides):
+        world, keys = LAYOUTS[layout]
+        return world, run_config(tmp_path, models["dense"], *keys, *overrides)
+
+    world, config = at("tp2")
+    pool(world).run(checkpoint_ranks.save_and_go_on, config)
+    world, config = at("pp2")
+    first, again = (pool(world).run(checkpoint_ranks.resume_and_go_on, config) for _ in range(2))
+    assert [result["drawn"] for result in first] == [result["drawn"] for result in again]
+    for result in first:
+        assert not set(result["drawn"].values()) & set(result["start"].values())
+
+
+def test_old_ones_are_removed_but_for_the_newest_and_those_kept_for_good(models, pool, tmp_path):
+    config = run_config(
+        tmp_path, models["dense"], "parallel.tp=2", "checkpoint.keep_every=4", BACKGROUND
+    )
+    for left in pool(2).run(checkpoint_ranks.save_at, config, [2, 4, 6, 8, 9, 10]):
+        assert left == ["step_000004", "step_000008", "step_000009", "step_000010"]
+    folder = config.run_dir / "checkpoints" / "step_000010"
+    checked = subprocess.run(
+        ["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+    listed = {line.split(":")[0] for line in checked.stdout.splitlines()}
+    assert listed == set(os.listdir(folder)) - {"SHA256SUMS"}
+    assert {"__0_0.distcp", "__1_0.distcp", "common.pt", ".metadata", "metadata.json"} == listed
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_taken(
+    models, pool, tmp_path
+):
+    config = run_config(tmp_path, models["dense"], "parallel.tp=2", "checkpoint.keep=4")
+    pool(2).run(checkpoint_ranks.save_at, config, [1, 2, 3, 4])
+    folder = config.run_dir / "checkpoints"
+    spoil(folder / "step_000004" / "__1_0.distcp")
+    (folder / "step_000003" / ".metadata").unlink()
+    (folder / "step_000003" / "common.pt").write_bytes(b"")
+    (folder / "step_000009.part").mkdir()
+    (step, said), (other, silence) = pool(2).run(checkpoint_ranks.resumed, config)
+    assert step == other == 2 and not silence
+    four, three = said.splitlines()
+    assert f"{folder}/step_000004 is damaged: __1_0.distcp is not what was written" in four
+    assert ".metadata is missing; common.pt is not what was written" in three
+    left = ["step_000001", "step_000002", "step_000003.damaged", "step_000004.damaged"]
+    assert sorted(os.listdir(folder)) == left
+
+    (folder / "step_000002" / "SHA256SUMS").unlink()
+    spoil(folder / "step_000001" / "SHA256SUMS")
+    for _ in range(
+        2
+    ):  # the second time all have been set aside: still no silent start from scratch
+        for refused, _ in pool(2).run(checkpoint_ranks.resumed, config):
+            assert "no checkpoint is sound" in refused and "resume=none" in refused
+            assert "step_000001.damaged, step_000002.damaged" in refused
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("kill", "rank 1: the process that writes it was ended from outside"),
+        ("hang", "it took longer than timeout_s=3"),
+        ("finish", "Is a directory"),
+    ],
+)
+def test_a_save_that_fails_in_the_background_leaves_the_one_before(
+    models, pool, tmp_path, trouble, says
+):
+    settings = ["parallel.tp=2", BACKGROUND, "timeout_s=3"]
+    config = run_config(tmp_path, models["dense"], *settings)
+    pool(2).run(checkpoint_ranks.save_at, config, [5])
+    for said, then in pool(2).run(checkpoint_ranks.failed_save, config, 6, trouble):
+        assert "step_000006: cannot be written: " in said and says in said
+        assert "the same command continues from step_000005" in said
+        assert then == "resumed at 5"
+
+
+@pytest.mark.parametrize("room_for", ["one and a half", "all but the last files"])
+def test_a_full_disk_ends_the_save_on_every_rank_and_costs_nothing_else(
+    models, pool, tmp_path, room_for
+):
+    config = run_config(tmp_path, models["dense"], "parallel.tp=2")
+    pool(2).run(checkpoint_ranks.save_at, config, [1])
+    run_dir = config.run_dir
+    sizes = [-(-f.stat().st_size // 4096) * 4096 for f in run_dir.rglob("*") if f.is_file()]
+    space = int(1.5 * sum(sizes)) if room_for == "one and a half" else 2 * sum(sizes) - 20_000
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={space // 4096 * 4096}", "tmpfs", str(disk)],
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        config = run_config(tmp_path, models["dense"], "parallel.tp=2", f"run_dir={disk}/run")
+        pool(2).run(checkpoint_ranks.save_at, config, [1])
+        for said, then in pool(2).run(checkpoint_ranks.failed_save, config, 2, ""):
+            assert "step_000002: cannot be written: " in said
+            assert "No space left on device" in said
+            assert then == "resumed at 1"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
