@@ -11,7 +11,7 @@ help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
 	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
 	@echo "make test     set up .venv and run the tests"
-	@echo "make bench    measure log-prob + entropy at V = 151,936"
+	@echo "make bench    measure log-prob + entropy at V = 151,936, and checkpoints"
 	@echo "make lint     ruff and pyright"
 
 .venv/.installed: setup.py
@@ -35,6 +35,7 @@ test: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python tools/bench/token_stats.py
+	$(BIN)/python tools/bench/checkpoint.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ from megatron_gpc.types import TrainState
 __all__ = ["Checkpoints", "load_weights"]
 
 T = TypeVar("T")
-POLL_S = 0.02
+POLL_S = 0.05
 """Pause between two looks at a save that is waited for [s]."""
 
 

@@ -115,18 +115,26 @@ def _write(
     gc.disable()  # CUDA tensors of the rank must not be freed here
     try:
         sender.send(_write_files(folder, transforms, buckets, common))
-    except (OSError, RuntimeError) as error:  # torch's zip writer wraps the one into the other
-        sender.send(f"{type(error).__name__}: {error}")
+    except (OSError, RuntimeError) as error:
+        sender.send(_cause(error))
     sender.close()
     # Past the interpreter's own end, which flushes streams: a thread of the rank may have held
     # their locks when this process was forked, and it is not here to give them back.
     os._exit(0)
 
 
+def _cause(error: BaseException) -> str:
+    """What was first: torch's zip writer covers a full disk with a complaint about positions."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"
+
+
 def _write_files(folder: Path, transforms: Any, buckets: list[Any], common: Any) -> Written:
     sums, results = {}, []
     if common is not None:
-        torch.save(common, folder / COMMON_STATE_FNAME)
+        with (folder / COMMON_STATE_FNAME).open("wb") as stream:
+            torch.save(common, stream)
         bring_to_disk(folder / COMMON_STATE_FNAME)
         sums[COMMON_STATE_FNAME] = sha256(folder / COMMON_STATE_FNAME)
     for number, bucket in enumerate(buckets):

@@ -90,6 +90,15 @@ def resume_and_go_on(config: Config) -> dict[str, Any]:
         return found | {"state": state, "said": said.getvalue()}
 
 
+def drawn_after_resuming(config: Config) -> dict[str, float]:
+    from megatron_gpc.mcore.checkpoint import Checkpoints
+
+    with policy_of(config) as (policy, _):
+        draw()
+        assert Checkpoints(config, policy).resume() is not None
+        return draw()
+
+
 def save_at(config: Config, steps: list[int]) -> list[str]:
     """Save after each of these steps; what the run's folder of checkpoints holds at the end."""
     from megatron_gpc.mcore.checkpoint import Checkpoints
@@ -102,8 +111,8 @@ def save_at(config: Config, steps: list[int]) -> list[str]:
         return sorted(os.listdir(config.run_dir / "checkpoints"))
 
 
-def failed_save(config: Config, step: int, trouble: str) -> tuple[str, str]:
-    """Save in trouble; what is said, and what resuming says then (or the step it resumes at).
+def failed_save(config: Config, trouble: str) -> tuple[str, int]:
+    """Save after step 5, then after step 6 in trouble; what is said, and the step resumed at then.
 
     Args:
         trouble: "kill" (rank 1's process is killed), "hang" (it stands still), "finish" (rank 0
@@ -113,9 +122,11 @@ def failed_save(config: Config, step: int, trouble: str) -> tuple[str, str]:
 
     with policy_of(config) as (policy, _):
         checkpoints = Checkpoints(config, policy)
+        checkpoints.save(TrainState(5))
+        checkpoints.wait()
         try:
-            checkpoints.save(TrainState(step))
-            cause_trouble(config, step, trouble)
+            checkpoints.save(TrainState(6))
+            cause_trouble(config.run_dir / "checkpoints" / "step_000006.part", trouble)
             checkpoints.wait()
             said = "nothing"
         except UserError as error:
@@ -123,16 +134,15 @@ def failed_save(config: Config, step: int, trouble: str) -> tuple[str, str]:
         dist.barrier()
         assert not list((config.run_dir / "checkpoints").glob("*.part"))
         assert not psutil.Process().children(), "the process that writes is gone"
-        state = checkpoints.resume()
-        return said, f"resumed at {state.step}" if state else "nothing to resume"
+        return said, checkpoints.resume().step
 
 
-def cause_trouble(config: Config, step: int, trouble: str) -> None:
+def cause_trouble(part: Path, trouble: str) -> None:
     if trouble in ("kill", "hang") and dist.get_rank() == 1:
         (writer,) = psutil.Process().children()
         writer.send_signal({"kill": signal.SIGKILL, "hang": signal.SIGSTOP}[trouble])
     if trouble == "finish" and dist.get_rank() == 0:
-        (config.run_dir / "checkpoints" / f"step_{step:06d}.part" / "metadata.json").mkdir()
+        (part / "metadata.json").mkdir()
 
 
 def resumed(config: Config) -> tuple[int | str, str]:

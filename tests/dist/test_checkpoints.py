@@ -12,7 +12,6 @@ from checkpoint_ranks import STATE, spoil
 from tiny import VOCAB, run_config, tiny_qwen2
 from tiny_models import MODELS
 
-SP = "parallel.sequence_parallel=true"
 COSINE = ["optim.decay=cosine", "optim.warmup_updates=2", "optim.min_lr=1e-5"]
 LAYOUTS = {  # processes, overrides
     "tp1": (1, []),
@@ -23,31 +22,34 @@ LAYOUTS = {  # processes, overrides
     "pp4": (4, ["parallel.pp=4"]),
     "tp2 pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
     "ep2": (2, ["parallel.dp=2", "parallel.ep=2"]),
-    "tp2 ep2": (4, ["parallel.tp=2", SP, "parallel.dp=2", "parallel.ep=2"]),
     "pp2 ep2": (4, ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2"]),
 }
 UNCUT = "optim.distributed=false"
 BF16 = "model.dtype=bfloat16"
 BACKGROUND = "checkpoint.asynchronous=true"
 CASES = [  # model, saved at, its settings, resumed at
-    ("dense", "pp4", [], ["pp4", "tp2 pp2", "tp1"]),
+    ("dense", "pp4", [], ["tp2 pp2"]),
     ("dense", "dp2", [BACKGROUND], ["dp2", "tp2"]),
     ("dense", "pp2 vpp2", [UNCUT, BACKGROUND], ["pp2 vpp2", "tp2"]),
     ("tied", "tp2 pp2", [BF16], ["tp2 pp2", "dp2"]),
     # the first stage has no experts
-    ("moe", "pp2 ep2", [], ["pp2 ep2", "tp1", "ep2"]),
+    ("moe", "pp2 ep2", [], ["pp2 ep2", "tp1"]),
     ("moe", "pp2 ep2", [UNCUT], ["pp2 ep2", "dp2"]),
-    ("moe", "dp2", [], ["tp2 ep2"]),
+    ("moe", "dp2", [], ["ep2"]),
 ]
 ROUNDING = {BF16: 3e-2}
-"""Relative differences of losses and gradient norms at another layout; fp32's measured below."""
+"""Largest relative difference of losses and gradient norms at another layout.  Measured: bf16
+1.3e-2, fp32 1e-6."""
+FP32 = 5e-6
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
     """Hugging Face folders by name."""
+    import torch
     import transformers
 
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
     _, settings = MODELS["qwen3_moe-some-dense"]
     config = transformers.Qwen3MoeConfig(**settings | {"vocab_size": VOCAB})
@@ -94,21 +96,18 @@ def test_a_run_goes_on_as_if_nothing_had_happened(
         else:
             difference = apart(ours, theirs)
             print(f"{model} {settings}: {saved} -> {name}: {difference:.1e}")
-            assert difference < max(ROUNDING.get(key, 1e-5) for key in ["", *settings])
+            assert difference < max([FP32, *(ROUNDING.get(key, 0) for key in settings)])
 
 
 def test_at_another_layout_random_numbers_are_decided_by_seed_and_step(models, pool, tmp_path):
-    def at(layout, *overrides):
-        world, keys = LAYOUTS[layout]
-        return world, run_config(tmp_path, models["dense"], *keys, *overrides)
-
-    world, config = at("tp2")
-    pool(world).run(checkpoint_ranks.save_and_go_on, config)
-    world, config = at("pp2")
-    first, again = (pool(world).run(checkpoint_ranks.resume_and_go_on, config) for _ in range(2))
-    assert [result["drawn"] for result in first] == [result["drawn"] for result in again]
-    for result in first:
-        assert not set(result["drawn"].values()) & set(result["start"].values())
+    one, other = (run_config(tmp_path, models["dense"], f"parallel.{p}=2") for p in ("tp", "pp"))
+    pool(2).run(checkpoint_ranks.save_at, one, [3])
+    first, again = (pool(2).run(checkpoint_ranks.drawn_after_resuming, other) for _ in range(2))
+    assert first == again
+    pool(2).run(checkpoint_ranks.save_at, one, [4])
+    later = pool(2).run(checkpoint_ranks.drawn_after_resuming, other)
+    for before, after in zip(first, later, strict=True):
+        assert not set(before.values()) & set(after.values())
 
 
 def test_old_ones_are_removed_but_for_the_newest_and_those_kept_for_good(models, pool, tmp_path):
@@ -168,36 +167,36 @@ def test_a_save_that_fails_in_the_background_leaves_the_one_before(
 ):
     settings = ["parallel.tp=2", BACKGROUND, "timeout_s=3"]
     config = run_config(tmp_path, models["dense"], *settings)
-    pool(2).run(checkpoint_ranks.save_at, config, [5])
-    for said, then in pool(2).run(checkpoint_ranks.failed_save, config, 6, trouble):
+    for said, then in pool(2).run(checkpoint_ranks.failed_save, config, trouble):
         assert "step_000006: cannot be written: " in said and says in said
         assert "the same command continues from step_000005" in said
-        assert then == "resumed at 5"
+        assert then == 5
 
 
-@pytest.mark.parametrize("room_for", ["one and a half", "all but the last files"])
+@pytest.mark.parametrize("room", ["one and a half", "two without a last file"])
 def test_a_full_disk_ends_the_save_on_every_rank_and_costs_nothing_else(
-    models, pool, tmp_path, room_for
+    models, pool, tmp_path, room
 ):
+    def blocks(file: Path) -> int:
+        return -(-file.stat().st_size // 4096) * 4096
+
     config = run_config(tmp_path, models["dense"], "parallel.tp=2")
     pool(2).run(checkpoint_ranks.save_at, config, [1])
-    run_dir = config.run_dir
-    sizes = [-(-f.stat().st_size // 4096) * 4096 for f in run_dir.rglob("*") if f.is_file()]
-    space = int(1.5 * sum(sizes)) if room_for == "one and a half" else 2 * sum(sizes) - 20_000
+    folder = config.run_dir / "checkpoints" / "step_000001"
+    size = sum(blocks(file) for file in folder.iterdir())
+    last = room == "two without a last file"  # which rank 0 writes when all others have written
+    space = 2 * size - blocks(folder / ".metadata") if last else size + size // 8192 * 4096
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={space // 4096 * 4096}", "tmpfs", str(disk)],
-        capture_output=True,
-    )
-    if mounted.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={space}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
     try:
         config = run_config(tmp_path, models["dense"], "parallel.tp=2", f"run_dir={disk}/run")
-        pool(2).run(checkpoint_ranks.save_at, config, [1])
-        for said, then in pool(2).run(checkpoint_ranks.failed_save, config, 2, ""):
-            assert "step_000002: cannot be written: " in said
+        for said, then in pool(2).run(checkpoint_ranks.failed_save, config, ""):
+            assert "step_000006: cannot be written: " in said
             assert "No space left on device" in said
-            assert then == "resumed at 1"
+            assert ("cannot be written: rank" in said) != last
+            assert then == 5
     finally:
         subprocess.run(["umount", str(disk)], check=True)

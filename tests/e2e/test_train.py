@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -82,8 +83,9 @@ def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
     schedule = ("train.steps=5", "checkpoint.every=2", "parallel.tp=2", "clip.schedule=od")
     assert command_line(*arguments(undisturbed, *schedule)).returncode == 0
 
+    background = (*schedule, "checkpoint.asynchronous=true")
     running = subprocess.Popen(
-        [sys.executable, "-m", "megatron_gpc", *arguments(killed, *schedule)],
+        [sys.executable, "-m", "megatron_gpc", *arguments(killed, *background)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -99,7 +101,8 @@ def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
         assert time.monotonic() < deadline, f"processes outlive the run: {left}"
         time.sleep(0.1)
 
-    assert command_line(*arguments(killed, *schedule)).returncode == 0
+    assert command_line(*arguments(killed, *background)).returncode == 0
+    assert sorted(os.listdir(killed / "checkpoints")) == ["step_000004", "step_000005"]
     timed = {"tokens_per_second"} | {
         f"seconds_{part}" for part in ("rollout", "train", "sync", "evaluation")
     }
