@@ -1,15 +1,13 @@
-"""The example through the command line: layouts, launchers, kill and resume, bad input."""
+"""The example through the command line: layouts, launchers, bad input."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from commands import CONFIG, ROOT, command_line, metrics, pids_using
+from commands import CONFIG, ROOT, command_line, metrics
 
 from megatron_gpc.launch import free_port
 
@@ -76,40 +74,6 @@ def test_the_other_way_of_handing_over_weights_gives_the_same_samples(
     assert second["weight_version"] == 1
     for step in (first, second):
         assert step["logp_gap_max"] < 1e-4, "server and trainer have the same weights"
-
-
-def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    schedule = ("train.steps=5", "checkpoint.every=2", "parallel.tp=2", "clip.schedule=od")
-    assert command_line(*arguments(undisturbed, *schedule)).returncode == 0
-
-    background = (*schedule, "checkpoint.asynchronous=true")
-    running = subprocess.Popen(
-        [sys.executable, "-m", "megatron_gpc", *arguments(killed, *background)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "metrics.jsonl").exists() or len(metrics(killed)) < 3:
-        assert time.monotonic() < deadline and running.poll() is None
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait(10)
-    deadline = time.monotonic() + 20
-    while left := pids_using(killed):
-        assert time.monotonic() < deadline, f"processes outlive the run: {left}"
-        time.sleep(0.1)
-
-    assert command_line(*arguments(killed, *background)).returncode == 0
-    assert sorted(os.listdir(killed / "checkpoints")) == ["step_000004", "step_000005"]
-    timed = {"tokens_per_second"} | {
-        f"seconds_{part}" for part in ("rollout", "train", "sync", "evaluation")
-    }
-    for one, other in zip(metrics(undisturbed), metrics(killed), strict=True):
-        assert {k: v for k, v in one.items() if k not in timed} == {
-            k: v for k, v in other.items() if k not in timed
-        }
 
 
 @pytest.mark.parametrize(
