@@ -2,15 +2,18 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+KILLS ?= 30
+SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare test lint bench clean help
+.PHONY: run compare test chaos lint bench clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
 	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
 	@echo "make test     set up .venv and run the tests"
+	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
 	@echo "make bench    measure log-prob + entropy at V = 151,936, and checkpoints"
 	@echo "make lint     ruff and pyright"
 
@@ -32,6 +35,9 @@ compare: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+chaos: .venv/.installed
+	PYTHONPATH=tests:. $(BIN)/python tests/e2e/chaos.py --kills $(KILLS) --seed $(SEED)
 
 bench: .venv/.installed
 	$(BIN)/python tools/bench/token_stats.py

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from megatron_gpc import __version__
 from megatron_gpc.config import Config, dump, load, warnings
-from megatron_gpc.errors import UserError
+from megatron_gpc.errors import RunStopped, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        0; 2 where the user's input cannot be used, 1 where the rollout server failed (both said in
-        one line, no traceback); otherwise the exit code of the part that failed.
+        0; 1 where a run ended itself, 2 where the user's input cannot be used (both said in one
+        line, no traceback); otherwise the exit code of the part that failed.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"megatron-gpc: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stopped:
+        if os.environ["RANK"] == "0":  # every rank stops, with the same words
+            print(f"megatron-gpc: {stopped}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,14 +116,19 @@ def _train_rank(config: Config) -> int:
     from megatron_gpc.mcore import cpu
 
     cpu.install()  # before the first megatron import
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from megatron_gpc.rollout.client import RolloutError
     from megatron_gpc.train import train
 
-    try:
-        train(config)
-    except RolloutError as error:
-        print(f"megatron-gpc: rollout server: {error}", file=sys.stderr)
-        return 1
+    @record  # a traceback goes to the file that torchrun or `run_ranks` named
+    def run() -> None:
+        try:
+            train(config)
+        except RolloutError as error:
+            raise RunStopped(f"rollout server: {error}") from error
+
+    run()
     return 0
 
 

@@ -308,6 +308,19 @@ class CheckpointConfig:
 
 
 @_section
+class GuardConfig:
+    """When a run ends itself instead of going on in vain."""
+
+    max_skipped_updates: NonNegativeInt = 3
+    """An update whose loss or gradient is not finite is left out and its mini-batch is saved in
+    run_dir/skipped; one more of them than this, over the whole run, ends it."""
+    silent_minutes: NonNegativeFloat = 30.0
+    """How long one part of a step (rollout, evaluation, an update, a checkpoint) may take [min].
+    A rank that is silent for longer writes the stacks of its threads to run_dir/logs and ends the
+    run; 0: never."""
+
+
+@_section
 class MegatronConfig:
     """megatron-core's own settings, by the names of its dataclasses, for what has no key above."""
 
@@ -342,6 +355,7 @@ class Config:
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
 
 

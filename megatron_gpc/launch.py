@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,10 +14,26 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 import megatron_gpc
 
+LAST_WORDS_S = 1.0
+"""After the first failure: how long the other ranks may say what they saw [s]."""
 GRACE_S = 10.0
 """How long ranks may take to end after SIGTERM before they are killed [s]."""
+STACKS_SIGNAL = signal.SIGUSR2
+"""Has a rank write the stacks of its threads to its `stacks_file` and go on."""
+POLL_S = 0.02
+LOG_LINES = 20
+
+# How an error reads where a peer had gone: gloo, the store, NCCL; or where it never came.
+_LOST_A_PEER = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "got 0 bytes"),
+    *("remote process exited", "ncclRemoteError", "Timed out waiting"),
+)
+_SPEAK_FOR_THEMSELVES = ("UserError: ", "RunStopped: ")
+_FRAME = re.compile(r'File "(.+)", line (\d+),? in (\S+)')
 
 
 def adopt_rank() -> bool:
@@ -40,42 +58,29 @@ def run_ranks(
 ) -> int:
     """Run `python -m MODULE ARGUMENTS` as `ranks` processes; the first to fail ends the others.
 
-    Rank 0 writes to this terminal, the others to log_dir/rank_N.log.
+    Rank 0 writes to this terminal, the others to log_dir/rank_N.log.  At the end stands what the
+    rank that failed first said: torch.distributed.elastic's `record`, around a rank's work, leaves
+    it where TORCHELASTIC_ERROR_FILE says, as it does for torchrun.
 
     Returns:
         0, or the exit code of the rank that failed first (1 where a signal ended it).
     """
     log_dir.mkdir(parents=True, exist_ok=True)
+    for old in log_dir.glob("rank_*"):
+        old.unlink()
     port = free_port()
-    processes = []
-    for rank in range(ranks):
-        environment = {
-            # One thread a rank: ranks share the cores.
-            "OMP_NUM_THREADS": "1",
-            **os.environ,
-            "PYTHONPATH": own_search_path(),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        log = None if rank == 0 else (log_dir / f"rank_{rank}.log").open("w")
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *arguments],  # see own_search_path
-                env=environment,
-                stdout=log,
-                stderr=log,
-                preexec_fn=die_with_parent,
-            )
-        )
-        if log:
-            log.close()
+    started: list[Rank] = []
     try:
-        return _watch(processes, log_dir)
+        for number in range(ranks):
+            started.append(Rank(number, ranks, port, log_dir, [module, *arguments]))
+        failed = _watch(started)
     finally:
-        _end(processes)
+        _end(started)
+    if not failed:
+        return 0
+    first = min(failed, key=lambda rank: (rank.is_victim(), rank.failed_at))
+    _report(first, started)
+    return first.exit_code()
 
 
 def own_search_path() -> str:
@@ -101,34 +106,148 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _watch(processes: Sequence[subprocess.Popen[bytes]], log_dir: Path) -> int:
-    """Wait until all have ended well, or one has not; see `run_ranks`."""
-    while not any(process.poll() for process in processes):
-        if all(process.returncode == 0 for process in processes):
-            return 0
-        time.sleep(0.1)
-    # Where one rank dies, gloo ends the others within moments: the first that is seen here need not
-    # be the cause.  All get the time to say what they saw; a user's error (2) explains the others.
-    time.sleep(1.0)
-    failed = {rank: code for rank, process in enumerate(processes) if (code := process.poll())}
-    rank = min(failed, key=lambda r: (failed[r] != 2, r))
-    log = log_dir / f"rank_{rank}.log"
-    if rank > 0:
-        print(f"rank {rank} failed; the end of {log}:", file=sys.stderr)
-        print("\n".join(log.read_text(errors="replace").splitlines()[-20:]), file=sys.stderr)
-    if failed[rank] < 0:
-        print(f"rank {rank} was ended by signal {-failed[rank]}", file=sys.stderr)
-    return max(failed[rank], 1)
+class Rank:
+    """One process of a run, and what it leaves behind in log_dir."""
 
+    def __init__(self, number: int, ranks: int, port: int, log_dir: Path, command: Sequence[str]):
+        self.number = number
+        self.log = None if number == 0 else log_dir / f"rank_{number}.log"
+        self.error = log_dir / f"rank_{number}.error.json"
+        self.stacks = stacks_file(log_dir, number)
+        self.failed_at: float | None = None
+        """When it was first seen to have failed [s since 1970]."""
+        self.state = ""
+        """What the kernel said of it before it was ended, where that is telling."""
+        output = self.log.open("w") if self.log else None
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", *command],  # see own_search_path
+            env={
+                # One thread a rank: ranks share the cores.
+                "OMP_NUM_THREADS": "1",
+                **os.environ,
+                "PYTHONPATH": own_search_path(),
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_ERROR_FILE": str(self.error),
+            },
+            stdout=output,
+            stderr=output,
+            preexec_fn=die_with_parent,
+        )
+        if output:
+            output.close()
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    running = [process for process in processes if process.poll() is None]
-    for process in running:
-        process.terminate()
-    deadline = time.monotonic() + GRACE_S
-    for process in running:
+    def has_failed(self) -> bool:
+        """Whether it has ended badly, or has written down that it is about to."""
+        if self.failed_at is None:
+            if self.error.exists():
+                self.failed_at = self.error.stat().st_mtime
+            elif self.process.poll():
+                self.failed_at = time.time()
+        return self.failed_at is not None
+
+    def said(self) -> tuple[str, str]:
+        """(error, traceback) as `record` wrote them, or else the end of the log for both."""
         try:
-            process.wait(max(0.0, deadline - time.monotonic()))
+            message = json.loads(self.error.read_text())["message"]
+        except (FileNotFoundError, ValueError):  # killed before it wrote, or while it did
+            text = self.log.read_text(errors="replace") if self.log else ""
+            end = "\n".join(text.splitlines()[-LOG_LINES:])
+            return end, end
+        return message["message"], message["extraInfo"]["py_callstack"]
+
+    def is_victim(self) -> bool:
+        """Whether it failed because another rank had gone."""
+        return any(words in self.said()[0] for words in _LOST_A_PEER)
+
+    def exit_code(self) -> int:
+        """What it ended with: 2 for a user's error, 1 where a signal cut it short."""
+        code = self.process.returncode
+        return 2 if self.said()[0].startswith("UserError: ") else max(code, 1)
+
+    def where(self) -> str:
+        """The line that its main thread was at in the end, and whether it was stopped."""
+        if self.stacks.exists():  # threads newest first, each with the innermost call first
+            main_thread = self.stacks.read_text().rpartition("(most recent call first):")[2]
+            frames = _FRAME.findall(main_thread)[:1]
+        else:
+            frames = _FRAME.findall(self.said()[1])[-1:]
+        place = "".join("{}:{} in {}".format(*frame) for frame in frames) or "unknown"
+        return f"{place} ({self.state})" if self.state else place
+
+    def is_silent(self) -> bool:
+        """Whether its watchdog ended it."""
+        return self.stacks.exists() and self.stacks.read_text().startswith("Timeout (")
+
+
+def stacks_file(log_dir: Path, rank: int) -> Path:
+    """Where a rank writes the stacks of its threads; absent while there is nothing to tell."""
+    return log_dir / f"rank_{rank}.stacks"
+
+
+def _watch(ranks: Sequence[Rank]) -> list[Rank]:
+    """Wait until all have ended well or one has not; those that failed (of themselves)."""
+    while not any([rank.has_failed() for rank in ranks]):
+        if all(rank.process.returncode == 0 for rank in ranks):
+            return []
+        time.sleep(POLL_S)
+    deadline = time.monotonic() + LAST_WORDS_S
+    while not all([rank.has_failed() for rank in ranks]) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return [rank for rank in ranks if rank.failed_at is not None]
+
+
+def _end(ranks: Sequence[Rank]) -> None:
+    """End what still runs.  It may hang: what it is doing is asked for first."""
+    running = [rank for rank in ranks if rank.process.poll() is None]
+    for rank in running:
+        state = psutil.Process(rank.process.pid).status()
+        if state in (psutil.STATUS_STOPPED, psutil.STATUS_DISK_SLEEP):
+            rank.state = state
+        rank.process.send_signal(STACKS_SIGNAL)
+        rank.process.send_signal(signal.SIGCONT)
+    if running:
+        time.sleep(LAST_WORDS_S / 2)
+    for rank in running:
+        rank.process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for rank in running:
+        try:
+            rank.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            rank.process.kill()
+            rank.process.wait()
+
+
+def _report(first: Rank, ranks: Sequence[Rank]) -> None:
+    """Say why the run ended; rank 0's own words stand on the terminal already."""
+    error, traceback = first.said()
+    if error.startswith(_SPEAK_FOR_THEMSELVES):
+        if error != ranks[0].said()[0]:
+            _say(f"rank {first.number}: {error.partition(': ')[2]}")
+    elif first.is_silent():
+        _say(
+            f"rank {first.number} ended the run: no sign of life for guard.silent_minutes; the "
+            f"stacks of all threads: {first.stacks.with_name('rank_*.stacks')}"
+        )
+        for rank in ranks:
+            print(f"  rank {rank.number}: {rank.where()}", file=sys.stderr)
+    else:
+        code = first.process.returncode
+        how = (
+            f", ended by {signal.Signals(-code).name}"
+            if code < 0 and not first.error.exists()
+            else ""
+        )
+        if first.log:
+            _say(f"rank {first.number} failed first{how}; what it said, the end of {first.log}:")
+            print(traceback, file=sys.stderr)
+        else:
+            _say(f"rank 0 failed first{how}; what it said stands above")
+
+
+def _say(text: str) -> None:
+    print(f"megatron-gpc: {text}", file=sys.stderr)

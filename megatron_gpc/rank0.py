@@ -16,6 +16,7 @@ import torch
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
+from megatron_gpc.guard import save_mini_batch
 from megatron_gpc.layout import hf_folder, is_converted, read_hf_config
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.plots import plot_run
@@ -30,7 +31,7 @@ from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, 
 from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
-from megatron_gpc.types import RolloutBatch, TokenStats, TrainState
+from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
 from megatron_gpc.weights import (
     HFReader,
     MegatronReader,
@@ -240,6 +241,21 @@ class Rank0:
             },
         )
         return True
+
+    def keep_skipped(
+        self,
+        file: Path,
+        batch: RolloutBatch,
+        samples: list[int],
+        old_logp_T: torch.Tensor,
+        bounds: Bounds,
+    ) -> None:
+        """Save the mini-batch of an update that was left out, and say so."""
+        if self.active:
+            save_mini_batch(file, batch, samples, old_logp_T, bounds)
+            self.console.warn(
+                f"loss or gradient is not finite: the update was left out; its mini-batch: {file}"
+            )
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, TensorBoard, console."""

@@ -4,6 +4,7 @@ config.yaml      resolved configuration          checkpoints/   step_NNNNNN
 metrics.jsonl    one object a training step      tensorboard/   the same as events
 eval.jsonl       one object an evaluation        plots.png      drawn at the end
 sync/            weights for the rollout server  logs/          server, ranks above 0
+skipped/         mini-batches of updates that were left out
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ def prepare(config: Config) -> None:
     """Make the run's folder ready and, where model.build says so, the model; one process calls it.
 
     Raises:
-        UserError: the folder or the model cannot be made, or the folder's config.yaml is damaged.
+        UserError: the folder or the model cannot be made, the folder's config.yaml is damaged, or
+            another run is using the folder.
     """
     build_model(config)
-    if config.resume == "none" and config.run_dir.exists():
-        number = 1
-        while (aside := config.run_dir.with_name(f"{config.run_dir.name}.old-{number}")).exists():
-            number += 1
-        config.run_dir.rename(aside)
-        print(f"resume=none: the old run was set aside as {aside}", file=sys.stderr)
     try:
+        if config.run_dir.exists():
+            lock(config).close()  # refuse before anything of a run that has not ended is touched
+        if config.resume == "none" and config.run_dir.exists():
+            _set_aside(config)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         file = config.run_dir / "config.yaml"
         text = dump(config)
@@ -52,6 +52,15 @@ def prepare(config: Config) -> None:
         part.replace(file)
     except OSError as error:
         raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from None
+
+
+def _set_aside(config: Config) -> None:
+    """Rename the run's folder to the first RUN.old-N that is free."""
+    number = 1
+    while (aside := config.run_dir.with_name(f"{config.run_dir.name}.old-{number}")).exists():
+        number += 1
+    config.run_dir.rename(aside)
+    print(f"resume=none: the old run was set aside as {aside}", file=sys.stderr)
 
 
 def lock(config: Config) -> TextIO:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from megatron_gpc.algo.regions import region_masks
 from megatron_gpc.algo.schedules import make_schedule
 from megatron_gpc.batching import mini_batches
 from megatron_gpc.config import Config
+from megatron_gpc.guard import SkippedUpdates, Watchdog
 from megatron_gpc.layout import is_converted, read_hf_config
 from megatron_gpc.mcore.checkpoint import Checkpoints, load_weights
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
@@ -30,7 +31,12 @@ HAND_OVERS = 3
 
 def train(config: Config) -> None:
     """Run the configured training on this rank; every rank calls it."""
-    with process_groups(config), Rank0(config, is_main()) as rank0:
+    with (
+        process_groups(config),
+        Watchdog(config) as watchdog,
+        Rank0(config, is_main()) as rank0,
+    ):
+        watchdog.alive()
         hf = read_hf_config(config.model.hf)
         family = family_of(hf)
         params = family.params(hf, config.parallel.tp)
@@ -42,12 +48,13 @@ def train(config: Config) -> None:
         schedule = make_schedule(config.clip, config.train.steps)
         if state.controller:
             schedule.restore(state.controller)
+        skipped = SkippedUpdates(config, state.skipped)
         exporter = Exporter(policy.models, params)
         rank0.begin(state)
         engines = Handover(config, rank0, exporter, policy)
 
         while state.step < config.train.steps:
-            clock = Clock()
+            clock = Clock(watchdog.alive)
             if not config.rollout.overlap:
                 engines.refresh(state.step, clock)
             batch, rollout_metrics = engines.rollout(state.step + 1)
@@ -70,19 +77,28 @@ def train(config: Config) -> None:
             )
             bounds = schedule.bounds(state.step, float(scored.entropy_T.double().mean()))
             sums = Sums((*UPDATE_MEANS, "grad_norm"), UPDATE_MAXIMA, device())
-            for samples in mini_batches(
+            updates = mini_batches(
                 batch.num_samples,
                 config.train.mini_batches,
                 config.train.epochs,
                 config.seed,
                 state.step + 1,
-            ):
+            )
+            for number, samples in enumerate(updates, start=1):
                 updated = policy.update(batch, samples, old_logp_T, weights_T, bounds, sums)
-                sums.add("grad_norm", updated["grad_norm"], 1)
+                watchdog.alive()
+                if updated["skipped"]:
+                    file = skipped.add(state.step + 1, number)
+                    rank0.keep_skipped(file, batch, samples, old_logp_T, bounds)
+                    skipped.check()
+                else:
+                    sums.add("grad_norm", updated["grad_norm"], 1)
             metrics = sums.reduce()
             clock.lap("seconds_train")
 
-            state = dataclasses.replace(state, step=state.step + 1, controller=schedule.state())
+            state = TrainState(
+                state.step + 1, controller=schedule.state(), skipped=list(skipped.names)
+            )
             rank0.log(
                 state.step,
                 {
@@ -92,6 +108,7 @@ def train(config: Config) -> None:
                     **bounds_metrics(bounds),
                     **clock.metrics(batch.num_response_tokens),
                     "learning_rate": updated["learning_rate"],
+                    "skipped_updates": len(skipped.names),
                 },
             )
             checkpoints.poll()
@@ -99,8 +116,9 @@ def train(config: Config) -> None:
                 sampling = from_main(rank0.sampling_state())
                 checkpoints.save(dataclasses.replace(state, sampling=sampling))
 
-        engines.refresh(state.step, Clock())
+        engines.refresh(state.step, Clock(watchdog.alive))
         checkpoints.wait()
+        watchdog.alive()
         rank0.finish()
 
 
@@ -194,9 +212,15 @@ def bounds_metrics(bounds: Bounds) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds of each part of a training step."""
+    """Seconds of each part of a training step.
 
-    def __init__(self) -> None:
+    Args:
+        on_lap: called at the end of each part, and at the beginning.
+    """
+
+    def __init__(self, on_lap: Callable[[], None]) -> None:
+        on_lap()
+        self.on_lap = on_lap
         self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
 
@@ -204,6 +228,7 @@ class Clock:
         now = time.perf_counter()
         self.laps[name] = now - self.last
         self.last = now
+        self.on_lap()
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """The laps, and response tokens per second of the step, evaluation left out."""

@@ -180,3 +180,6 @@ class TrainState:
     """State of prompts and rollouts (rollout/pending.py); on rank 0, and empty before step 1."""
     controller: dict[str, Any] = field(default_factory=dict)
     """State of the clip schedule (OD: s and H_init; empty for the others)."""
+    skipped: list[str] = field(default_factory=list)
+    """Updates left out so far because loss or gradient was not finite, by the names of their files
+    in run_dir/skipped."""

@@ -26,6 +26,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -35,7 +36,7 @@ from megatron_gpc.batching import micro_batches, padded_length
 from megatron_gpc.config import Config
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
-from megatron_gpc.mcore.setup import device, sum_over_ranks
+from megatron_gpc.mcore.setup import device, on_any_rank, sum_over_ranks
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats
 from megatron_gpc.weights import ModelFields
@@ -93,7 +94,10 @@ class Policy:
         bounds: Bounds,
         sums: Sums,
     ) -> dict[str, float]:
-        """One optimizer step on one mini-batch.
+        """One optimizer step on one mini-batch, or none where the numbers forbid it.
+
+        Where the loss or the gradient is not finite, on whichever rank, all ranks leave the update
+        out: weights, optimizer, learning-rate schedule and `sums` stay as they are.
 
         Args:
             batch: the step's rollout.
@@ -104,10 +108,8 @@ class Policy:
             sums: takes this rank's share of UPDATE_MEANS and UPDATE_MAXIMA.
 
         Returns:
-            grad_norm (before clipping, over all ranks) and learning_rate.
-
-        Raises:
-            RuntimeError: the gradient is not finite.
+            grad_norm (before clipping, over all ranks), learning_rate, and skipped: whether the
+            update was left out.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -122,17 +124,34 @@ class Policy:
             entropy_coef=self.config.train.entropy_coef,
         )
         results = self._run(batch, samples, loss, forward_only=False)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            for add_to in results:
-                add_to(sums)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        if grad_norm is None or not math.isfinite(grad_norm):
-            raise RuntimeError(
-                f"the gradient norm is {grad_norm}: lower optim.lr or look at this step's samples"
-            )
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        loss_is_finite = all(bool(loss_sum.isfinite()) for loss_sum, _ in results)
+        skipped = on_any_rank(not (loss_is_finite and math.isfinite(grad_norm)))
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if not skipped:
+            if parallel_state.get_tensor_model_parallel_rank() == 0:
+                for _, add_to in results:
+                    add_to(sums)
+            self._step(grad_norm)
+        return {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": skipped}
+
+    def _step(self, grad_norm: float) -> None:
+        """What follows in megatron-core's `ChainedOptimizer.step` once the norm is known.
+
+        That method itself moves the weights whatever the norm is.
+        """
+        limit = self.config.optim.clip_grad
+        for optimizer in self.optimizer.chained_optimizers:
+            if limit > 0.0 and (params := optimizer.get_parameters()):
+                clip_grad_by_total_norm_fp32(
+                    params,
+                    limit,
+                    grad_norm,
+                    optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
+        self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
-        return {"grad_norm": float(grad_norm), "learning_rate": float(learning_rate)}
 
     def _run(
         self, batch: RolloutBatch, samples: list[int], loss: Any, forward_only: bool
@@ -184,8 +203,11 @@ def _update_loss(
     advantages_T: torch.Tensor,
     bounds: Bounds,
     entropy_coef: float,
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """(summed loss, token count, what to add to the metrics), as the schedules want it."""
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, Any]]:
+    """(summed loss, token count, (the loss again, what to add to the metrics)).
+
+    The first two are for megatron-core's schedules, which hand the third back.
+    """
     to = stats.logp_T.device
     result = policy_loss(
         stats.logp_T,
@@ -206,7 +228,8 @@ def _update_loss(
         if count:
             sums.add_max("ratio_max", result.ratio_T.max())
 
-    return result.loss_sum, torch.tensor(count, dtype=torch.int, device=to), add_to
+    tokens = torch.tensor(count, dtype=torch.int, device=to)
+    return result.loss_sum, tokens, (loss_sum, add_to)
 
 
 def _learning_rate(config: Config, optimizer: Any) -> OptimizerParamScheduler:

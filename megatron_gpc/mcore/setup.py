@@ -91,6 +91,13 @@ def from_main(value: object) -> object:
     return box[0]
 
 
+def on_any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank.  A collective: every rank enters it."""
+    box = torch.tensor(int(flag))
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box)
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of a CPU tensor over all ranks, in place.  A collective: every rank enters it.
 

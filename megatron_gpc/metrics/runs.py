@@ -24,7 +24,7 @@ PLOT_NAME = "plots.png"
 # Differences in these do not make another experiment: where a run lies, what it talks to, what it
 # keeps.  The schedule heads the label by itself.
 _NOT_IN_LABEL = ("run_dir", "resume", "timeout_s", "seed", "clip.schedule")
-_NOT_IN_LABEL_SECTIONS = ("rollout.server.", "checkpoint.")
+_NOT_IN_LABEL_SECTIONS = ("rollout.server.", "checkpoint.", "guard.")
 
 
 @dataclass(frozen=True)

@@ -173,3 +173,35 @@ def saved_sizes_of_token_stats(given: Any, vocab_size: int, entropy_grad: bool) 
             given[0].requires_grad_(), given[1], vocab_size=vocab_size, entropy_grad=entropy_grad
         )
     return saved
+
+
+def after_updates(config: Config, batches: list[RolloutBatch], bounds: Bounds) -> dict[str, Any]:
+    """What an update on each of the batches returned, and everything that they left behind."""
+    from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
+    from megatron_gpc.metrics.reduce import Sums
+
+    with policy_of(config) as (policy, _):
+        sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
+        updates = [
+            policy.update(
+                batch,
+                list(range(batch.num_samples)),
+                batch.rollout_logp_T,
+                torch.ones_like(batch.rollout_logp_T),
+                bounds,
+                sums,
+            )
+            for batch in batches
+        ]
+        return {
+            "updates": updates,
+            "metrics": sums.reduce(),
+            "weights": [p.detach().clone() for m in policy.models for p in m.parameters()],
+            "moments": [
+                value.clone()
+                for optimizer in policy.optimizer.chained_optimizers
+                for state in optimizer.optimizer.state.values()
+                for name, value in sorted(state.items())
+            ],
+            "scheduler": policy.scheduler.state_dict(),
+        }

@@ -1,16 +1,14 @@
-"""The example through the command line: layouts, launchers, kill and resume, bad input."""
+"""The example through the command line: layouts, launchers, bad input."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from commands import CONFIG, ROOT, command_line, metrics
+from compare_runs import untimed
 
 from megatron_gpc.launch import free_port
 
@@ -79,35 +77,6 @@ def test_the_other_way_of_handing_over_weights_gives_the_same_samples(
         assert step["logp_gap_max"] < 1e-4, "server and trainer have the same weights"
 
 
-def test_sigkill_in_mid_run_and_the_same_command_again(arguments, tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    schedule = ("train.steps=5", "checkpoint.every=2", "parallel.tp=2", "clip.schedule=od")
-    assert command_line(*arguments(undisturbed, *schedule)).returncode == 0
-
-    background = (*schedule, "checkpoint.asynchronous=true")
-    running = subprocess.Popen(
-        [sys.executable, "-m", "megatron_gpc", *arguments(killed, *background)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "metrics.jsonl").exists() or len(metrics(killed)) < 3:
-        assert time.monotonic() < deadline and running.poll() is None
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait(10)
-    deadline = time.monotonic() + 20
-    while left := _pids_using(killed):
-        assert time.monotonic() < deadline, f"processes outlive the run: {left}"
-        time.sleep(0.1)
-
-    assert command_line(*arguments(killed, *background)).returncode == 0
-    assert sorted(os.listdir(killed / "checkpoints")) == ["step_000004", "step_000005"]
-    for one, other in zip(metrics(undisturbed), metrics(killed), strict=True):
-        assert untimed(one) == untimed(other)
-
-
 def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(arguments, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     steps = "train.steps=2"
@@ -115,37 +84,15 @@ def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(arguments,
     assert done.returncode == 0, done.stderr
     done = command_line(*arguments(again, steps, f"rollout.replay={first}", "eval.every=1"))
     assert done.returncode == 0, done.stderr
-    for one, other in zip(metrics(first), metrics(again), strict=True):
-        assert untimed(other).items() <= untimed(one).items()
+    steps_of_both = (untimed(run / "metrics.jsonl") for run in (first, again))
+    for one, other in zip(*steps_of_both, strict=True):
+        assert other.items() <= one.items()
         assert other.keys() >= {"loss", "entropy", "grad_norm", "reward", "share_e1"}
     assert not (again / "logs" / "server.log").exists()
     shown = command_line("samples", str(first), "--step", "2", "--limit", "3")
     assert shown.returncode == 0 and "step 2: 3 of 64 samples" in shown.stdout
     refused = command_line(*arguments(again, "train.steps=3", f"rollout.replay={first}"))
     assert refused.returncode == 2 and "no samples of step 3" in refused.stderr
-
-
-def untimed(step: dict) -> dict:
-    """A step's metrics without what the clock and accidents decide."""
-    return {
-        name: value
-        for name, value in step.items()
-        if name != "tokens_per_second" and not name.startswith(("seconds_", "faults_"))
-    }
-
-
-def _pids_using(run_dir) -> list[int]:
-    """Processes of a run: they name its folder, or have its lock or logs open."""
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            named = str(run_dir).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-            opened = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-        except OSError:
-            continue  # it ended while we looked
-        if pid != os.getpid() and (named or any(f.startswith(str(run_dir)) for f in opened)):
-            found.append(pid)
-    return found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""An update whose loss or gradient is not finite changes nothing, whichever rank saw it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import ranks
+import torch
+from tiny import random_batch, run_config, tiny_qwen2
+
+from megatron_gpc.algo.clipping import affine_bounds
+from megatron_gpc.types import RolloutBatch
+
+BOUNDS = affine_bounds((-0.25, 0.5), (-0.13, 0.3))
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    return tiny_qwen2(tmp_path_factory.mktemp("skipped") / "hf")
+
+
+def poisoned(batch: RolloutBatch) -> RolloutBatch:
+    """One token of one sample has an old probability of 0: its ratio, loss, gradient are inf."""
+    advantages_N = batch.advantages_N.clone()
+    advantages_N[3] = -1.0  # the loss is not clipped on this side
+    rollout_logp_T = batch.rollout_logp_T.clone()
+    rollout_logp_T[batch.response_slice(3).start] = -torch.inf
+    return dataclasses.replace(batch, advantages_N=advantages_N, rollout_logp_T=rollout_logp_T)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, ["optim.clip_grad=0"]),
+        (2, ["parallel.dp=2"]),
+        (2, ["parallel.dp=2", "optim.distributed=false", "optim.clip_grad=0"]),
+        (2, ["parallel.tp=2"]),
+        (2, ["parallel.pp=2", "model.dtype=bfloat16"]),
+    ],
+    ids=str,
+)
+def test_the_next_update_goes_on_as_if_it_had_not_been(hf, pool, tmp_path, world, layout):
+    config = run_config(tmp_path, hf, "optim.warmup_updates=4", *layout)
+    good = random_batch()
+    both = pool(world).run(ranks.after_updates, config, [good, poisoned(good), good], BOUNDS)
+    alone = pool(world).run(ranks.after_updates, config, [good, good], BOUNDS)
+    for got, want in zip(both, alone, strict=True):
+        assert [update["skipped"] for update in got["updates"]] == [False, True, False]
+        assert not math.isfinite(got["updates"][1]["grad_norm"])
+        assert [got["updates"][0], got["updates"][2]] == want["updates"]
+        assert got["scheduler"] == want["scheduler"] and got["metrics"] == want["metrics"]
+        for kind in ("weights", "moments"):
+            assert len(got[kind]) == len(want[kind]) > 0
+            assert all(map(torch.equal, got[kind], want[kind]))
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(hf, pool, tmp_path):
+    """Tokens clipped from above pass no gradient, but their losses still add up to more than fp32
+    holds."""
+    batch = random_batch()
+    overflowing = dataclasses.replace(
+        batch,
+        advantages_N=torch.full((batch.num_samples,), 1e38),
+        rollout_logp_T=torch.full_like(batch.rollout_logp_T, -40.0),
+    )
+    (result,) = pool(1).run(ranks.after_updates, run_config(tmp_path, hf), [overflowing], BOUNDS)
+    (update,) = result["updates"]
+    assert update["skipped"] and update["grad_norm"] == 0.0
