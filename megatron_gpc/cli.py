@@ -142,8 +142,7 @@ def _check(config: Config) -> None:
 
     to_be_built = config.model.build is not None and not config.model.hf.exists()
     hf = None if to_be_built else read_hf_config(config.model.hf)
-    if hf is not None:
-        family_of(hf).model_fields(hf)
+    model = None if hf is None else family_of(hf).model_fields(hf)
     check_layout(config, hf, torch.cuda.is_available())
     verifier(config.data.verifier)
     if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):
@@ -152,7 +151,7 @@ def _check(config: Config) -> None:
         cpu.install()
         from megatron_gpc.mcore.native import check_overrides
 
-        check_overrides(config)
+        check_overrides(config, model)
 
 
 def _plot(arguments: argparse.Namespace) -> int:

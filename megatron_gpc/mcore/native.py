@@ -89,15 +89,25 @@ def have_apex() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def check_overrides(config: Config) -> None:
+def check_overrides(config: Config, model: ModelFields | None) -> None:
     """Hold what is set under `megatron.*` to megatron-core's dataclasses.
 
+    Args:
+        model: None where model.build has yet to make it; then only fields are checked, one by one.
+
     Raises:
-        UserError: an unknown field (names the nearest), one that is not free to be set, or a value
-            of another type.
+        UserError: an unknown field (names the nearest), one that is not free to be set, a value of
+            another type, or fields that megatron-core says contradict each other.
     """
     for section in _SECTIONS:
         _overrides(config, section)
+    if model is not None:
+        try:
+            transformer_config(config, model)
+            ddp_config(config)
+            optimizer_config(config)
+        except (ValueError, AssertionError) as error:  # how those dataclasses check themselves
+            raise UserError(f"under megatron: {error}") from None
 
 
 def _overrides(config: Config, section: str) -> dict[str, Any]:

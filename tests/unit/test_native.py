@@ -48,7 +48,7 @@ def native():
 )
 def test_refused_by_name(native, tmp_path, override, says):
     with pytest.raises(UserError) as error:
-        native.check_overrides(run_config(tmp_path, tmp_path, f"megatron.{override}"))
+        native.check_overrides(run_config(tmp_path, tmp_path, f"megatron.{override}"), None)
     assert says in str(error.value)
 
 
@@ -58,7 +58,15 @@ def test_no_field_that_follows_from_the_model_can_be_set(native, tmp_path, name)
     for field in fields.transformer:
         config = run_config(tmp_path, tmp_path, f"megatron.transformer.{field}=1")
         with pytest.raises(UserError, match="follows from model.hf"):
-            native.check_overrides(config)
+            native.check_overrides(config, fields)
+
+
+def test_settings_that_contradict_each_other_are_refused_in_megatrons_words(native, tmp_path):
+    config = run_config(tmp_path, tmp_path, "megatron.transformer.recompute_granularity=full")
+    native.check_overrides(config, None)  # nothing wrong with the field alone
+    fields = family_of({"model_type": "qwen2"}).model_fields({**MODEL, "model_type": "qwen2"})
+    with pytest.raises(UserError, match="under megatron: .*recompute_method must be"):
+        native.check_overrides(config, fields)
 
 
 def test_every_refused_name_is_a_field_of_megatron(native):
