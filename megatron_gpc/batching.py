@@ -1,12 +1,13 @@
 """From samples to packed tensors, to mini-batches, to pipeline micro-batches.
 
 Which samples share a mini-batch follows from (seed, step) alone, never from the parallel layout;
-what a data-parallel rank or a micro-batch gets is a cut of it.  Losses are sums, so a cut changes
-nothing.
+what a data-parallel rank or a micro-batch gets is a cut of it, decided by lengths alone.  Losses
+are sums, so a cut changes nothing.
 """
 
 from __future__ import annotations
 
+import heapq
 from random import Random
 
 import torch
@@ -46,15 +47,6 @@ def mini_batches(
     return batches
 
 
-def padded_length(batch: RolloutBatch, multiple: int) -> int:
-    """Common sequence length of a step's micro-batches: the longest sample, rounded up.
-
-    One length a step: pipeline stages then know the shapes that they receive.
-    """
-    longest = int((batch.prompt_lengths_N + batch.response_lengths_N).max())
-    return -(-longest // multiple) * multiple
-
-
 def micro_batches(
     batch: RolloutBatch,
     samples: list[int],
@@ -62,47 +54,99 @@ def micro_batches(
     rank: int,
     ranks: int,
     size: int,
-    length: int,
+    budget: int | None = None,
     multiple: int = 1,
+    count_multiple: int = 1,
 ) -> list[MicroBatch]:
     """One data-parallel rank's share of some samples, as micro-batches.
 
-    Every rank gets the same number of micro-batches, of the same shape; the last ones may hold
-    padding alone, with no response token.
+    Every rank gets the same number of micro-batches; some may hold padding alone, with no response
+    token.
 
     Args:
         batch: the step's rollout.
         samples: sample numbers, the same on all ranks.
         rank, ranks: this data-parallel rank and how many there are.
-        size: sequences a micro-batch.
-        length: padded sequence length.
-        multiple: the number of micro-batches is rounded up to a multiple of this (the interleaved
-            pipeline schedule wants the number of stages).
+        size: most sequences of a micro-batch.
+        budget: most tokens of a micro-batch; a longer sequence gets one of its own.
+        multiple: the number of positions is rounded up to a multiple of this (sequence parallelism
+            wants tp).
+        count_multiple: the same for the number of micro-batches (the interleaved pipeline schedule
+            wants the number of stages).
     """
-    mine = samples[rank::ranks]
-    count = -(-len(samples) // (ranks * size))
-    count = -(-count // multiple) * multiple
-    first_slot_N = batch.response_lengths_N.cumsum(0) - batch.response_lengths_N
-    made = []
-    for i in range(count):
-        tokens_BS = torch.zeros(size, length, dtype=torch.int64)
-        rows, targets, slots = [], [], []
-        for b, n in enumerate(mine[i * size : (i + 1) * size]):
-            start, prompt = int(batch.starts_N[n]), int(batch.prompt_lengths_N[n])
-            response = int(batch.response_lengths_N[n])
-            sequence = batch.tokens[start : start + prompt + response]
-            tokens_BS[b, : len(sequence)] = sequence
-            first_row = b * length + prompt - 1  # the position before a token predicts it
-            rows.append(torch.arange(first_row, first_row + response))
-            targets.append(sequence[prompt:])
-            slots.append(torch.arange(int(first_slot_N[n]), int(first_slot_N[n]) + response))
-        none = [torch.zeros(0, dtype=torch.int64)]
-        made.append(
-            MicroBatch(
-                tokens_BS,
-                torch.cat(rows or none),
-                torch.cat(targets or none),
-                torch.cat(slots or none),
-            )
-        )
-    return made
+    lengths_N = batch.prompt_lengths_N + batch.response_lengths_N
+    lengths = lengths_N[samples].tolist()
+    shares = balance(lengths, ranks, size, budget, count_multiple)
+    return [_micro_batch(batch, [samples[i] for i in share], multiple) for share in shares[rank]]
+
+
+def balance(
+    lengths: list[int], ranks: int, size: int, budget: int | None = None, count_multiple: int = 1
+) -> list[list[list[int]]]:
+    """[rank][micro-batch] -> indices into `lengths`: as few micro-batches as the limits allow, all
+    of nearly the same number of tokens.  Arguments as of `micro_batches`.
+
+    Sequences go, longest first, to the micro-batch that has the fewest tokens (R. L. Graham, 1969).
+    Micro-batches go to the ranks in turn, the fullest first, there and back: what ranks run at the
+    same time is alike, and so are their sums.
+    """
+    limit = budget or sum(lengths) + 1
+    needed = max(-(-len(lengths) // size), -(-sum(min(n, limit) for n in lengths) // limit))
+    count = -(-needed // (ranks * count_multiple)) * count_multiple
+    while (found := _fill(lengths, count * ranks, size, limit)) is None:
+        count += count_multiple
+    found.sort(key=lambda share: -sum(lengths[i] for i in share))
+    rows = [found[i * ranks : (i + 1) * ranks][:: -1 if i % 2 else 1] for i in range(count)]
+    return [[row[rank] for row in rows] for rank in range(ranks)]
+
+
+def _fill(lengths: list[int], count: int, size: int, limit: int) -> list[list[int]] | None:
+    """`count` shares; None where they are too few."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    open_shares = [(0, share) for share in range(count)]  # a heap: fewest tokens first
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not open_shares:
+            return None
+        tokens, share = open_shares[0]
+        if tokens and tokens + lengths[i] > limit:
+            return None
+        shares[share].append(i)
+        if len(shares[share]) == size:
+            heapq.heappop(open_shares)
+        else:
+            heapq.heapreplace(open_shares, (tokens + lengths[i], share))
+    return shares
+
+
+def join(sequences: list[torch.Tensor], multiple: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """(tokens_S, lengths_B) of a MicroBatch of these sequences; of padding where there are none."""
+    lengths = [len(sequence) for sequence in sequences] or [0]
+    total = sum(lengths)
+    padding = -total % multiple if total else multiple
+    lengths[-1] += padding
+    return torch.cat([*sequences, torch.zeros(padding, dtype=torch.int64)]), tuple(lengths)
+
+
+def _micro_batch(batch: RolloutBatch, samples: list[int], multiple: int) -> MicroBatch:
+    sequences, rows, targets, slots = [], [], [], []
+    position = 0
+    for n in samples:
+        start, prompt = int(batch.starts_N[n]), int(batch.prompt_lengths_N[n])
+        response = batch.response_slice(n)
+        sequence = batch.tokens[start : start + prompt + response.stop - response.start]
+        sequences.append(sequence)
+        targets.append(sequence[prompt:])
+        slots.append(torch.arange(response.start, response.stop))
+        # the position before a token predicts it
+        rows.append(torch.arange(position + prompt - 1, position + len(sequence) - 1))
+        position += len(sequence)
+    tokens_S, lengths_B = join(sequences, multiple)
+    none = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(
+        tokens_S,
+        lengths_B,
+        padding=len(tokens_S) - position,
+        rows_T=torch.cat([none, *rows]),
+        targets_T=torch.cat([none, *targets]),
+        slots_T=torch.cat([none, *slots]),
+    )

@@ -213,7 +213,11 @@ class TrainConfig:
     epochs: PositiveInt = 2
     """Passes over the rollout."""
     micro_batch_size: PositiveInt = 8
-    """Sequences of one forward pass on one data-parallel rank; changes memory, never numbers."""
+    """Most sequences of one forward pass on one data-parallel rank; changes memory, never
+    numbers."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens of one forward pass, prompts included; a longer sequence goes alone.  Left out,
+    micro_batch_size is the only limit."""
     advantage: Literal["std", "mean"] = "std"
     """Reward minus the group's mean, divided by the group's standard deviation (GRPO) or not
     (`mean`, Dr. GRPO)."""

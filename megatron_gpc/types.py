@@ -5,7 +5,7 @@ dimensions):
 
     N  samples of a rollout (prompts x group size)      P  prompts of a rollout
     G  samples of one prompt (the group)                B  sequences of one micro-batch
-    S  positions of a padded sequence                   T  response tokens, packed without padding
+    S  positions of one micro-batch, padding included   T  response tokens, packed without padding
     V  this rank's shard of the vocabulary              D  hidden size
 
 Log-probabilities and entropies are natural (nats) and fp32.  They are those of the distribution
@@ -136,15 +136,27 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A few sequences, right-padded to a common length, as one pipeline micro-batch.
+    """A few sequences, one after another, as one pipeline micro-batch.
 
-    `rows_T[i]` says from which position of the flattened [B, S] grid response token i is predicted,
-    `targets_T[i]` which token it is, `slots_T[i]` where its values stand in the rollout's packed
-    [T] arrays.  All three are empty where a data-parallel rank has nothing left to do: the
-    micro-batch is run all the same, because pipeline and collectives need every rank.
+    Padding fills up the total where sequence parallelism wants a multiple; it follows the last
+    sequence and counts as part of it, because causal attention never lets a token see what comes
+    after.  Two sequences, of which the first is a prompt of 2 and a response of 3 tokens, and one
+    position of padding:
+
+        tokens_S   5 6 7 8 9 | 5 6 8 0      lengths_B  5, 4      padding  1
+        rows_T     1 2 3     | 6            targets_T  7 8 9 | 8
+
+    `rows_T[i]` says from which position response token i is predicted, `targets_T[i]` which token
+    it is, `slots_T[i]` where its values stand in the rollout's packed [T] arrays.  All three are
+    empty where a data-parallel rank has nothing left to do: the micro-batch, then of padding alone,
+    is run all the same, because pipeline and collectives need every rank.
     """
 
-    tokens_BS: torch.Tensor
+    tokens_S: torch.Tensor
+    lengths_B: tuple[int, ...]
+    """Positions of each sequence; their sum is S."""
+    padding: int
+    """How many of the S positions are padding."""
     rows_T: torch.Tensor
     targets_T: torch.Tensor
     slots_T: torch.Tensor

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from megatron_gpc.batching import join
 from megatron_gpc.config import Config
 from megatron_gpc.mcore.model import PolicyModel
 from megatron_gpc.mcore.setup import device
@@ -28,12 +29,10 @@ def sequence_logits(
         fp32 on the CPU, on one rank of those that hold the last pipeline stage; None on the others.
     """
     p, to = config.parallel, device()
-    multiple = p.tp if p.sequence_parallel else 1
-    length = -(-max(map(len, sequences)) // multiple) * multiple
-    tokens_BS = torch.zeros(len(sequences), length, dtype=torch.int64, device=to)
-    for b, sequence in enumerate(sequences):
-        tokens_BS[b, : len(sequence)] = torch.tensor(sequence)
-    rows_T = torch.cat([b * length + torch.arange(len(s)) for b, s in enumerate(sequences)]).to(to)
+    tokens_S, lengths_B = join(
+        [torch.tensor(sequence) for sequence in sequences], p.tp if p.sequence_parallel else 1
+    )
+    rows_T = torch.arange(sum(map(len, sequences)))
     targets_T = torch.zeros_like(rows_T)
 
     logits_TV: list[torch.Tensor] = []
@@ -46,15 +45,18 @@ def sequence_logits(
         )
 
     def forward(iterator: Iterator[None], model: PolicyModel) -> tuple[Any, Any]:
-        return model(tokens_BS, rows_T, targets_T), lambda output, non_loss_data: None
+        return (
+            model(tokens_S.to(to), lengths_B, rows_T.to(to), targets_T.to(to)),
+            lambda output, non_loss_data: None,
+        )
 
     get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(()) for _ in models] if p.vpp else iter(()),
         model=list(models) if p.vpp else models[0],
         num_microbatches=p.pp if p.vpp else 1,  # the interleaved schedule wants so many
-        seq_length=length,
-        micro_batch_size=len(sequences),
+        seq_length=len(tokens_S),
+        micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
     )

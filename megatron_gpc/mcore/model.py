@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -15,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_gpc.config import Config
 from megatron_gpc.kernels.vocab_parallel import token_stats
+from megatron_gpc.mcore.attention import PackedAttention
 from megatron_gpc.mcore.native import HAVE_TE, transformer_config
 from megatron_gpc.types import TokenStats
 from megatron_gpc.weights import ModelFields, padded_vocab_size
@@ -50,20 +53,34 @@ class PolicyModel(GPTModel):
             self.output_layer.allreduce_dgrad = True
 
     def forward(
-        self, tokens_BS: torch.Tensor, rows_T: torch.Tensor, targets_T: torch.Tensor
+        self,
+        tokens_S: torch.Tensor,
+        lengths_B: tuple[int, ...],
+        rows_T: torch.Tensor,
+        targets_T: torch.Tensor,
     ) -> torch.Tensor | TokenStats:
-        """Hidden states [S, B, D] before the last pipeline stage, TokenStats on it.
+        """Hidden states [S, 1, D] before the last pipeline stage, TokenStats on it.
 
         Args:
-            tokens_BS: right-padded sequences.
-            rows_T: positions in the flattened [B, S] grid that predict targets_T.
+            tokens_S: sequences, one after another; each has its own positions and attention.
+            lengths_B: how long each is.
+            rows_T: positions that predict targets_T.
             targets_T: the tokens predicted there.
         """
         self._rows_T, self._targets_T = rows_T, targets_T
-        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(
-            tokens_BS
+        ends = list(accumulate(lengths_B, initial=0))
+        begins = torch.tensor(ends, dtype=torch.int32, device=tokens_S.device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=begins,
+            cu_seqlens_kv=begins,
+            max_seqlen_q=max(lengths_B),
+            max_seqlen_kv=max(lengths_B),
         )
-        return super().forward(tokens_BS, positions_BS, attention_mask=None)
+        # Rotary embeddings count positions from where the sequences begin, so none are given.
+        return super().forward(
+            tokens_S[None], position_ids=None, attention_mask=None, packed_seq_params=packed
+        )
 
     def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor | TokenStats:
         if not self.post_process:
@@ -72,13 +89,11 @@ class PolicyModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        length, batch, hidden = hidden_states.shape
-        rows_T = self._rows_T % length * batch + self._rows_T // length  # [B, S] grid -> [S, B]
-        hidden_TD = hidden_states.reshape(-1, hidden)[rows_T]
+        hidden_T1D = hidden_states[self._rows_T]
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        logits_T1V, _ = self.output_layer(hidden_TD[:, None], weight=weight)
+        logits_T1V, _ = self.output_layer(hidden_T1D, weight=weight)
         return token_stats(
             logits_T1V[:, 0],
             self._targets_T,
@@ -125,11 +140,16 @@ def _layers(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSu
     Checkpoints have transformer-engine's names, to which the local spec maps its own.  It does so
     for the norm before a dense block also where experts follow, and there transformer-engine keeps
     the norm apart: without that entry both write the same names.
+
+    Attention is transformer-engine's where that has a kernel for packed sequences, which are those
+    of 16 bits.
     """
     block = get_gpt_decoder_block_spec(
         core, use_transformer_engine=HAVE_TE, normalization="RMSNorm", vp_stage=vp_stage
     )
     for layer in block.layer_specs:
+        if not HAVE_TE or core.params_dtype is torch.float32:
+            layer.submodules.self_attention.submodules.core_attention = PackedAttention
         if layer.submodules.mlp.module is MoELayer:
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return block

@@ -170,6 +170,7 @@ def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:
         "attention_dropout": 0.0,
         "batch_p2p_comm": not p.vpp,
         "overlap_p2p_comm": bool(p.vpp),
+        "variable_seq_lengths": p.pp > 1,  # micro-batches differ in length
         "moe_token_dispatcher_type": "alltoall",
         # Fused kernels live in apex, in transformer-engine or on a GPU.
         "gradient_accumulation_fusion": cuda and have_apex(),

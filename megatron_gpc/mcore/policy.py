@@ -32,7 +32,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_gpc.algo.policy_loss import policy_loss
-from megatron_gpc.batching import micro_batches, padded_length
+from megatron_gpc.batching import micro_batches
 from megatron_gpc.config import Config
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
@@ -41,7 +41,7 @@ from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats
 from megatron_gpc.weights import ModelFields
 
-UPDATE_MEANS = ("loss", "ratio_mean", "clip_fraction_low", "clip_fraction_high")
+UPDATE_MEANS = ("loss", "ratio_mean", "clip_fraction_low", "clip_fraction_high", "padding_fraction")
 UPDATE_MAXIMA = ("ratio_max",)
 
 
@@ -77,7 +77,7 @@ class Policy:
         samples = list(range(batch.num_samples))
         values_4T = torch.zeros(4, batch.num_response_tokens)
         with torch.no_grad():
-            results = self._run(batch, samples, _score_loss, forward_only=True)
+            _, results = self._run(batch, samples, _score_loss, forward_only=True)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for slots_T, stats in results:
                 values_4T[:, slots_T] = torch.stack(
@@ -123,12 +123,14 @@ class Policy:
             bounds=bounds,
             entropy_coef=self.config.train.entropy_coef,
         )
-        results = self._run(batch, samples, loss, forward_only=False)
+        made, results = self._run(batch, samples, loss, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         loss_is_finite = all(bool(loss_sum.isfinite()) for loss_sum, _ in results)
         skipped = on_any_rank(not (loss_is_finite and math.isfinite(grad_norm)))
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        for micro in made:
+            sums.add("padding_fraction", micro.padding, len(micro.tokens_S))
         if not skipped:
             if parallel_state.get_tensor_model_parallel_rank() == 0:
                 for _, add_to in results:
@@ -155,36 +157,39 @@ class Policy:
 
     def _run(
         self, batch: RolloutBatch, samples: list[int], loss: Any, forward_only: bool
-    ) -> list[Any]:
-        """megatron-core's pipeline schedule over some samples; results on the last stage only."""
-        p = self.config.parallel
-        length = padded_length(batch, p.tp if p.sequence_parallel else 1)
-        size = self.config.train.micro_batch_size
+    ) -> tuple[list[MicroBatch], list[Any]]:
+        """megatron-core's pipeline schedule over some samples: this rank's micro-batches, and what
+        `loss` made of them, on the last stage only."""
+        p, limits = self.config.parallel, self.config.train
         made = micro_batches(
             batch,
             samples,
             rank=parallel_state.get_data_parallel_rank(),
             ranks=parallel_state.get_data_parallel_world_size(),
-            size=size,
-            length=length,
-            multiple=p.pp if p.vpp else 1,
+            size=limits.micro_batch_size,
+            budget=limits.micro_batch_tokens,
+            multiple=p.tp if p.sequence_parallel else 1,
+            count_multiple=p.pp if p.vpp else 1,
         )
         iterators = [iter(made) for _ in self.chunks]
-        return get_forward_backward_func()(
+        results = get_forward_backward_func()(
             forward_step_func=partial(_forward, loss=loss),
             data_iterator=iterators if p.vpp else iterators[0],
             model=self.chunks if p.vpp else self.chunks[0],
             num_microbatches=len(made),
-            seq_length=length,
-            micro_batch_size=size,
+            seq_length=0,  # stages tell each other the shapes: variable_seq_lengths
+            micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+        return made, results
 
 
 def _forward(iterator: Iterator[MicroBatch], model: Any, loss: Any) -> tuple[Any, Any]:
     micro, to = next(iterator), device()
-    output = model(micro.tokens_BS.to(to), micro.rows_T.to(to), micro.targets_T.to(to))
+    output = model(
+        micro.tokens_S.to(to), micro.lengths_B, micro.rows_T.to(to), micro.targets_T.to(to)
+    )
     return output, partial(loss, micro)
 
 

@@ -30,9 +30,12 @@ LAYOUTS = [
     (1, ["train.micro_batch_size=16"]),
     (1, ["train.micro_batch_size=8"]),
     (1, ["train.micro_batch_size=5"]),
-    # 16 samples for 2 ranks x 3 micro-batches x 4: the last ones are empty
-    (2, ["parallel.dp=2", "train.micro_batch_size=12"]),
+    (1, ["train.micro_batch_size=16", "train.micro_batch_tokens=20"]),
 ]
+RECOMPUTED = {
+    "full": ["full", "recompute_method=uniform", "recompute_num_layers=1"],
+    "selective": ["selective"],
+}
 
 
 def transformers_scores(hf, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,6 +119,28 @@ def test_the_distributed_optimizer_sees_the_same_gradient_norm(
     )[0]
     assert result["grad_norm"] == pytest.approx(reference["grad_norm"], rel=METRIC)
     assert result["loss"] == pytest.approx(reference["loss"], rel=METRIC)
+
+
+@pytest.mark.parametrize("layout", [(1, LAYOUTS[-1][1]), LAYOUTS[7]], ids=["one", "all"])
+@pytest.mark.parametrize("what", RECOMPUTED)
+def test_recomputed_activations_change_no_bit(problem, pool, layout, what):
+    folder, hf, batch = problem
+    world, overrides = layout
+    granularity, *more = RECOMPUTED[what]
+    recompute = [
+        f"megatron.transformer.{o}" for o in (f"recompute_granularity={granularity}", *more)
+    ]
+    kept, recomputed = (
+        pool(world).run(
+            ranks.score_and_update,
+            run_config(folder, hf, *overrides, "optim.distributed=false", *extra),
+            batch,
+            BOUNDS,
+        )[0]
+        for extra in ([], recompute)
+    )
+    assert all(torch.equal(recomputed["gradient"][n], g) for n, g in kept["gradient"].items())
+    assert recomputed["loss"] == kept["loss"] and recomputed["grad_norm"] == kept["grad_norm"]
 
 
 def test_clipping_acts_in_the_reference(reference):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_batch
 
-from megatron_gpc.batching import micro_batches, mini_batches, padded_length
+from megatron_gpc.batching import balance, micro_batches, mini_batches
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
@@ -23,27 +23,45 @@ def test_every_epoch_visits_every_sample_once(samples, count, epochs, seed):
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(1, 16))
-def test_micro_batches_of_all_ranks_hold_every_token_once(ranks, size, multiple, chosen):
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 16),
+)
+def test_micro_batches_of_all_ranks_hold_every_token_once(
+    ranks, size, budget, multiple, count_multiple, chosen
+):
     batch = random_batch()
     samples = list(range(chosen))
-    length = padded_length(batch, 4)
     made = [
         micro_batches(
-            batch, samples, rank=rank, ranks=ranks, size=size, length=length, multiple=multiple
+            batch,
+            samples,
+            rank=rank,
+            ranks=ranks,
+            size=size,
+            budget=budget,
+            multiple=multiple,
+            count_multiple=count_multiple,
         )
         for rank in range(ranks)
     ]
     counts = {len(one) for one in made}
-    assert len(counts) == 1 and counts.pop() % multiple == 0
-    slots, targets = [], []
+    assert len(counts) == 1 and counts.pop() % count_multiple == 0
+    slots, targets, real = [], [], 0
     for micro in (m for one in made for m in one):
-        assert micro.tokens_BS.shape == (size, length)
+        assert sum(micro.lengths_B) == len(micro.tokens_S) > 0
+        assert len(micro.tokens_S) % multiple == 0 and micro.padding < max(2, multiple + 1)
         # each row's next token is the target that it predicts
-        assert torch.equal(micro.tokens_BS.flatten()[micro.rows_T + 1], micro.targets_T)
+        assert torch.equal(micro.tokens_S[micro.rows_T + 1], micro.targets_T)
         slots += micro.slots_T.tolist()
         targets += micro.targets_T.tolist()
+        real += len(micro.tokens_S) - micro.padding
     tokens = int(batch.response_lengths_N[:chosen].sum())
+    assert real == tokens + int(batch.prompt_lengths_N[:chosen].sum())
     assert sorted(slots) == list(range(tokens))
     responses = torch.cat(
         [
@@ -59,6 +77,37 @@ def test_micro_batches_of_all_ranks_hold_every_token_once(ranks, size, multiple,
     assert torch.tensor(targets)[torch.tensor(slots).argsort()].tolist() == (
         responses[:tokens].tolist()
     )
+
+
+LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=60)
+
+
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 9), st.none() | st.integers(1, 3000))
+def test_micro_batches_keep_to_their_limits(lengths, ranks, size, budget):
+    shares = [share for one in balance(lengths, ranks, size, budget) for share in one]
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    for share in shares:
+        assert len(share) <= size
+        assert budget is None or len(share) < 2 or sum(lengths[i] for i in share) <= budget
+
+
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 9))
+def test_micro_batch_size_alone_decides_how_many_there_are(lengths, ranks, size):
+    shares = balance(lengths, ranks, size)
+    assert {len(one) for one in shares} == {-(-len(lengths) // (ranks * size))}
+
+
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 4))
+def test_ranks_and_their_micro_batches_differ_by_one_sequence_at_most(lengths, ranks, multiple):
+    shares = balance(lengths, ranks, size=len(lengths), count_multiple=multiple)
+    tokens = [[sum(lengths[i] for i in share) for share in one] for one in shares]
+    for sums in ([sum(one) for one in tokens], [n for one in tokens for n in one]):
+        assert max(sums) - min(sums) <= max(lengths)
+
+
+def test_a_token_budget_packs_short_sequences_and_leaves_a_long_one_alone():
+    shares = balance([900, 10, 20, 30, 40, 50, 60, 1200], ranks=1, size=8, budget=1000)
+    assert shares == [[[7], [0], [6, 5, 4, 3, 2, 1]]]
 
 
 def test_response_slices_partition_the_packed_tokens():
