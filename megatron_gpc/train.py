@@ -96,7 +96,6 @@ def train(config: Config) -> None:
             if _checkpoint_due(config, state.step):
                 checkpoints.save(state)
 
-        watchdog.alive()
         rank0.hand_over(exporter.tensors(), version=state.step)
         watchdog.alive()
         rank0.evaluate_if_due(state.step)
