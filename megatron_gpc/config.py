@@ -208,7 +208,7 @@ class CheckpointConfig:
     keep_every: NonNegativeInt = 0
     """Those of every so many-th step are kept for good; 0: none."""
     asynchronous: bool = False
-    """Write in the background while training goes on; a failure is reported a step later."""
+    """Write in the background while training goes on; see docs/checkpoints.md for what it costs."""
 
 
 @_section

@@ -63,6 +63,7 @@ def save_and_go_on(config: Config) -> dict[str, Any]:
         checkpoints = Checkpoints(config, policy)
         update(policy, 1)
         update(policy, 2)
+        draw()  # so that the generators stand elsewhere than at a new process's second draw
         start = draw()
         checkpoints.save(STATE)
         if config.checkpoint.asynchronous:
