@@ -116,12 +116,11 @@ def _train_rank(config: Config) -> int:
     from megatron_gpc.mcore import cpu
 
     cpu.install()  # before the first megatron import
-    from torch.distributed.elastic.multiprocessing.errors import record
-
+    from megatron_gpc.guard import recorded
     from megatron_gpc.rollout.client import RolloutError
     from megatron_gpc.train import train
 
-    @record  # a traceback goes to the file that torchrun or `run_ranks` named
+    @recorded
     def run() -> None:
         try:
             train(config)

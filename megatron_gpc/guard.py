@@ -5,15 +5,33 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 from megatron_gpc.config import Config
 from megatron_gpc.errors import RunStopped
 from megatron_gpc.launch import STACKS_SIGNAL, stacks_file
 from megatron_gpc.types import Bounds, RolloutBatch
+
+
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; if it raises, the traceback goes to the file that the launcher has named.
+
+    torchrun and `launch.run_ranks` name one for every rank and show that of the first to fail.
+    """
+    return record(function, _ErrorHandler())
+
+
+class _ErrorHandler(ErrorHandler):
+    def record_exception(self, e: BaseException) -> None:
+        with suppress(OSError):  # a full disk may be the very error; it is raised all the same
+            super().record_exception(e)
 
 
 class SkippedUpdates:

@@ -242,11 +242,12 @@ def _report(first: Rank, ranks: Sequence[Rank]) -> None:
             if code < 0 and not first.error.exists()
             else ""
         )
-        if first.log:
+        if first.log and traceback:
             _say(f"rank {first.number} failed first{how}; what it said, the end of {first.log}:")
             print(traceback, file=sys.stderr)
         else:
-            _say(f"rank 0 failed first{how}; what it said stands above")
+            words = "it had said nothing" if first.log else "what it said stands above"
+            _say(f"rank {first.number} failed first{how}; {words}")
 
 
 def _say(text: str) -> None:

@@ -80,6 +80,7 @@ _RELIED_ON = {
     "calculate_per_token_loss": "the loss relies on it (mcore/policy.py)",
     "perform_initialization": "the gradient norm relies on it",
     "init_model_with_meta_device": "weights are copied into the model once it is built",
+    "variable_seq_lengths": "micro-batches differ in length (batching.py)",
     "moe_grouped_gemm": "weights are handed over expert by expert",
 }
 

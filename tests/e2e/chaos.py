@@ -52,20 +52,25 @@ class Event:
     kind: Kind
     """Who gets SIGKILL; `disk`: nobody, the disk is filled."""
     after: Literal["launch", "begin"]
-    """From when on the delay counts: the start of the command, or of its first training step."""
+    """From when on the delay counts: the start of the command, or of its first training step ..."""
     delay_s: float
+    steps: int = 0
+    """... and then so many steps more."""
     rank: int = 0
     flip: bool = False
     """Whether a byte of the newest checkpoint is flipped once the run has ended; after a later
     event where there is no older checkpoint yet to fall back on."""
-    not_before_step: int = 0
-    """For `begin`: the delay counts from when this step is logged."""
     free_bytes: int = 0
     """What is left on the disk when it is filled."""
 
     def __str__(self) -> str:
         who = f"rank {self.rank}" if self.kind == "rank" else self.kind
-        return f"{who:8} {self.delay_s:4.2f} s after {self.after}" + ", flip" * self.flip
+        when = (
+            f"{self.delay_s:.2f} s after "
+            + self.after
+            + f" + {self.steps} steps" * bool(self.steps)
+        )
+        return f"{who:8} {when}" + ", flip" * self.flip
 
 
 def plan(kills: int, seed: int, disks: bool) -> list[Event]:
@@ -76,9 +81,11 @@ def plan(kills: int, seed: int, disks: bool) -> list[Event]:
     draw.shuffle(kinds)
 
     def event(kind: Kind, **more: int) -> Event:
-        starting = kind != "disk" and draw.random() < 1 / 3
-        after, longest_s = ("launch", 6.0) if starting else ("begin", 2.0)
-        return Event(kind, after, draw.uniform(0.0, longest_s), draw.randrange(RANKS), **more)
+        if kind != "disk" and draw.random() < 1 / 3:
+            when = {"after": "launch", "delay_s": draw.uniform(0.0, 6.0)}
+        else:
+            when = {"after": "begin", "delay_s": draw.random(), "steps": draw.randrange(5)}
+        return Event(kind=kind, rank=draw.randrange(RANKS), **when, **more)
 
     events = []
     for number, kind in enumerate(kinds):
@@ -139,20 +146,18 @@ class Chaos:
         try:
             if event.after == "begin":  # the file is made, or made anew, when training begins
                 wait_for(
-                    lambda: (
-                        file.exists()
-                        and file.stat().st_ino != before
-                        and self._step() >= event.not_before_step
-                    ),
-                    *(300.0, running, log),
+                    lambda: file.exists() and file.stat().st_ino != before, *(300.0, running, log)
                 )
+                goal = self._step() + event.steps
+                wait_for(lambda: self._step() >= goal, *(300.0, running, log))
             time.sleep(event.delay_s)
-            hit_at = time.monotonic()
             if event.kind == "disk":
+                hit_at = time.monotonic()
                 with full_disk(self.run_dir, event.free_bytes):
                     code = running.wait(END_TIMEOUT_S)
             else:
                 target = self._target(event, running, log)
+                hit_at = time.monotonic()
                 target.send_signal(signal.SIGKILL)
                 code = running.wait(END_TIMEOUT_S)
             assert code != 0, f"{event}: the run had come to its end before; it needs more steps"
@@ -347,7 +352,7 @@ def main() -> int:
             if not mounted:
                 print("no full disks: mounting a tmpfs is not allowed; try as root")
             events = plan(given.kills, given.seed, disks=mounted)
-            steps = 4 * len(events) + 4  # no event lets the run make more than some 8
+            steps = 5 * len(events) + 5  # more than the events let the run make
             found = campaign(start.resolve(), disk, events, steps, given.seed, given.overrides)
     print("\n".join(found) if found else "the final state is that of the undisturbed run")
     return int(bool(found))

@@ -10,8 +10,8 @@ pytestmark = pytest.mark.timeout(900)  # the first test builds the example's sta
 
 def test_kills_and_a_damaged_checkpoint_leave_no_trace(start, tmp_path):
     events = [
-        Event("server", "begin", 0.9),
-        Event("launcher", "begin", 0.3, flip=True, not_before_step=6),
+        Event("server", "begin", 0.3, steps=2),
+        Event("launcher", "begin", 0.1, steps=4, flip=True),
         Event("rank", "launch", 4.0, rank=1),
     ]
     said: list[str] = []

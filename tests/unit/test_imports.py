@@ -20,7 +20,7 @@ MAY_IMPORT = {  # part -> parts of megatron_gpc that it may import, besides itse
     "kernels": set(),
     "rewards": set(),
     "weights": set(),
-    "metrics": set(),
+    "metrics": {"algo"},
     "batching": set(),
     "launch": set(),
     "rollout": {"rewards", "weights", "launch"},
