@@ -7,12 +7,13 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare test chaos lint bench clean help
+.PHONY: run compare test test-sglang chaos lint bench clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
 	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
 	@echo "make test     set up .venv and run the tests"
+	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
 	@echo "make bench    measure log-prob + entropy at V = 151,936, and checkpoints"
 	@echo "make lint     ruff and pyright"
@@ -39,6 +40,18 @@ test: .venv/.installed
 chaos: .venv/.installed
 	PYTHONPATH=tests:. $(BIN)/python tests/e2e/chaos.py --kills $(KILLS) --seed $(SEED)
 
+# The real SGLang on a CPU, in an environment of its own: some 2.6 GB.
+.sglang/.installed: tests/sglang/requirements.txt
+	$(PYTHON) -m venv .sglang
+	.sglang/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
+	.sglang/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps \
+		sglang==0.5.23 torchvision==0.28.0
+	touch $@
+
+test-sglang: .venv/.installed .sglang/.installed
+	SGLANG_PYTHON=$(CURDIR)/.sglang/bin/python $(BIN)/python -m pytest \
+		tests/e2e/test_sglang.py tests/rollout/test_server_contract.py
+
 bench: .venv/.installed
 	$(BIN)/python tools/bench/token_stats.py
 	$(BIN)/python tools/bench/checkpoint.py
@@ -48,4 +61,4 @@ lint: .venv/.installed-dev
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .sglang build dist *.egg-info

@@ -15,13 +15,15 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "arithmetic" / "config.yaml"
 
 
-def command_line(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def command_line(
+    *arguments: str, timeout: float = 200, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run `megatron-gpc ARGUMENTS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_gpc", *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=timeout,
         cwd=ROOT,
         **options,
     )

@@ -246,5 +246,8 @@ def command_line_arguments(args: Mapping[str, Any]) -> list[str]:
 
 def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what would make a server believe that it is one of our ranks."""
-    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
+    ours = {
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        *("OMP_NUM_THREADS", "PYTHONPATH", "TORCHELASTIC_ERROR_FILE"),
+    }
     return {name: value for name, value in environment.items() if name not in ours}

@@ -1,33 +1,20 @@
 """Tiny models, and the server that the contract tests talk to.
 
-The contract tests run against the embedded server.  To run them against a real SGLang, give the
-command that starts it; host, port and model are appended:
-
-    SGLANG_COMMAND="python -m sglang.launch_server --device cpu --attention-backend torch_native
-        --dtype float32 --max-total-tokens 4096 --disable-overlap-schedule"
-    pytest tests/rollout/test_server_contract.py
-
-With its overlapped schedule SGLang calls one token too few the old weights' own after an in_place
-pause: the step in flight at the pause is finished, but labelled after the update.
+That is the embedded server, and with `make test-sglang` the real SGLang.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+import sglang_cpu
 from rollout_models import build_model
 from transformers import Qwen2ForCausalLM
 
-from megatron_gpc.rollout.launcher import EmbeddedServer
+from megatron_gpc.rollout.launcher import EmbeddedServer, SGLangServer
 
 
 @pytest.fixture(scope="session")
@@ -59,36 +46,19 @@ def reference_b(model_b: Path) -> Qwen2ForCausalLM:
 @pytest.fixture(scope="session")
 def server_url(model_a: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    command = os.environ.get("SGLANG_COMMAND")
-    if command is None:
-        with EmbeddedServer(model_a, log, start_timeout_s=60) as server:
-            yield server.url
-        return
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*shlex.split(command), "--model-path", str(model_a), "--host", "127.0.0.1",
-             "--port", str(port)],
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _await_healthy(url, process, log)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # SGLang is several processes, slow to end
-        process.wait(30)
-
-
-def _await_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/health", timeout=30).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
+    if sglang_cpu.PYTHON is None:
+        server = EmbeddedServer(model_a, log, start_timeout_s=60)
+    else:
+        server = SGLangServer(
+            "sglang.launch_server",
+            sglang_cpu.PYTHON,
+            {"model_path": model_a, **sglang_cpu.ARGS},
+            sglang_cpu.ENVIRONMENT,
+            log,
+            180.0,
+        )
+    with server:
+        yield server.url
 
 
 @pytest.fixture
