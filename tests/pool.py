@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 START_TIMEOUT_S = 120.0
-MAX_TASKS = 40
+MAX_TASKS = 15
 
 
 def _serve(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +64,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 pass_fds=pass_fds,
                 preexec_fn=die_with_parent,
+                start_new_session=True,  # for `stop`
             )
 
     def failure(self, what: str) -> ServerError:
@@ -85,11 +88,11 @@ class ServerProcess:
         """End the server; killed where it does not end in time.  Does nothing the second time."""
         if self.alive():
             self._process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):  # its own processes too: SGLang has several
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(STOP_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
