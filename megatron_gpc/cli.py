@@ -117,7 +117,7 @@ def _train_rank(config: Config) -> int:
 
     cpu.install()  # before the first megatron import
     from megatron_gpc.guard import recorded
-    from megatron_gpc.rollout.client import RolloutError
+    from megatron_gpc.rollout.answers import RolloutError
     from megatron_gpc.train import train
 
     @recorded

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import math
 import pickle
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -24,6 +23,15 @@ from tenacity import (
 )
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.rollout.answers import (
+    Generation,
+    MalformedAnswer,
+    RequestRefused,
+    ServerUnavailable,
+    answer_json,
+    error_message,
+    read_generation,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,32 +39,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HEALTH_TIMEOUT_S = 30.0
 """SGLang's /health takes 20 s to say no."""
-LOGPROB_TOLERANCE = 1e-3
-"""A log-probability above 0 by more than this is no rounding error."""
-
-
-class RolloutError(RuntimeError):
-    """The server could not do what was asked of it.
-
-    The command line prints it alone, without a traceback, and exits with code 1: it is neither the
-    user's input nor this code that failed.
-    """
-
-
-class ServerUnavailable(RolloutError):
-    """No connection, no answer in time, or an error of the server's own (5xx), every time."""
-
-
-class RequestRefused(RolloutError):
-    """The server says that the request is wrong (4xx); asking again would not help."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
-class MalformedAnswer(RolloutError):
-    """An answer that cannot be true: nothing in it may be trained on."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +48,6 @@ class Request:
     input_ids: Sequence[int]
     sampling_params: dict[str, Any]
     rid: str | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One sample, checked."""
-
-    token_ids: tuple[int, ...]
-    """The stop token included."""
-    logprobs: tuple[float, ...]
-    """Of each token [nats], under the temperature-scaled distribution."""
-    text: str
-    finish_reason: Literal["stop", "length", "abort"]
-    weight_versions: tuple[tuple[str, int, int], ...]
-    """(version, start, end): which weights made the tokens start <= i < end."""
-    weight_version: str
-    """Version when the sample ended."""
 
 
 class SGLangClient:
@@ -174,7 +140,7 @@ class SGLangClient:
                     "return_logprob": True, "rid": [rid + suffix for rid in rids]}
 
         def read(response: httpx.Response) -> list[Generation]:
-            answers = _json(response)
+            answers = answer_json(response)
             if not isinstance(answers, list) or len(answers) != len(requests):
                 raise MalformedAnswer(f"requests {rids[0]} and following: expected "
                                       f"{len(requests)} answers")
@@ -219,11 +185,11 @@ class SGLangClient:
 
     async def model_info(self) -> dict[str, Any]:
         """What the server says of its model, `weight_version` among it."""
-        return await self._request("GET", "/model_info", None, _json)
+        return await self._request("GET", "/model_info", None, answer_json)
 
     async def server_info(self) -> dict[str, Any]:
         """What the server says of itself, `tp_size` among it."""
-        return await self._request("GET", "/server_info", None, _json)
+        return await self._request("GET", "/server_info", None, answer_json)
 
     # ---- control ----
 
@@ -317,8 +283,8 @@ class SGLangClient:
 
     async def _post(self, path: str, body: dict[str, Any]) -> None:
         def read(response: httpx.Response) -> None:
-            is_json = response.headers.get("content-type", "").startswith("application/json")
-            content = _json(response) if is_json else None
+            isanswer_json = response.headers.get("content-type", "").startswith("application/json")
+            content = answer_json(response) if isanswer_json else None
             if isinstance(content, dict) and content.get("success") is False:
                 raise RequestRefused(response.status_code, f"{path}: {content.get('message')}")
 
@@ -356,50 +322,11 @@ class SGLangClient:
         except httpx.TransportError as error:
             raise ServerUnavailable(f"{what}: {type(error).__name__}: {error}") from error
         if response.status_code >= 500:
-            raise ServerUnavailable(f"{what}: {response.status_code} {_message(response)}")
+            raise ServerUnavailable(f"{what}: {response.status_code} {error_message(response)}")
         if response.status_code >= 400:
             raise RequestRefused(response.status_code,
-                                 f"{what}: {response.status_code} {_message(response)}")
+                                 f"{what}: {response.status_code} {error_message(response)}")
         return read(response)
-
-
-def read_generation(answer: Any, rid: str, sampling_params: dict[str, Any],
-                    vocab_size: int | None) -> Generation:
-    """One answer of /generate, checked.
-
-    Raises:
-        MalformedAnswer: names the rid and what is wrong.
-    """
-    def require(condition: bool, problem: str) -> None:
-        if not condition:
-            raise MalformedAnswer(f"request {rid}: {problem}")
-
-    try:
-        meta, ids, text = answer["meta_info"], answer["output_ids"], answer["text"]
-        reason = meta["finish_reason"]["type"]
-        version = meta["weight_version"]
-        pairs = meta["output_token_logprobs"]
-        logprobs = [pair[0] for pair in pairs]
-        # Older servers name one version for the whole sample.
-        spans = tuple((span["version"], span["start"], span["end"]) for span in meta.get(
-            "weight_versions", [{"version": version, "start": 0, "end": len(ids)}]))
-        paired_ids = [pair[1] for pair in pairs]
-    except (KeyError, TypeError, IndexError) as error:
-        raise MalformedAnswer(f"request {rid}: {type(error).__name__}: {error}") from None
-    require(reason in ("stop", "length", "abort"), f"unknown finish reason {reason!r}")
-    require(bool(ids) or reason == "abort", "no tokens")
-    require(paired_ids == ids, f"{len(pairs)} log-probs do not belong to {len(ids)} tokens")
-    limit = sampling_params.get("max_new_tokens")
-    require(limit is None or len(ids) <= limit, f"{len(ids)} tokens, more than the {limit} allowed")
-    for token, logprob in zip(ids, logprobs, strict=True):
-        require(type(token) is int and token >= 0 and (vocab_size is None or token < vocab_size),
-                f"token {token!r} is not in the vocabulary")
-        require(isinstance(logprob, float | int) and math.isfinite(logprob)
-                and logprob <= LOGPROB_TOLERANCE, f"log-prob {logprob!r} of token {token}")
-    bounds = [0, *(end for _, _, end in spans)]
-    require([start for _, start, _ in spans] == bounds[:-1] and bounds[-1] == len(ids),
-            f"weight versions {spans} do not cover {len(ids)} tokens")
-    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans, version)
 
 
 def pack_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> str:
@@ -415,24 +342,3 @@ def pack_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> str:
 
     content = pickle.dumps([(name, compact(tensor)) for name, tensor in named])
     return base64.b64encode(content).decode("ascii")
-
-
-def _json(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError as error:
-        raise MalformedAnswer(f"{response.url}: not JSON: {error}") from None
-
-
-def _message(response: httpx.Response) -> str:
-    """The error's text, whichever of SGLang's shapes it has."""
-    try:
-        content = response.json()
-    except ValueError:
-        return response.text.strip()[:500]
-    if isinstance(content, dict):
-        error = content.get("error")
-        if isinstance(error, dict):
-            return str(error.get("message"))
-        return str(content.get("message", content))
-    return str(content)[:500]

@@ -14,7 +14,6 @@ import asyncio
 import dataclasses
 import itertools
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -26,24 +25,19 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from megatron_gpc.config import ServerConfig, SGLangConfig
-from megatron_gpc.errors import UserError
 from megatron_gpc.launch import free_port
-from megatron_gpc.rollout.client import (
+from megatron_gpc.rollout.answers import (
     Generation,
     MalformedAnswer,
-    Request,
     RolloutError,
     ServerUnavailable,
-    SGLangClient,
 )
-from megatron_gpc.rollout.launcher import (
-    EmbeddedServer,
-    ServerError,
-    ServerProcess,
-    SGLangServer,
-)
+from megatron_gpc.rollout.client import Request, SGLangClient
+from megatron_gpc.rollout.engine_start import Starter
+from megatron_gpc.rollout.launcher import ServerError, ServerProcess, SGLangServer
 
 T = TypeVar("T")
+P = TypeVar("P", bound=ServerProcess)
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 WATCH_S = 1.0
 """How often engines are looked at [s]."""
@@ -86,8 +80,8 @@ class Engines:
     """
 
     def __init__(self, config: ServerConfig, sglang: SGLangConfig, model_path: Path, log_dir: Path):
-        self.config, self.sglang = config, sglang
-        self.model_path, self.log_dir = model_path, log_dir
+        self.config = config
+        self.starter = Starter(config, sglang, model_path, log_dir)
         self.engines: list[Engine] = []
         self.current: tuple[str, str] | None = None
         """(folder, version) that a restarted engine can read; None: weights come otherwise."""
@@ -109,7 +103,7 @@ class Engines:
     # ---- life ----
 
     def __enter__(self) -> Engines:
-        """Start or find the engines; does not wait for them, see `await_ready`."""
+        """Start or find the engines; does not wait for them, see `await_started`."""
         self._thread.start()
         self._starting = asyncio.run_coroutine_threadsafe(self._start(), self.loop)
         return self
@@ -141,96 +135,31 @@ class Engines:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(LONG_S)
 
     async def _start(self) -> None:
-        key = None
-        if self.config.api_key_file is not None:
-            key = _read(self.config.api_key_file, "api_key_file").strip()
-        urls = self.config.urls
-        if self.config.urls_file is not None:
-            urls = await self._await_urls(self.config.urls_file)
+        starter = self.starter
+        urls = await starter.running_urls()
         if urls:
-            self.engines = [Engine(i, url, self._client(url, key)) for i, url in enumerate(urls)]
+            self.engines = [Engine(i, url, starter.client(url)) for i, url in enumerate(urls)]
             timeout_s = self.config.start_timeout_s
             await asyncio.gather(*(e.client.wait_until_healthy(timeout_s) for e in self.engines))
             for engine in self.engines:
                 engine.tp_size = int((await engine.client.server_info()).get("tp_size", 1))
         else:
-            starts = [self._launch(i, free_port()) for i in range(self.config.engines)]
-            processes = await asyncio.gather(*starts)
+            starts = [
+                self._launch(starter.engine, i, free_port()) for i in range(self.config.engines)
+            ]
             self.engines = [
-                Engine(i, p.url, self._client(p.url, key), self._tp_size(), p)
-                for i, p in enumerate(processes)
+                Engine(i, process.url, starter.client(process.url), starter.tp_size, process)
+                for i, process in enumerate(await asyncio.gather(*starts))
             ]
         if self.config.router:
-            await self._start_router(key)
+            urls = [engine.url for engine in self.engines]
+            self.router = await self._launch(starter.router, urls)
+            self._router_client = starter.client(self.router.url)
         self._watcher = asyncio.create_task(self._watch())
 
-    async def _start_router(self, key: str | None) -> None:
-        self.router = await self.loop.run_in_executor(
-            self._starters,
-            lambda: SGLangServer(
-                "sglang_router.launch_router",
-                self._python(),
-                {"worker_urls": [engine.url for engine in self.engines]},
-                self.sglang.environment,
-                self.log_dir / "router.log",
-                self.config.start_timeout_s,
-            ),
-        )
-        self._router_client = self._client(self.router.url, key)
-
-    def _client(self, url: str, key: str | None) -> SGLangClient:
-        return SGLangClient(
-            url,
-            timeout_s=self.config.request_timeout_s,
-            retries=self.config.retries,
-            max_in_flight=self.config.max_in_flight,
-            api_key=key,
-        )
-
-    async def _await_urls(self, file: Path) -> Sequence[str]:
-        deadline = time.monotonic() + self.config.start_timeout_s
-        while not file.exists():
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"rollout.server.urls_file: {file} did not appear within "
-                    f"{self.config.start_timeout_s:g} s"
-                )
-            await asyncio.sleep(WATCH_S)
-        urls = _read(file, "urls_file").split()
-        if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
-            raise UserError(
-                f"rollout.server.urls_file: {file}: expected one address a line, such as "
-                "http://10.0.0.7:30000"
-            )
-        return urls
-
-    def _python(self) -> Path:
-        return self.sglang.python or Path(sys.executable)
-
-    def _tp_size(self) -> int:
-        args = self.sglang.args
-        return int(args.get("tp_size", args.get("tp", 1))) if self.config.kind == "sglang" else 1
-
-    async def _launch(self, number: int, port: int) -> ServerProcess:
-        log = self.log_dir / ("server.log" if number == 0 else f"server_{number}.log")
-        timeout_s = self.config.start_timeout_s
-
-        def start() -> ServerProcess:
-            if self.config.kind == "embedded":
-                return EmbeddedServer(self.model_path, log, port=port, start_timeout_s=timeout_s)
-            given = dict(self.sglang.args)
-            if "base_gpu_id" in given or self.config.engines > 1:  # engines share a host's GPUs
-                given["base_gpu_id"] = given.get("base_gpu_id", 0) + number * self._tp_size()
-            return SGLangServer(
-                "sglang.launch_server",
-                self._python(),
-                {"model_path": self.model_path, "port": port, **given},
-                self.sglang.environment,
-                log,
-                timeout_s,
-            )
-
-        return await self.loop.run_in_executor(self._starters, start)
+    async def _launch(self, start: Callable[..., P], *arguments: Any) -> P:
+        """Have a thread that lives as long as this object start a process."""
+        return await self.loop.run_in_executor(self._starters, start, *arguments)
 
     async def _close(self) -> None:
         for task in asyncio.all_tasks():
@@ -259,7 +188,7 @@ class Engines:
             self.counts["faults_restarts"] += 1
             try:
                 port = int(engine.url.rpartition(":")[2])
-                engine.process = await self._launch(engine.number, port)
+                engine.process = await self._launch(self.starter.engine, engine.number, port)
             except ServerError as error:
                 engine.fail(error)
                 return
@@ -452,10 +381,3 @@ def _renamed(request: Request, attempt: int) -> Request:
     if attempt == 0 or request.rid is None:
         return request
     return dataclasses.replace(request, rid=f"{request.rid}~{attempt}")
-
-
-def _read(file: Path, key: str) -> str:
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"rollout.server.{key}: {file}: cannot be read: {error}") from None

@@ -17,7 +17,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_gpc.launch import die_with_parent, free_port, own_search_path
-from megatron_gpc.rollout.client import RolloutError
+from megatron_gpc.rollout.answers import RolloutError
 
 STOP_TIMEOUT_S = 5.0
 """How long a server may take to end by itself before it is killed."""

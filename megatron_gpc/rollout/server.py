@@ -27,7 +27,6 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -36,6 +35,17 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.rollout import loading, sequence
 from megatron_gpc.rollout.engine import Engine, EngineEnded
 from megatron_gpc.rollout.sampling import SamplingParams
+from megatron_gpc.rollout.server_bodies import (
+    AbortBody,
+    DiskBody,
+    DistributedBody,
+    GenerateBody,
+    GroupBody,
+    GroupNameBody,
+    PauseBody,
+    TensorBody,
+    VersionBody,
+)
 from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.rollout.weight_receiver import WeightReceiver
 
@@ -44,65 +54,6 @@ COMMAND_TIMEOUT_S = 600.0
 HEALTH_TIMEOUT_S = 20.0
 FLUSHED = ("Cache flushed.\nPlease check backend logs for more details. (When there are running "
            "or waiting requests, the operation will not be performed.)\n")
-
-
-class GenerateBody(BaseModel):
-    """POST /generate.  Single values ask for one prompt, lists for a batch."""
-
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
-    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
-    return_logprob: bool | list[bool] = False
-    rid: str | list[str] | None = None
-    stream: bool = False
-
-
-class PauseBody(BaseModel):
-    mode: str = "abort"
-
-
-class AbortBody(BaseModel):
-    rid: str = ""
-    abort_all: bool = False
-
-
-class DiskBody(BaseModel):
-    model_path: str
-    weight_version: str | None = None
-    abort_all_requests: bool = False
-
-
-class TensorBody(BaseModel):
-    serialized_named_tensors: list[str]
-    """One entry a tensor-parallel rank; this server is one rank and takes the first."""
-    load_format: str | None = None
-    weight_version: str | None = None
-
-
-class GroupBody(BaseModel):
-    master_address: str
-    master_port: int
-    rank_offset: int
-    world_size: int
-    group_name: str = "weight_update_group"
-    backend: str = "nccl"
-
-
-class DistributedBody(BaseModel):
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    group_name: str = "weight_update_group"
-    weight_version: str | None = None
-
-
-class GroupNameBody(BaseModel):
-    group_name: str = "weight_update_group"
-
-
-class VersionBody(BaseModel):
-    new_version: str
-    abort_all_requests: bool = False
 
 
 class Server:

@@ -36,7 +36,7 @@ class Rig:
     def __init__(self, engines: Engines, folder: Path, config) -> None:
         self.engines, self.config = engines, config
         folder.mkdir(exist_ok=True)
-        carry_over(engines.model_path, folder)
+        carry_over(engines.starter.model_path, folder)
         self.sync = make_sync(config.rollout.server, engines, folder)
         self.collector = self.collector_of(config)
 
@@ -246,7 +246,8 @@ def test_the_loss_of_the_only_engine_asks_for_the_weights_again(start, model_a):
 def test_a_server_that_someone_else_gives_weights_is_not_trained_on(start):
     rig = start("rollout.server.sync=tensor", "rollout.server.retries=0")
     engine = rig.engines.engines[0]
-    rig.engines.run(engine.client.update_weights_from_disk(str(rig.engines.model_path), "theirs"))
+    folder = str(rig.engines.starter.model_path)
+    rig.engines.run(engine.client.update_weights_from_disk(folder, "theirs"))
     with pytest.raises(Exception, match="does someone else use this server"):
         rig.collect(1)
     with pytest.raises(WeightsNeeded):

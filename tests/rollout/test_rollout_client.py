@@ -21,13 +21,8 @@ import torch
 from rollout_models import VOCAB, logprobs
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.rollout.client import (
-    MalformedAnswer,
-    Request,
-    RequestRefused,
-    ServerUnavailable,
-    SGLangClient,
-)
+from megatron_gpc.rollout.answers import MalformedAnswer, RequestRefused, ServerUnavailable
+from megatron_gpc.rollout.client import Request, SGLangClient
 
 Reply = tuple[int, Any]
 """Status and body; a str is sent as it is, anything else as JSON."""

@@ -16,8 +16,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import torch.distributed as dist
 from rollout_models import CONTEXT, EOS, greedy, logprobs, logprobs_over_old_cache
 from transformers import Qwen2ForCausalLM
+
+from megatron_gpc.launch import free_port
+from megatron_gpc.rollout.weight_group import join_group, leave_group
 
 PROMPT = [84, 104, 101, 32]
 ANSWER_KEYS = {"text", "output_ids", "meta_info"}
@@ -301,6 +305,45 @@ def test_update_from_tensors_takes_effect_between_begin_and_end_only(http, refer
     tokens, found = ids_and_logprobs(answer)
     torch.testing.assert_close(found, logprobs(reference_b, PROMPT, tokens), atol=5e-5, rtol=0)
     assert answer["meta_info"]["weight_version"] == "t1"
+
+
+def test_update_by_broadcast_takes_effect_between_begin_and_end_only(http, reference_b):
+    named = {name: tensor.clone() for name, tensor in reference_b.state_dict().items()}
+    body = {"names": list(named), "dtypes": ["float32"] * len(named), "group_name": "contract",
+            "shapes": [list(tensor.shape) for tensor in named.values()], "weight_version": "d1"}
+    port, joined = free_port(), []
+    store = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    join = threading.Thread(target=lambda: joined.append(post_ok(
+        http, "/init_weights_update_group", master_address="127.0.0.1", master_port=port,
+        rank_offset=1, world_size=2, group_name="contract", backend="gloo")))
+    join.start()
+    group = join_group(store, "contract", 0, 2, "gloo", 60.0)
+    join.join(60)
+    assert joined == [
+        {"success": True, "message": "Succeeded to initialize custom process group."}]
+    early = http.post("/update_weights_from_distributed", json=body)
+    assert early.status_code == 400 and early.json()["success"] is False
+    post_ok(http, "/begin_weight_update")
+    done: list[Any] = []
+    update = threading.Thread(
+        target=lambda: done.append(post_ok(http, "/update_weights_from_distributed", **body)))
+    update.start()
+    for tensor in named.values():
+        dist.broadcast(tensor, src=0, group=group)
+    update.join(60)
+    assert done == [{"success": True, "message":
+                     "Succeeded to update parameter online. Weight version updated to d1."}]
+    post_ok(http, "/end_weight_update")
+    answer = generate(http, input_ids=PROMPT, return_logprob=True,
+                      sampling_params=GREEDY | {"max_new_tokens": 12})
+    tokens, found = ids_and_logprobs(answer)
+    torch.testing.assert_close(found, logprobs(reference_b, PROMPT, tokens), atol=5e-5, rtol=0)
+    assert answer["meta_info"]["weight_version"] == "d1"
+    left = post_ok(http, "/destroy_weights_update_group", group_name="contract")
+    assert left == {"success": True, "message": "Succeeded to destroy custom process group."}
+    again = http.post("/destroy_weights_update_group", json={"group_name": "contract"})
+    assert again.status_code == 400
+    leave_group(group)
 
 
 def test_weight_version_can_be_renamed(http):

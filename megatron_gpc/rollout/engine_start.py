@@ -1,0 +1,123 @@
+"""How engines are started, or found where others have started them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_gpc.config import ServerConfig, SGLangConfig
+from megatron_gpc.errors import UserError
+from megatron_gpc.rollout.client import SGLangClient
+from megatron_gpc.rollout.launcher import EmbeddedServer, ServerProcess, SGLangServer
+
+LOOK_S = 1.0
+"""How often is looked for urls_file [s]."""
+
+
+class Starter:
+    """What the configuration says of engines.
+
+    Args:
+        config: rollout.server.
+        sglang: how SGLang is started.
+        model_path: Hugging Face folder that engines start from.
+        log_dir: where started engines log.
+    """
+
+    def __init__(self, config: ServerConfig, sglang: SGLangConfig, model_path: Path, log_dir: Path):
+        self.config, self.sglang = config, sglang
+        self.model_path, self.log_dir = model_path, log_dir
+        self.python = sglang.python or Path(sys.executable)
+        self.tp_size = 1
+        """Ranks of one started engine."""
+        if config.kind == "sglang":
+            self.tp_size = int(sglang.args.get("tp_size", sglang.args.get("tp", 1)))
+
+    def engine(self, number: int, port: int) -> ServerProcess:
+        """Start engine `number` on a port of 127.0.0.1; returns when it is healthy.
+
+        Raises:
+            ServerError: it did not start.
+        """
+        log = self.log_dir / ("server.log" if number == 0 else f"server_{number}.log")
+        timeout_s = self.config.start_timeout_s
+        if self.config.kind == "embedded":
+            return EmbeddedServer(self.model_path, log, port=port, start_timeout_s=timeout_s)
+        args = dict(self.sglang.args)
+        if "base_gpu_id" in args or self.config.engines > 1:  # engines share the host's GPUs
+            args["base_gpu_id"] = args.get("base_gpu_id", 0) + number * self.tp_size
+        return SGLangServer(
+            "sglang.launch_server",
+            self.python,
+            {"model_path": self.model_path, "port": port, **args},
+            self.sglang.environment,
+            log,
+            timeout_s,
+        )
+
+    def router(self, urls: Sequence[str]) -> SGLangServer:
+        """Start sglang-router in front of engines.
+
+        Raises:
+            ServerError: it did not start.
+        """
+        return SGLangServer(
+            "sglang_router.launch_router",
+            self.python,
+            {"worker_urls": urls},
+            self.sglang.environment,
+            self.log_dir / "router.log",
+            self.config.start_timeout_s,
+        )
+
+    def client(self, url: str) -> SGLangClient:
+        """For an engine or a router.
+
+        Raises:
+            UserError: api_key_file cannot be read.
+        """
+        file, key = self.config.api_key_file, None
+        if file is not None:
+            key = _read(file, "api_key_file").strip()
+        return SGLangClient(
+            url,
+            timeout_s=self.config.request_timeout_s,
+            retries=self.config.retries,
+            max_in_flight=self.config.max_in_flight,
+            api_key=key,
+        )
+
+    async def running_urls(self) -> Sequence[str]:
+        """Engines that others have started, or will have; empty where they are started here.
+
+        Raises:
+            UserError: urls_file did not appear in time, or is no list of addresses.
+        """
+        file = self.config.urls_file
+        if file is None:
+            return self.config.urls
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rollout.server.urls_file: {file} did not appear within "
+                    f"{self.config.start_timeout_s:g} s"
+                )
+            await asyncio.sleep(LOOK_S)
+        urls = _read(file, "urls_file").split()
+        if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
+            raise UserError(
+                f"rollout.server.urls_file: {file}: expected one address a line, such as "
+                "http://10.0.0.7:30000"
+            )
+        return urls
+
+
+def _read(file: Path, key: str) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"rollout.server.{key}: {file}: cannot be read: {error}") from None

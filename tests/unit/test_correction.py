@@ -1,0 +1,56 @@
+"""Importance weights of samples that another distribution made."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_gpc.algo.correction import correction_weights
+
+OLD_T = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.0])
+ROLLOUT_T = torch.tensor([-1.0, -3.5, -0.7, -1.0, -1.2])
+LENGTHS_N = torch.tensor([2, 3])
+RATIOS = [math.exp(d) for d in (0.0, 1.5, 0.2, -2.0, 0.2)]
+
+
+def weights(kind: str, level: str, cap: float = 2.0) -> list[float]:
+    return correction_weights(OLD_T, ROLLOUT_T, LENGTHS_N, kind, level, cap).tolist()
+
+
+def test_without_correction_every_weight_is_one():
+    assert weights("none", "token") == [1.0] * 5
+
+
+def test_token_weights_are_ratios_truncated_or_masked():
+    want = [min(r, 2.0) for r in RATIOS]
+    assert weights("truncate", "token") == pytest.approx(want)
+    assert weights("mask", "token") == pytest.approx([1.0, 0.0, RATIOS[2], 0.0, RATIOS[4]])
+
+
+def test_sequence_weights_are_the_product_over_a_response():
+    first, second = math.exp(1.5), math.exp(-1.6)
+    assert weights("truncate", "sequence", 100.0) == pytest.approx([first] * 2 + [second] * 3)
+    assert weights("truncate", "sequence") == pytest.approx([2.0] * 2 + [second] * 3)
+    assert weights("mask", "sequence", 5.0) == pytest.approx([first] * 2 + [second] * 3)
+    assert weights("mask", "sequence", 4.5) == pytest.approx([first] * 2 + [0.0] * 3)
+
+
+def test_no_gradient_flows_through_a_weight():
+    old_T = OLD_T.clone().requires_grad_()
+    made_T = correction_weights(old_T, ROLLOUT_T, LENGTHS_N, "truncate", "token", 2.0)
+    assert not made_T.requires_grad
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_weighted_means_under_the_rollout_are_means_under_the_old_policy(level):
+    """E_mu[w f] = E_q[f], for single tokens drawn from mu, with a cap that does not act."""
+    draw = torch.Generator().manual_seed(0)
+    q_V, mu_V = torch.rand(5, generator=draw).softmax(0), torch.rand(5, generator=draw).softmax(0)
+    tokens_T = torch.multinomial(mu_V, 200_000, replacement=True, generator=draw)
+    f_V = torch.arange(5.0)
+    w_T = correction_weights(
+        q_V.log()[tokens_T], mu_V.log()[tokens_T], torch.ones_like(tokens_T), "truncate", level, 50
+    )
+    assert (w_T * f_V[tokens_T]).mean() == pytest.approx(float((q_V * f_V).sum()), rel=0.01)
