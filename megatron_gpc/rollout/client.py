@@ -9,6 +9,7 @@ import asyncio
 import base64
 import pickle
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class SGLangClient:
         self._max_in_flight = max_in_flight
         self._vocab_size = vocab_size
         self._in_flight = 0
-        self._room = asyncio.Condition()
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         # No proxies from the environment; deadlines are kept by _attempt, for the whole exchange.
         self._http = httpx.AsyncClient(
             base_url=self._base_url, headers=headers, trust_env=False, timeout=None,
@@ -152,15 +153,27 @@ class SGLangClient:
 
     @asynccontextmanager
     async def _reserved(self, count: int) -> AsyncIterator[None]:
-        async with self._room:
-            await self._room.wait_for(lambda: self._in_flight + count <= self._max_in_flight)
-            self._in_flight += count
+        turn = asyncio.get_running_loop().create_future()
+        self._queue.append((count, turn))
+        self._admit()
         try:
+            await turn
             yield
         finally:
-            async with self._room:
+            if turn.done() and not turn.cancelled():
                 self._in_flight -= count
-                self._room.notify_all()
+            self._admit()
+
+    def _admit(self) -> None:
+        """First come, first served: one waits while there is no room for those before it."""
+        while self._queue and (
+            self._queue[0][1].cancelled()
+            or self._in_flight + self._queue[0][0] <= self._max_in_flight
+        ):
+            count, turn = self._queue.popleft()
+            if not turn.cancelled():
+                self._in_flight += count
+                turn.set_result(None)
 
     # ---- state ----
 
