@@ -77,7 +77,7 @@ class Checkpoints:
             if is_main():
                 print(
                     f"megatron-gpc: warning: {folder} is damaged: {'; '.join(wrong)}; "
-                    f"it was renamed to {aside.name} and the one before is taken",
+                    f"it was renamed to {aside.name}, the one before is looked at",
                     file=sys.stderr,
                 )
         if damaged := from_main(folders.damaged(run_dir) if is_main() else None):
