@@ -18,8 +18,10 @@ import psutil
 
 import megatron_gpc
 
-LAST_WORDS_S = 1.0
-"""After the first failure: how long the other ranks may say what they saw [s]."""
+LAST_WORDS_S = 3.0
+"""After the first failure: how long the other ranks may take to say what they saw and end [s]."""
+STACKS_S = 0.5
+"""How long ranks may take to write their stacks [s]."""
 GRACE_S = 10.0
 """How long ranks may take to end after SIGTERM before they are killed [s]."""
 STACKS_SIGNAL = signal.SIGUSR2
@@ -29,8 +31,8 @@ LOG_LINES = 20
 
 # How an error reads where a peer had gone: gloo, the store, NCCL; or where it never came.
 _LOST_A_PEER = (
-    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "got 0 bytes"),
-    *("remote process exited", "ncclRemoteError", "Timed out waiting"),
+    *("caused by a remote worker crashing", "Connection reset by peer", "Broken pipe"),
+    *("got 0 bytes", "remote process exited", "ncclRemoteError", "Timed out waiting"),
 )
 _SPEAK_FOR_THEMSELVES = ("UserError: ", "RunStopped: ")
 _FRAME = re.compile(r'File "(.+)", line (\d+),? in (\S+)')
@@ -78,7 +80,7 @@ def run_ranks(
         _end(started)
     if not failed:
         return 0
-    first = min(failed, key=lambda rank: (rank.is_victim(), rank.failed_at))
+    first = min(failed, key=Rank.innocence)
     _report(first, started)
     return first.exit_code()
 
@@ -114,8 +116,8 @@ class Rank:
         self.log = None if number == 0 else log_dir / f"rank_{number}.log"
         self.error = log_dir / f"rank_{number}.error.json"
         self.stacks = stacks_file(log_dir, number)
-        self.failed_at: float | None = None
-        """When it was first seen to have failed [s since 1970]."""
+        self.failed_at = 0.0
+        """When it failed, as far as is known [s since 1970]; 0 where it has not."""
         self.state = ""
         """What the kernel said of it before it was ended, where that is telling."""
         output = self.log.open("w") if self.log else None
@@ -142,12 +144,12 @@ class Rank:
 
     def has_failed(self) -> bool:
         """Whether it has ended badly, or has written down that it is about to."""
-        if self.failed_at is None:
+        if not self.failed_at:
             if self.error.exists():
                 self.failed_at = self.error.stat().st_mtime
             elif self.process.poll():
                 self.failed_at = time.time()
-        return self.failed_at is not None
+        return bool(self.failed_at)
 
     def said(self) -> tuple[str, str]:
         """(error, traceback) as `record` wrote them, or else the end of the log for both."""
@@ -159,9 +161,21 @@ class Rank:
             return end, end
         return message["message"], message["extraInfo"]["py_callstack"]
 
-    def is_victim(self) -> bool:
-        """Whether it failed because another rank had gone."""
-        return any(words in self.said()[0] for words in _LOST_A_PEER)
+    def innocence(self) -> tuple[int, float]:
+        """Orders ranks that failed, the likeliest cause first; among equals by time.
+
+        Times alone would not do: one look may find a rank that was killed and its victims.
+        """
+        error, _ = self.said()
+        if self.was_killed() or self.is_silent():
+            return 0, self.failed_at
+        lost_a_peer = any(words in error for words in _LOST_A_PEER)
+        return 2 if lost_a_peer or not error else 1, self.failed_at
+
+    def was_killed(self) -> bool:
+        """Whether a signal ended it, but for SIGABRT, which also ends ranks that lost a peer."""
+        code = self.process.returncode
+        return code < 0 and code != -signal.SIGABRT and not self.error.exists()
 
     def exit_code(self) -> int:
         """What it ended with: 2 for a user's error, 1 where a signal cut it short."""
@@ -189,15 +203,17 @@ def stacks_file(log_dir: Path, rank: int) -> Path:
 
 
 def _watch(ranks: Sequence[Rank]) -> list[Rank]:
-    """Wait until all have ended well or one has not; those that failed (of themselves)."""
+    """Wait until all have ended well or one has not; those that failed of themselves."""
     while not any([rank.has_failed() for rank in ranks]):
         if all(rank.process.returncode == 0 for rank in ranks):
             return []
         time.sleep(POLL_S)
     deadline = time.monotonic() + LAST_WORDS_S
-    while not all([rank.has_failed() for rank in ranks]) and time.monotonic() < deadline:
+    while any([rank.process.poll() is None for rank in ranks]) and time.monotonic() < deadline:
+        for rank in ranks:
+            rank.has_failed()  # notes when
         time.sleep(POLL_S)
-    return [rank for rank in ranks if rank.failed_at is not None]
+    return [rank for rank in ranks if rank.has_failed()]
 
 
 def _end(ranks: Sequence[Rank]) -> None:
@@ -210,7 +226,7 @@ def _end(ranks: Sequence[Rank]) -> None:
         rank.process.send_signal(STACKS_SIGNAL)
         rank.process.send_signal(signal.SIGCONT)
     if running:
-        time.sleep(LAST_WORDS_S / 2)
+        time.sleep(STACKS_S)
     for rank in running:
         rank.process.terminate()
     deadline = time.monotonic() + GRACE_S
@@ -237,11 +253,7 @@ def _report(first: Rank, ranks: Sequence[Rank]) -> None:
             print(f"  rank {rank.number}: {rank.where()}", file=sys.stderr)
     else:
         code = first.process.returncode
-        how = (
-            f", ended by {signal.Signals(-code).name}"
-            if code < 0 and not first.error.exists()
-            else ""
-        )
+        how = f", ended by {signal.Signals(-code).name}" if first.was_killed() else ""
         if first.log and traceback:
             _say(f"rank {first.number} failed first{how}; what it said, the end of {first.log}:")
             print(traceback, file=sys.stderr)

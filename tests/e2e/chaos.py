@@ -38,7 +38,7 @@ RANKS = 2
 PROMPTS_PER_STEP = 8
 RUN_TIMEOUT_S = 1200.0
 """For a run that is left alone, and for the last stretch of the disturbed one [s]."""
-END_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 120.0
 """How long a run may take to end after it was hit [s]."""
 DISK_BYTES = 64 * 2**20
 Kind = Literal["rank", "launcher", "server", "disk"]

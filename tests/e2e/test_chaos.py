@@ -11,12 +11,12 @@ pytestmark = pytest.mark.timeout(900)  # the first test builds the example's sta
 def test_kills_and_a_damaged_checkpoint_leave_no_trace(start, tmp_path):
     events = [
         Event("server", "begin", 0.3, steps=2),
-        Event("launcher", "begin", 0.1, steps=4, flip=True),
+        Event("launcher", "begin", 0.1, steps=6, flip=True),
         Event("rank", "launch", 4.0, rank=1),
     ]
     said: list[str] = []
     background = ["checkpoint.asynchronous=true"]
-    assert campaign(start, tmp_path, events, 10, 0, background, said.append) == []
+    assert campaign(start, tmp_path, events, 12, 0, background, said.append) == []
     assert "1 damaged checkpoints" in said[-1], said
 
 

@@ -92,6 +92,5 @@ def test_the_rank_that_failed_first_has_the_last_word(
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'e2e'}")
     assert run_ranks([how, str(rank)], 3, tmp_path, module="failing_ranks") == code
     said = capfd.readouterr().err
-    assert "closed by peer" in said, "rank 0 is a victim, and says so first"
-    last = said[said.rindex("megatron-gpc: ") :]
-    assert f"rank {rank} failed first" in last and says in last and "by peer" not in last
+    last = said[said.rindex("megatron-gpc: ") :]  # before it may stand what rank 0 said, a victim
+    assert f"rank {rank} failed first" in last and says in last and "remote worker" not in last
