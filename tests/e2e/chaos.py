@@ -111,6 +111,8 @@ class Chaos:
     flipped: set[int] = field(default_factory=set)
     """Inodes of damaged checkpoint folders that no start has looked at yet."""
     flips_due: int = 0
+    outlived: int = 0
+    """Killed servers that the run replaced by itself; then the launcher is killed as well."""
     set_aside: int = 0
     """Damaged checkpoints that a start has noticed."""
 
@@ -159,12 +161,27 @@ class Chaos:
                 target = self._target(event, running, log)
                 hit_at = time.monotonic()
                 target.send_signal(signal.SIGKILL)
+                if event.kind == "server" and self._goes_on(running, target.pid):
+                    self.outlived += 1
+                    hit_at = time.monotonic()
+                    running.send_signal(signal.SIGKILL)
                 code = running.wait(END_TIMEOUT_S)
             assert code != 0, f"{event}: the run had come to its end before; it needs more steps"
             return time.monotonic() - hit_at
         finally:
             running.kill()
             running.wait()
+
+    def _goes_on(self, running: subprocess.Popen, killed: int) -> bool:
+        """Whether the run starts another server and trains on; it ends where it had not begun."""
+        step, deadline = self._step(), time.monotonic() + END_TIMEOUT_S
+        while running.poll() is None:
+            assert time.monotonic() < deadline, "it neither ends nor goes on without a server"
+            server = server_process(running.pid, 0)
+            if server is not None and server.pid != killed and self._step() > step:
+                return True
+            time.sleep(0.01)
+        return False
 
     def _step(self) -> int:
         """The last step that was logged; a line that is half written does not count."""
