@@ -50,7 +50,7 @@ def test_a_silent_run_ends_with_the_stacks_of_every_rank(arguments, server, tmp_
     run = tmp_path / "run"
     overrides = (
         *("train.steps=1000", "parallel.dp=2", "guard.silent_minutes=0.15"),
-        f"rollout.server.url={server}",
+        f"rollout.server.urls={server}",
     )
     with subprocess.Popen(
         [sys.executable, "-m", "megatron_gpc", *arguments(run, *overrides)],
