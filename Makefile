@@ -5,13 +5,14 @@ PIP_ARGS ?=
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare test lint bench clean help
+.PHONY: run compare test lint bench layouts clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
 	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
 	@echo "make test     set up .venv and run the tests"
 	@echo "make bench    measure log-prob + entropy at V = 151,936"
+	@echo "make layouts  hold every layout to float64 and print the table of docs/layouts.md"
 	@echo "make lint     ruff and pyright"
 
 .venv/.installed: setup.py
@@ -35,6 +36,9 @@ test: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python tools/bench/token_stats.py
+
+layouts: .venv/.installed
+	$(BIN)/python tests/dist/layouts.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
