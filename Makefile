@@ -7,7 +7,7 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare test test-sglang chaos lint bench clean help
+.PHONY: run compare test test-sglang chaos lint bench layouts clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
 	@echo "make bench    measure log-prob + entropy at V = 151,936, and checkpoints"
+	@echo "make layouts  hold every layout to float64 and print the table of docs/layouts.md"
 	@echo "make lint     ruff and pyright"
 
 .venv/.installed: setup.py
@@ -55,6 +56,9 @@ test-sglang: .venv/.installed .sglang/.installed
 bench: .venv/.installed
 	$(BIN)/python tools/bench/token_stats.py
 	$(BIN)/python tools/bench/checkpoint.py
+
+layouts: .venv/.installed
+	$(BIN)/python tests/dist/layouts.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -8,10 +8,16 @@ are sums, so a cut changes nothing.
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from random import Random
 
 import torch
+from torch.nn.functional import pad
 
+from megatron_gpc.config import ParallelConfig
 from megatron_gpc.types import MicroBatch, RolloutBatch, Sample
 
 
@@ -55,13 +61,13 @@ def micro_batches(
     ranks: int,
     size: int,
     budget: int | None = None,
-    multiple: int = 1,
+    multiple_of: tuple[int, int] = (1, 1),
     count_multiple: int = 1,
 ) -> list[MicroBatch]:
     """One data-parallel rank's share of some samples, as micro-batches.
 
     Every rank gets the same number of micro-batches; some may hold padding alone, with no response
-    token.
+    token.  With context parallelism `context_part` cuts them further.
 
     Args:
         batch: the step's rollout.
@@ -69,15 +75,14 @@ def micro_batches(
         rank, ranks: this data-parallel rank and how many there are.
         size: most sequences of a micro-batch.
         budget: most tokens of a micro-batch; a longer sequence gets one of its own.
-        multiple: the number of positions is rounded up to a multiple of this (sequence parallelism
-            wants tp).
-        count_multiple: the same for the number of micro-batches (the interleaved pipeline schedule
-            wants the number of stages).
+        multiple_of: what sequences, and micro-batches, are padded to; see `multiples`.
+        count_multiple: the number of micro-batches is a multiple of this (the interleaved pipeline
+            schedule wants the number of stages).
     """
     lengths_N = batch.prompt_lengths_N + batch.response_lengths_N
     lengths = lengths_N[samples].tolist()
     shares = balance(lengths, ranks, size, budget, count_multiple)
-    return [_micro_batch(batch, [samples[i] for i in share], multiple) for share in shares[rank]]
+    return [_micro_batch(batch, [samples[i] for i in share], multiple_of) for share in shares[rank]]
 
 
 def balance(
@@ -118,35 +123,92 @@ def _fill(lengths: list[int], count: int, size: int, limit: int) -> list[list[in
     return shares
 
 
-def join(sequences: list[torch.Tensor], multiple: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """(tokens_S, lengths_B) of a MicroBatch of these sequences; of padding where there are none."""
-    lengths = [len(sequence) for sequence in sequences] or [0]
-    total = sum(lengths)
-    padding = -total % multiple if total else multiple
-    lengths[-1] += padding
-    return torch.cat([*sequences, torch.zeros(padding, dtype=torch.int64)]), tuple(lengths)
+def multiples(p: ParallelConfig) -> tuple[int, int]:
+    """Of what the positions of a sequence, and those of a micro-batch, have to be multiples.
+
+    Context parallelism cuts sequences into 2 * cp chunks, and sequence parallelism what a
+    context-parallel rank holds into tp parts.
+    """
+    chunks = 2 * p.cp if p.cp > 1 else 1
+    return chunks, math.lcm(chunks, p.cp * (p.tp if p.sequence_parallel else 1))
 
 
-def _micro_batch(batch: RolloutBatch, samples: list[int], multiple: int) -> MicroBatch:
-    sequences, rows, targets, slots = [], [], [], []
-    position = 0
-    for n in samples:
-        start, prompt = int(batch.starts_N[n]), int(batch.prompt_lengths_N[n])
-        response = batch.response_slice(n)
-        sequence = batch.tokens[start : start + prompt + response.stop - response.start]
-        sequences.append(sequence)
+def join(
+    sequences: list[torch.Tensor], multiple_of: tuple[int, int]
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """(tokens_S, lengths_B) of a MicroBatch of these sequences; of padding where there are none.
+
+    Args:
+        sequences: tokens, without padding.
+        multiple_of: as of `multiples`.
+    """
+    each, total = multiple_of
+    sequences = sequences or [torch.zeros(0, dtype=torch.int64)]
+    lengths = [-(-max(1, len(sequence)) // each) * each for sequence in sequences]
+    lengths[-1] += -sum(lengths) % total
+    padded = [
+        pad(sequence, (0, length - len(sequence)))
+        for sequence, length in zip(sequences, lengths, strict=True)
+    ]
+    return torch.cat(padded), tuple(lengths)
+
+
+def chunk_positions(lengths_B: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
+    """Positions that one context-parallel rank holds, in its order: of the 2 * ranks equal chunks
+    of every sequence those numbered `rank` and 2 * ranks - 1 - rank.
+
+    Causal attention costs a chunk the more the later it stands; so paired, all ranks pay the same.
+    transformer-engine and megatron-core's rotary embedding rely on this order.
+    """
+    lengths = torch.tensor(lengths_B)
+    sizes = lengths // (2 * ranks)
+    chunks = torch.tensor([rank, 2 * ranks - 1 - rank])
+    begins = ((lengths.cumsum(0) - lengths)[:, None] + sizes[:, None] * chunks).flatten()
+    sizes = sizes.repeat_interleave(2)
+    shifts = begins - (sizes.cumsum(0) - sizes)  # of the chunks, from where they stand here
+    return torch.arange(int(sizes.sum())) + shifts.repeat_interleave(sizes)
+
+
+def context_part(micro: MicroBatch, rank: int, ranks: int) -> MicroBatch:
+    """What one context-parallel rank computes of a micro-batch: its positions, and the response
+    tokens that are predicted from them."""
+    if ranks == 1:
+        return micro
+    held = chunk_positions(micro.lengths_B, rank, ranks)
+    row_of_S = torch.full_like(micro.tokens_S, -1)
+    row_of_S[held] = torch.arange(len(held))
+    rows_T = row_of_S[micro.rows_T]
+    mine_T = rows_T >= 0
+    return replace(
+        micro,
+        tokens_S=micro.tokens_S[held],
+        rows_T=rows_T[mine_T],
+        targets_T=micro.targets_T[mine_T],
+        slots_T=micro.slots_T[mine_T],
+    )
+
+
+def _micro_batch(
+    batch: RolloutBatch, samples: list[int], multiple_of: tuple[int, int]
+) -> MicroBatch:
+    ends_N = batch.starts_N + batch.prompt_lengths_N + batch.response_lengths_N
+    sequences = [batch.tokens[batch.starts_N[n] : ends_N[n]] for n in samples]
+    tokens_S, lengths_B = join(sequences, multiple_of)
+    none = torch.zeros(0, dtype=torch.int64)
+    rows, targets, slots = [none], [none], [none]
+    for n, sequence, begin in zip(
+        samples, sequences, accumulate(lengths_B, initial=0), strict=False
+    ):
+        prompt, response = int(batch.prompt_lengths_N[n]), batch.response_slice(n)
+        # the position before a token predicts it
+        rows.append(torch.arange(begin + prompt - 1, begin + len(sequence) - 1))
         targets.append(sequence[prompt:])
         slots.append(torch.arange(response.start, response.stop))
-        # the position before a token predicts it
-        rows.append(torch.arange(position + prompt - 1, position + len(sequence) - 1))
-        position += len(sequence)
-    tokens_S, lengths_B = join(sequences, multiple)
-    none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
         tokens_S,
         lengths_B,
-        padding=len(tokens_S) - position,
-        rows_T=torch.cat([none, *rows]),
-        targets_T=torch.cat([none, *targets]),
-        slots_T=torch.cat([none, *slots]),
+        padding=len(tokens_S) - sum(map(len, sequences)),
+        rows_T=torch.cat(rows),
+        targets_T=torch.cat(targets),
+        slots_T=torch.cat(slots),
     )

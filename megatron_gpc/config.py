@@ -69,7 +69,7 @@ class ParallelConfig:
     vpp: PositiveInt | None = None
     """Virtual pipeline: model chunks a stage (interleaved schedule); needs pp > 1."""
     cp: PositiveInt = 1
-    """Context parallelism: sequences are cut into cp parts; needs transformer-engine and CUDA."""
+    """Context parallelism: every sequence is cut into cp parts."""
     ep: PositiveInt = 1
     """Expert parallelism, inside the data-parallel ranks; for mixture-of-experts models."""
     dp: PositiveInt | None = None

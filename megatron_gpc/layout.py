@@ -12,6 +12,18 @@ from typing import Any
 from megatron_gpc.config import Config, ParallelConfig
 from megatron_gpc.errors import UserError
 
+_NEED_CUDA = {  # fields of megatron-core's dataclasses
+    "transformer": (
+        *("fp8", "fp4", "tp_comm_overlap", "cpu_offloading", "fine_grained_activation_offloading"),
+        *("gradient_accumulation_fusion", "apply_rope_fusion", "fused_single_qkv_rope"),
+        *("masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm"),
+        *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "moe_enable_deepep"),
+        *("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"),
+    ),
+    "ddp": ("nccl_ub",),
+    "optimizer": ("use_precision_aware_optimizer", "optimizer_cpu_offload"),
+}
+
 
 def model_parallel_size(parallel: ParallelConfig) -> int:
     """Processes that hold one copy of the policy."""
@@ -90,11 +102,8 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
         raise UserError(f"parallel.vpp={p.vpp} needs parallel.pp > 1; leave vpp out")
     if p.sequence_parallel and p.tp == 1:
         raise UserError("parallel.sequence_parallel=true needs parallel.tp > 1")
-    if p.cp > 1 and not cuda:
-        raise UserError(
-            f"parallel.cp={p.cp}: context parallelism needs CUDA and "
-            "transformer-engine; on a CPU use parallel.tp, pp or dp"
-        )
+    if not cuda:
+        _check_cpu(config)
     if p.ep > 1 and (p.dp or 1) * p.cp % p.ep:
         raise UserError(f"parallel.ep={p.ep} must divide parallel.dp * cp = {(p.dp or 1) * p.cp}")
     samples = config.rollout.prompts_per_step * config.rollout.group_size
@@ -112,6 +121,17 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
         )
     if hf is not None:
         _check_model(p, hf)
+
+
+def _check_cpu(config: Config) -> None:
+    for section, names in _NEED_CUDA.items():
+        for name in names:
+            value = getattr(config.megatron, section).get(name)
+            if value and value != "none":
+                raise UserError(
+                    f"megatron.{section}.{name}={value} needs CUDA and transformer-engine, which "
+                    "this machine has not; leave it out on a CPU"
+                )
 
 
 def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:

@@ -138,10 +138,10 @@ class RolloutBatch:
 class MicroBatch:
     """A few sequences, one after another, as one pipeline micro-batch.
 
-    Padding fills up the total where sequence parallelism wants a multiple; it follows the last
-    sequence and counts as part of it, because causal attention never lets a token see what comes
-    after.  Two sequences, of which the first is a prompt of 2 and a response of 3 tokens, and one
-    position of padding:
+    Padding fills up sequences, and their sum, where context and sequence parallelism want
+    multiples; it follows a sequence and counts as part of it, because causal attention never lets a
+    token see what comes after.  Two sequences, of which the first is a prompt of 2 and a response
+    of 3 tokens, and one position of padding:
 
         tokens_S   5 6 7 8 9 | 5 6 8 0      lengths_B  5, 4      padding  1
         rows_T     1 2 3     | 6            targets_T  7 8 9 | 8
@@ -150,13 +150,16 @@ class MicroBatch:
     it is, `slots_T[i]` where its values stand in the rollout's packed [T] arrays.  All three are
     empty where a data-parallel rank has nothing left to do: the micro-batch, then of padding alone,
     is run all the same, because pipeline and collectives need every rank.
+
+    Under context parallelism `lengths_B` and `padding` stay those of whole sequences, while the
+    tensors are what one rank holds (batching.context_part).
     """
 
     tokens_S: torch.Tensor
     lengths_B: tuple[int, ...]
-    """Positions of each sequence; their sum is S."""
+    """Positions of each sequence."""
     padding: int
-    """How many of the S positions are padding."""
+    """How many of these positions are padding."""
     rows_T: torch.Tensor
     targets_T: torch.Tensor
     slots_T: torch.Tensor

@@ -7,11 +7,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
-from pool import Pool
+from pool import Pools
 
 # Two cores that others may use: a slow example is no failure.  Fixed examples: a red run can be
 # redone.
@@ -20,17 +20,8 @@ hypothesis.settings.load_profile("house")
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[int], Pool]]:
+def pool() -> Iterator[Pools]:
     """pool(n): n gloo workers, kept for the whole session."""
-    pools: dict[int, Pool] = {}
-
-    def get(world: int) -> Pool:
-        if world in pools and not pools[world].fresh:
-            pools.pop(world).close()
-        if world not in pools:
-            pools[world] = Pool(world)
-        return pools[world]
-
-    yield get
-    for made in pools.values():
-        made.close()
+    pools = Pools()
+    yield pools
+    pools.close()

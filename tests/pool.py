@@ -20,8 +20,10 @@ START_TIMEOUT_S = 120.0
 MAX_TASKS = 15
 
 
-def _serve(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
+def _serve(rank: int, world: int, cuda: bool, store: str, inbox: Any, outbox: Any) -> None:
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world))
+    if not cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from datetime import timedelta
 
     import torch
@@ -33,8 +35,10 @@ def _serve(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
     # Saving a checkpoint starts a process in every rank, and daemons may have none.
     mp.current_process()._config["daemon"] = False
     cpu.install()
+    if cuda:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
@@ -70,9 +74,9 @@ def _leave_groups() -> None:
 
 
 class Pool:
-    """`world` ranks of one gloo world."""
+    """`world` ranks of one world, of which each has a GPU with `cuda`."""
 
-    def __init__(self, world: int):
+    def __init__(self, world: int, cuda: bool = False):
         self.world = world
         self.tasks = 0
         context = mp.get_context("spawn")
@@ -83,7 +87,7 @@ class Pool:
         self.processes = [
             context.Process(
                 target=_serve,
-                args=(rank, world, store, self.inboxes[rank], self.outbox),
+                args=(rank, world, cuda, store, self.inboxes[rank], self.outbox),
                 daemon=True,
             )
             for rank in range(world)
@@ -139,3 +143,22 @@ class Pool:
             if process.is_alive():
                 process.kill()
         self.folder.cleanup()
+
+
+class Pools:
+    """pools(n): n workers, kept until they are worn out; each has a GPU with `cuda`."""
+
+    def __init__(self, cuda: bool = False) -> None:
+        self.cuda = cuda
+        self.pools: dict[int, Pool] = {}
+
+    def __call__(self, world: int) -> Pool:
+        if world in self.pools and not self.pools[world].fresh:
+            self.pools.pop(world).close()
+        if world not in self.pools:
+            self.pools[world] = Pool(world, self.cuda)
+        return self.pools[world]
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()

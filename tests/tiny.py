@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ def run_config(folder: Path, hf: Path, *overrides: str) -> Config:
     return load(file, overrides)
 
 
-def random_batch(prompts: int = 4, group: int = 4, seed: int = 0) -> RolloutBatch:
-    """Prompts of 2-5 and responses of 1-8 random tokens, rewards 0 or 1."""
+def random_batch(
+    prompts: int = 4, group: int = 4, seed: int = 0, responses: Sequence[int] | None = None
+) -> RolloutBatch:
+    """Prompts of 2-5 random tokens, rewards 0 or 1; responses as long as given, else of 1-8."""
     draw = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -68,7 +71,8 @@ def random_batch(prompts: int = 4, group: int = 4, seed: int = 0) -> RolloutBatc
     for p in range(prompts):
         prompt = Prompt(p, "", tokens(2, 5), None)
         for i in range(group):
-            response = tokens(1, 8)
+            length = responses[p * group + i] if responses else None
+            response = tokens(length or 1, length or 8)
             logprobs = tuple((-3.0 - torch.rand(len(response), generator=draw)).tolist())
             reward = float(torch.randint(0, 2, (), generator=draw))
             spans = (("0", 0, len(response)),)

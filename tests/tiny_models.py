@@ -51,10 +51,14 @@ class Checkpoint:
         return load_file(self.folder / "model.safetensors")
 
 
-def make_model(name: str) -> transformers.PreTrainedModel:
-    """Weights wide enough that a permuted row moves every logit; random norms and biases."""
+def make_model(name: str, **changes: Any) -> transformers.PreTrainedModel:
+    """Weights wide enough that a permuted row moves every logit; random norms and biases.
+
+    Args:
+        changes: settings that differ from those of MODELS.
+    """
     family, settings = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**settings)
+    config = getattr(transformers, f"{family}Config")(**{**settings, **changes})
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(1)

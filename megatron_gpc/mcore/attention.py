@@ -1,22 +1,27 @@
 """Causal attention over packed sequences, for layers that have no kernel of transformer-engine's.
 
 megatron-core packs sequences one after another in one long row (its "thd" format) and leaves it to
-transformer-engine to keep them apart; its own attention refuses them.  This module takes its place
-in the layer, on a CPU and in fp32, so that packing is the only way there is.
+transformer-engine to keep them apart and to cut them over context-parallel ranks; its own attention
+refuses both.  This module takes its place in the layer, on a CPU and in fp32, so that packing is
+the only way there is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_gpc.batching import chunk_positions
 from megatron_gpc.errors import UserError
 
 _ONLY = {
@@ -32,6 +37,10 @@ class PackedAttention(MegatronModule):
 
     Neighbours of equal length are computed together, as views.  That is why batching.py orders the
     sequences of a micro-batch by length: many short ones then cost a few calls and no copy.
+
+    A context-parallel rank holds two chunks of every sequence (batching.chunk_positions).  It
+    gathers keys and values of all ranks, whose gradients are summed on the way back, and computes
+    its own queries.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
+        pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
         **unused: Any,
     ):
@@ -57,6 +67,7 @@ class PackedAttention(MegatronModule):
                     f"transformer-engine and model.dtype=bfloat16; here it must be {value}"
                 )
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -78,15 +89,38 @@ class PackedAttention(MegatronModule):
             packed_seq_params: where the sequences begin.
         """
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        ranks = self.cp_group.size()
+        if ranks > 1:
+            pairs = torch.stack((key_SGD, value_SGD), dim=1)
+            key_SGD, value_SGD = self._of_all_ranks(pairs, lengths).unbind(1)
         runs = [(length, len(list(same))) for length, same in groupby(lengths)]
         sizes = [length * count for length, count in runs]
+        queries = query_SHD.split([size // ranks for size in sizes])
         outputs = []
         for (length, count), *parts in zip(
-            runs, *(x.split(sizes) for x in (query_SHD, key_SGD, value_SGD)), strict=True
+            runs, queries, key_SGD.split(sizes), value_SGD.split(sizes), strict=True
         ):
-            query, key, value = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in parts)
+            query, key, value = (x.view(count, -1, *x.shape[1:]).transpose(1, 2) for x in parts)
             output = scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+                query,
+                key,
+                value,
+                attn_mask=None if ranks == 1 else self._seen(length).to(query.device),
+                is_causal=ranks == 1,
+                scale=self.softmax_scale,
+                enable_gqa=True,
             )
-            outputs.append(output.transpose(1, 2).reshape(count * length, -1))
+            outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs)
+
+    def _of_all_ranks(self, mine: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Every position of the pack, in order.  A collective over the context-parallel group."""
+        gathered = gather_from_sequence_parallel_region(mine, group=self.cp_group)
+        ranks = self.cp_group.size()
+        order = torch.cat([chunk_positions(lengths, rank, ranks) for rank in range(ranks)])
+        return gathered[order.argsort().to(mine.device)]
+
+    def _seen(self, length: int) -> torch.Tensor:
+        """[positions of a sequence that this rank holds, its length]: which keys a query sees."""
+        held = chunk_positions([length], self.cp_group.rank(), self.cp_group.size())
+        return torch.arange(length) <= held[:, None]

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron_gpc.batching import join
+from megatron_gpc.batching import join, multiples
 from megatron_gpc.config import Config
 from megatron_gpc.mcore.model import PolicyModel
 from megatron_gpc.mcore.setup import device
@@ -29,9 +29,8 @@ def sequence_logits(
         fp32 on the CPU, on one rank of those that hold the last pipeline stage; None on the others.
     """
     p, to = config.parallel, device()
-    tokens_S, lengths_B = join(
-        [torch.tensor(sequence) for sequence in sequences], p.tp if p.sequence_parallel else 1
-    )
+    assert p.cp == 1  # no tool offers it
+    tokens_S, lengths_B = join([torch.tensor(sequence) for sequence in sequences], multiples(p))
     rows_T = torch.arange(sum(map(len, sequences)))
     targets_T = torch.zeros_like(rows_T)
 

@@ -1,24 +1,40 @@
 """The policy: score tokens, update weights.
 
-How a gradient is scaled, from one micro-batch to the optimizer (megatron-core with
+How a gradient is scaled, from one token to the optimizer (megatron-core with
 calculate_per_token_loss=True):
 
-1. A micro-batch's loss is a SUM over its response tokens (algo/policy_loss.py).
-2. pipeline_parallel/schedules.py leaves it undivided and adds up the token counts that the loss
-   function returns; gradients of micro-batches add up in DDP's buffer.
-3. DDP's gradient_scaling_factor is 1, so reducing over data- and context-parallel ranks sums.
-4. finalize_model_grads sums the token counts over the same ranks and divides every gradient by the
-   total: THE one division.  So
+1. A micro-batch's loss is a SUM over the response tokens that this rank predicts
+   (algo/policy_loss.py).  A token has its row on exactly one data- and context-parallel rank
+   (batching.py).
+2. pipeline_parallel/schedules.py leaves the sum undivided and adds up the token counts that the
+   loss function returns, on the last stage; gradients of micro-batches add up in DDP's buffer.
+   Between stages gradients of activations travel as they are.
+3. A token's loss also depends on keys and values that other context-parallel ranks computed.
+   Attention gathers them, and the way back sums over the ranks (mcore/attention.py), so that a
+   rank's buffer has what its own positions contribute to the loss of ALL tokens.  A position stands
+   on one rank, so nothing is counted twice.
+4. Tensor-parallel ranks compute the same loss, each on its part of the vocabulary; the log-prob's
+   one collective (kernels/vocab_parallel.py) gives each the gradient of its own logits, and the
+   layers' all-reduces, or with sequence parallelism reduce-scatters, make activations' gradients
+   whole.  Weights that are not cut but see a part of the sequence (norms) are summed over the
+   tensor-parallel ranks by finalize_model_grads.
+5. DDP's gradient_scaling_factor is 1, so reducing over data- and context-parallel ranks sums; for
+   experts, over the ranks that hold the same ones.
+6. finalize_model_grads takes the token count from the last stage, sums it over the data- and
+   context-parallel ranks and divides every gradient by the total: THE one division.  So
 
        grad = sum over micro-batches, DP and CP of d loss_sum / global number of response tokens
 
-   whatever the layout, and an empty micro-batch adds 0 to both.
+   whatever the layout, and a rank or micro-batch without response tokens adds 0 to both.
+
+tests/dist/test_layouts.py holds every layout to a float64 gradient of the loss in one process.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,8 +47,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_gpc.algo.policy_loss import policy_loss
-from megatron_gpc.batching import micro_batches
+from megatron_gpc.algo.policy_loss import PolicyLoss, policy_loss
+from megatron_gpc.batching import context_part, micro_batches, multiples
 from megatron_gpc.config import Config
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
@@ -77,7 +93,7 @@ class Policy:
         samples = list(range(batch.num_samples))
         values_4T = torch.zeros(4, batch.num_response_tokens)
         with torch.no_grad():
-            _, results = self._run(batch, samples, _score_loss, forward_only=True)
+            results = self._run(batch, samples, _score_loss, forward_only=True)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for slots_T, stats in results:
                 values_4T[:, slots_T] = torch.stack(
@@ -111,30 +127,16 @@ class Policy:
             grad_norm (before clipping, over all ranks), learning_rate, and skipped: whether the
             update was left out.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        token_advantages_T = batch.advantages_N.repeat_interleave(batch.response_lengths_N)
-        loss = partial(
-            _update_loss,
-            old_logp_T=old_logp_T,
-            # w min(r A, clip(r) A) = min(r (w A), clip(r) (w A)), because w is not negative
-            advantages_T=token_advantages_T * weights_T,
-            bounds=bounds,
-            entropy_coef=self.config.train.entropy_coef,
-        )
-        made, results = self._run(batch, samples, loss, forward_only=False)
+        results = self.gradient(batch, samples, old_logp_T, weights_T, bounds)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        loss_is_finite = all(bool(loss_sum.isfinite()) for loss_sum, _ in results)
+        loss_is_finite = all(bool(loss.loss_sum.isfinite()) for _, loss in results)
         skipped = on_any_rank(not (loss_is_finite and math.isfinite(grad_norm)))
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        for micro in made:
-            sums.add("padding_fraction", micro.padding, len(micro.tokens_S))
         if not skipped:
             if parallel_state.get_tensor_model_parallel_rank() == 0:
-                for _, add_to in results:
-                    add_to(sums)
+                for micro, loss in results:
+                    _add(sums, micro, loss)
             self._step(grad_norm)
         return {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": skipped}
 
@@ -155,24 +157,56 @@ class Policy:
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
 
+    def gradient(
+        self,
+        batch: RolloutBatch,
+        samples: list[int],
+        old_logp_T: torch.Tensor,
+        weights_T: torch.Tensor,
+        bounds: Bounds,
+    ) -> list[tuple[MicroBatch, PolicyLoss]]:
+        """The gradient of one mini-batch, over all ranks, into megatron-core's buffers.
+
+        Arguments as of `update`.
+
+        Returns:
+            On the last pipeline stage: this rank's micro-batches, each with what the loss says
+            about its tokens; the same on tensor-parallel ranks.  Nothing on the other stages.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        token_advantages_T = batch.advantages_N.repeat_interleave(batch.response_lengths_N)
+        loss = partial(
+            _update_loss,
+            old_logp_T=old_logp_T,
+            # w min(r A, clip(r) A) = min(r (w A), clip(r) (w A)), because w is not negative
+            advantages_T=token_advantages_T * weights_T,
+            bounds=bounds,
+            entropy_coef=self.config.train.entropy_coef,
+        )
+        return self._run(batch, samples, loss, forward_only=False)
+
     def _run(
         self, batch: RolloutBatch, samples: list[int], loss: Any, forward_only: bool
-    ) -> tuple[list[MicroBatch], list[Any]]:
-        """megatron-core's pipeline schedule over some samples: this rank's micro-batches, and what
-        `loss` made of them, on the last stage only."""
+    ) -> list[Any]:
+        """megatron-core's pipeline schedule over some samples; results on the last stage only."""
         p, limits = self.config.parallel, self.config.train
-        made = micro_batches(
+        whole = micro_batches(
             batch,
             samples,
             rank=parallel_state.get_data_parallel_rank(),
             ranks=parallel_state.get_data_parallel_world_size(),
             size=limits.micro_batch_size,
             budget=limits.micro_batch_tokens,
-            multiple=p.tp if p.sequence_parallel else 1,
+            multiple_of=multiples(p),
             count_multiple=p.pp if p.vpp else 1,
         )
+        made = [
+            context_part(micro, parallel_state.get_context_parallel_rank(), p.cp) for micro in whole
+        ]
         iterators = [iter(made) for _ in self.chunks]
-        results = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=partial(_forward, loss=loss),
             data_iterator=iterators if p.vpp else iterators[0],
             model=self.chunks if p.vpp else self.chunks[0],
@@ -182,7 +216,6 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-        return made, results
 
 
 def _forward(iterator: Iterator[MicroBatch], model: Any, loss: Any) -> tuple[Any, Any]:
@@ -208,11 +241,8 @@ def _update_loss(
     advantages_T: torch.Tensor,
     bounds: Bounds,
     entropy_coef: float,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, Any]]:
-    """(summed loss, token count, (the loss again, what to add to the metrics)).
-
-    The first two are for megatron-core's schedules, which hand the third back.
-    """
+) -> tuple[torch.Tensor, torch.Tensor, tuple[MicroBatch, PolicyLoss]]:
+    """(summed loss, token count, result), as the schedules want it."""
     to = stats.logp_T.device
     result = policy_loss(
         stats.logp_T,
@@ -222,19 +252,22 @@ def _update_loss(
         stats.entropy_T,
         entropy_coef,
     )
+    count = torch.tensor(len(micro.slots_T), dtype=torch.int, device=to)
+    # the schedule frees the loss after its backward pass
+    kept = replace(result, loss_sum=result.loss_sum.detach().clone())
+    return result.loss_sum, count, (micro, kept)
+
+
+def _add(sums: Sums, micro: MicroBatch, loss: PolicyLoss) -> None:
+    """UPDATE_MEANS and UPDATE_MAXIMA of one micro-batch."""
     count = len(micro.slots_T)
-    loss_sum = result.loss_sum.detach().clone()
-
-    def add_to(sums: Sums) -> None:
-        sums.add("loss", loss_sum, count)
-        sums.add("ratio_mean", result.ratio_T.sum(), count)
-        sums.add("clip_fraction_low", result.clipped_low_T.sum(), count)
-        sums.add("clip_fraction_high", result.clipped_high_T.sum(), count)
-        if count:
-            sums.add_max("ratio_max", result.ratio_T.max())
-
-    tokens = torch.tensor(count, dtype=torch.int, device=to)
-    return result.loss_sum, tokens, (loss_sum, add_to)
+    sums.add("loss", loss.loss_sum, count)
+    sums.add("ratio_mean", loss.ratio_T.sum(), count)
+    sums.add("clip_fraction_low", loss.clipped_low_T.sum(), count)
+    sums.add("clip_fraction_high", loss.clipped_high_T.sum(), count)
+    if count:
+        sums.add_max("ratio_max", loss.ratio_T.max())
+    sums.add("padding_fraction", micro.padding, sum(micro.lengths_B))
 
 
 def _learning_rate(config: Config, optimizer: Any) -> OptimizerParamScheduler:

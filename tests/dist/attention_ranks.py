@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def packed_attention(
@@ -38,6 +39,7 @@ def refusal(name: str, value: Any) -> str:
 
 
 def _attention(settings: dict[str, Any] | None = None, **arguments: Any) -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -49,4 +51,5 @@ def _attention(settings: dict[str, Any] | None = None, **arguments: Any) -> Any:
         num_attention_heads=4,
         **{"attention_dropout": 0.0, **(settings or {})},
     )
-    return PackedAttention(config, 1, AttnMaskType.causal, "self", **arguments)
+    groups = ProcessGroupCollection(cp=dist.group.WORLD)
+    return PackedAttention(config, 1, AttnMaskType.causal, "self", groups, **arguments)

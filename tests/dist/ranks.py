@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,27 +17,40 @@ from megatron_gpc.types import Bounds, RolloutBatch
 
 
 @contextmanager
-def policy_of(config: Config):
-    """A Policy at the configured layout, its weights from model.hf, and the model's table."""
+def groups(config: Config) -> Iterator[None]:
+    """megatron-core's groups of a layout, left again at the end."""
     from megatron.core import parallel_state
 
-    from megatron_gpc.layout import read_hf_config
-    from megatron_gpc.mcore.policy import Policy
     from megatron_gpc.mcore.setup import initialize_model_parallel
-    from megatron_gpc.mcore.weights import load_hf
-    from megatron_gpc.weights import family_of
 
     initialize_model_parallel(config)
     try:
-        hf = read_hf_config(config.model.hf)
-        family = family_of(hf)
-        params = family.params(hf, config.parallel.tp)
-        policy = Policy(config, family.model_fields(hf))
-        load_hf(policy.models, params, config.model.hf, family.copies(hf))
-        policy.weights_changed()
-        yield policy, params
+        yield
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def start(config: Config) -> tuple[Any, Any]:
+    """A Policy with the weights of model.hf, and the model's table."""
+    from megatron_gpc.layout import read_hf_config
+    from megatron_gpc.mcore.policy import Policy
+    from megatron_gpc.mcore.weights import load_hf
+    from megatron_gpc.weights import family_of
+
+    hf = read_hf_config(config.model.hf)
+    family = family_of(hf)
+    params = family.params(hf, config.parallel.tp)
+    policy = Policy(config, family.model_fields(hf))
+    load_hf(policy.models, params, config.model.hf, family.copies(hf))
+    policy.weights_changed()
+    return policy, params
+
+
+@contextmanager
+def policy_of(config: Config) -> Iterator[tuple[Any, Any]]:
+    """`start` at the configured layout."""
+    with groups(config):
+        yield start(config)
 
 
 def gather(policy: Any, params: Any, values: Any) -> dict[str, torch.Tensor]:
@@ -43,7 +59,7 @@ def gather(policy: Any, params: Any, values: Any) -> dict[str, torch.Tensor]:
     from megatron_gpc.weights import unshard
 
     mine = {
-        name: (part, parts, values(parameter).detach().clone())
+        name: (part, parts, values(parameter).detach().cpu().clone())
         for name, (parameter, part, parts) in named_shards(policy.models).items()
     }
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -59,26 +75,75 @@ def gather(policy: Any, params: Any, values: Any) -> dict[str, torch.Tensor]:
     return whole
 
 
-def score_and_update(config: Config, batch: RolloutBatch, bounds: Bounds) -> dict[str, Any]:
-    """Scores, one update's loss, gradient norm and (where not cut over DP) the whole gradient."""
+def score_and_update(
+    config: Config,
+    problems: dict[str, tuple[Path, RolloutBatch]],
+    bounds: Bounds,
+    samples: list[int] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Name -> scores, clip decisions, metrics and (on rank 0) weights, whole, around one update.
+
+    Args:
+        problems: name -> Hugging Face folder, rollout; all run at the layout of `config`.
+        samples: of the mini-batch; everything unless some are named.
+    """
+    with groups(config):
+        return {
+            name: _score_and_update(
+                replace(config, model=replace(config.model, hf=hf)), batch, bounds, samples
+            )
+            for name, (hf, batch) in problems.items()
+        }
+
+
+def score_and_update_in_reverse(*arguments: Any) -> dict[str, dict[str, Any]]:
+    """`score_and_update` with the last micro-batch first."""
+    from unittest.mock import patch
+
+    from megatron_gpc.mcore import policy
+
+    real = policy.micro_batches
+    with patch.object(policy, "micro_batches", lambda *args, **kw: real(*args, **kw)[::-1]):
+        return score_and_update(*arguments)
+
+
+def _score_and_update(
+    config: Config, batch: RolloutBatch, bounds: Bounds, samples: list[int] | None
+) -> dict[str, Any]:
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
     from megatron_gpc.metrics.reduce import Sums
 
-    with policy_of(config) as (policy, params):
-        scored = policy.score(batch)
-        sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
-        updated = policy.update(
-            batch,
-            list(range(batch.num_samples)),
-            batch.rollout_logp_T,
-            torch.ones_like(batch.rollout_logp_T),
-            bounds,
-            sums,
-        )
-        gradient = {}
-        if not config.optim.distributed:
-            gradient = gather(policy, params, lambda p: p.main_grad)
-        return {"scored": scored, **sums.reduce(), **updated, "gradient": gradient}
+    policy, params = start(config)
+    scored = policy.score(batch)
+    samples = list(range(batch.num_samples)) if samples is None else samples
+    weights_T = torch.ones_like(batch.rollout_logp_T)
+    given = (batch, samples, batch.rollout_logp_T, weights_T, bounds)
+    calls = count_attention(policy)
+    # slot of a response token -> (clipped below, clipped above), for the tokens of this rank
+    clipped = {}
+    for micro, loss in policy.gradient(*given):
+        flags = zip(loss.clipped_low_T.tolist(), loss.clipped_high_T.tolist(), strict=True)
+        clipped.update(zip(micro.slots_T.tolist(), flags, strict=True))
+    attention_calls = len(calls)
+    before = gather(policy, params, lambda p: p)
+    sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
+    updated = policy.update(*given, sums)
+    after = gather(policy, params, lambda p: p)
+    found = {"scored": scored, "clipped": clipped, "attention_calls": attention_calls}
+    found |= {**sums.reduce(), **updated}
+    return found | ({"before": before, "after": after} if dist.get_rank() == 0 else {})
+
+
+def count_attention(policy: Any) -> list[None]:
+    """A list that grows by one whenever a layer's attention is computed."""
+    from megatron_gpc.mcore.attention import PackedAttention
+
+    calls: list[None] = []
+    for model in policy.models:
+        for module in model.modules():
+            if isinstance(module, PackedAttention):
+                module.register_forward_hook(lambda *unused: calls.append(None))
+    return calls
 
 
 def export(config: Config) -> dict[str, torch.Tensor]:

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_batch
 
-from megatron_gpc.batching import balance, micro_batches, mini_batches
+from megatron_gpc.batching import (
+    balance,
+    chunk_positions,
+    context_part,
+    micro_batches,
+    mini_batches,
+    multiples,
+)
+from megatron_gpc.config import ParallelConfig
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
@@ -22,20 +30,22 @@ def test_every_epoch_visits_every_sample_once(samples, count, epochs, seed):
     assert batches == mini_batches(samples, count, epochs, seed, step=3)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     st.integers(1, 5),
     st.integers(1, 5),
     st.none() | st.integers(1, 40),
-    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
     st.integers(1, 3),
     st.integers(1, 16),
 )
 def test_micro_batches_of_all_ranks_hold_every_token_once(
-    ranks, size, budget, multiple, count_multiple, chosen
+    ranks, size, budget, cp, tp, count_multiple, chosen
 ):
     batch = random_batch()
     samples = list(range(chosen))
+    each, total = multiples(ParallelConfig(cp=cp, tp=tp, sequence_parallel=True))
     made = [
         micro_batches(
             batch,
@@ -44,7 +54,7 @@ def test_micro_batches_of_all_ranks_hold_every_token_once(
             ranks=ranks,
             size=size,
             budget=budget,
-            multiple=multiple,
+            multiple_of=(each, total),
             count_multiple=count_multiple,
         )
         for rank in range(ranks)
@@ -54,12 +64,19 @@ def test_micro_batches_of_all_ranks_hold_every_token_once(
     slots, targets, real = [], [], 0
     for micro in (m for one in made for m in one):
         assert sum(micro.lengths_B) == len(micro.tokens_S) > 0
-        assert len(micro.tokens_S) % multiple == 0 and micro.padding < max(2, multiple + 1)
+        assert not any(length % each for length in micro.lengths_B)
+        assert sum(micro.lengths_B) % (cp * tp) == 0
+        real += len(micro.tokens_S) - micro.padding
         # each row's next token is the target that it predicts
         assert torch.equal(micro.tokens_S[micro.rows_T + 1], micro.targets_T)
-        slots += micro.slots_T.tolist()
-        targets += micro.targets_T.tolist()
-        real += len(micro.tokens_S) - micro.padding
+        for rank in range(cp):
+            part = context_part(micro, rank, cp)
+            assert len(part.tokens_S) == len(micro.tokens_S) // cp
+            if cp > 1:
+                held = chunk_positions(micro.lengths_B, rank, cp)
+                assert torch.equal(micro.tokens_S[held[part.rows_T] + 1], part.targets_T)
+            slots += part.slots_T.tolist()
+            targets += part.targets_T.tolist()
     tokens = int(batch.response_lengths_N[:chosen].sum())
     assert real == tokens + int(batch.prompt_lengths_N[:chosen].sum())
     assert sorted(slots) == list(range(tokens))
@@ -77,6 +94,11 @@ def test_micro_batches_of_all_ranks_hold_every_token_once(
     assert torch.tensor(targets)[torch.tensor(slots).argsort()].tolist() == (
         responses[:tokens].tolist()
     )
+
+
+def test_context_parallel_ranks_hold_an_early_and_a_late_chunk_of_every_sequence():
+    assert chunk_positions((8, 4), 0, 2).tolist() == [0, 1, 6, 7, 8, 11]
+    assert chunk_positions((8, 4), 1, 2).tolist() == [2, 3, 4, 5, 9, 10]
 
 
 LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=60)

@@ -36,7 +36,9 @@ MOE5 = {**MODEL, "num_local_experts": 4, "moe_intermediate_size": 32}  # as tran
         (["parallel.pp=2", "parallel.vpp=4"], MODEL, "parallel.pp * vpp = 8"),
         (["parallel.vpp=2"], MODEL, "needs parallel.pp > 1"),
         (["parallel.sequence_parallel=true"], MODEL, "needs parallel.tp > 1"),
-        (["parallel.cp=2"], MODEL, "parallel.cp=2: context parallelism needs CUDA"),
+        (["megatron.transformer.fp8=e4m3"], MODEL, "megatron.transformer.fp8=e4m3 needs CUDA"),
+        (["megatron.transformer.moe_grouped_gemm=true"], MOE, "moe_grouped_gemm=True needs CUDA"),
+        (["megatron.ddp.nccl_ub=true"], MODEL, "leave it out on a CPU"),
         (["parallel.ep=2", "parallel.dp=2"], MODEL, "has no experts"),
         (["parallel.ep=2"], MOE, "parallel.ep=2 must divide"),
         (["parallel.ep=3", "parallel.dp=3"], MOE, "does not divide the model's 4 experts"),
@@ -64,6 +66,11 @@ def test_accepted(tmp_path):
     )
     check_layout(config, MODEL, cuda=False)
     assert world_size(config.parallel) == 12
+    config = run_config(tmp_path, tmp_path, "parallel.cp=2", "parallel.ep=2")
+    check_layout(config, MOE, cuda=False)
+    assert world_size(config.parallel) == 2
+    fp8 = run_config(tmp_path, tmp_path, "megatron.transformer.fp8=e4m3")
+    check_layout(fp8, MODEL, cuda=True)
 
 
 def test_the_number_of_started_processes_must_fit(tmp_path):
