@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 START_TIMEOUT_S = 120.0
-MAX_TASKS = 15
+MAX_TASKS = 40
 
 
 def _serve(rank: int, world: int, cuda: bool, store: str, inbox: Any, outbox: Any) -> None:
@@ -59,13 +59,21 @@ def _serve(rank: int, world: int, cuda: bool, store: str, inbox: Any, outbox: An
 
 
 def _leave_groups() -> None:
-    """End the groups that a task made.
+    """End the groups that a task made, and the models and optimizers that hold on to them.
 
     megatron-core forgets its groups without destroying them, and each keeps gloo threads that poll.
+    Its models are never collected: the optimizer's parts of parameters hold, through C++, gradient
+    accumulators whose hooks hold the model.  So what they hold is taken from them.
     """
     import torch.distributed as dist
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from torch.distributed import distributed_c10d
 
+    for one in gc.get_objects():
+        if type(one) in (DistributedDataParallel, DistributedOptimizer):
+            vars(one).clear()
+    del one
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
