@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gpc import __version__
-from megatron_gpc.config import Config, dump, load, warnings
+from megatron_gpc.config import Config
+from megatron_gpc.config_file import dump, load, warnings
 from megatron_gpc.errors import RunStopped, UserError
 
 

@@ -32,10 +32,8 @@ class Handover:
 
     def rollout(self, step: int) -> tuple[RolloutBatch, dict[str, float]]:
         """A training step's samples; weights are handed over where no engine has them any more."""
-        found = from_main(self.rank0.rollout(step))
-        while found is None:
+        while (found := from_main(self.rank0.rollout(step))) is None:
             self._hand_over(step - 1)
-            found = from_main(self.rank0.rollout(step))
         return found
 
     def _hand_over(self, version: int) -> None:

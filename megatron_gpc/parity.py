@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_gpc.config import Config, DataConfig, ModelConfig, ParallelConfig, dump, load
+from megatron_gpc.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_gpc.config_file import dump, load
 from megatron_gpc.errors import UserError
 from megatron_gpc.launch import run_ranks
 from megatron_gpc.layout import check_layout, read_hf_config, world_size

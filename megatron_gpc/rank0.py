@@ -24,6 +24,7 @@ from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector, distinct_right
+from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.engines import Engines, WeightsNeeded
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
@@ -64,10 +65,10 @@ class Rank0:
             self._stack.enter_context(lock(config))
             if config.rollout.replay:
                 return self
-            engines = Engines(
+            starter = Starter(
                 config.rollout.server, config.sglang, self._servable(), config.run_dir / "logs"
             )
-            self.engines = self._stack.enter_context(engines)
+            self.engines = self._stack.enter_context(Engines(starter))
             tokenizer = load_tokenizer(self.hf)
 
             def tokenize(text: str) -> list[int]:

@@ -18,7 +18,8 @@ from typing import TextIO
 
 import yaml
 
-from megatron_gpc.config import Config, dump
+from megatron_gpc.config import Config
+from megatron_gpc.config_file import dump
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.runs import flatten
 

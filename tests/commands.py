@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).parents[1]
+COMMAND = (sys.executable, "-m", "megatron_gpc")
 CONFIG = ROOT / "examples" / "arithmetic" / "config.yaml"
 
 
@@ -20,13 +22,18 @@ def command_line(
 ) -> subprocess.CompletedProcess[str]:
     """Run `megatron-gpc ARGUMENTS` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "megatron_gpc", *arguments],
+        [*COMMAND, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
         cwd=ROOT,
         **options,
     )
+
+
+def launch(arguments: Sequence[str], **options: Any) -> subprocess.Popen:
+    """Start `megatron-gpc ARGUMENTS`."""
+    return subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, **options)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ import torch
 
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
-from megatron_gpc.config import Config, load
+from megatron_gpc.config import Config
+from megatron_gpc.config_file import load
 from megatron_gpc.types import Prompt, RolloutBatch, Sample
 
 VOCAB = 100  # no multiple of 128: rows of padding exist at every tp

@@ -21,7 +21,7 @@ import time
 from itertools import product
 from pathlib import Path
 
-from megatron_gpc.config import load
+from megatron_gpc.config_file import load
 from megatron_gpc.metrics.plots import plot_runs
 from megatron_gpc.metrics.tables import compare_table, print_table
 from megatron_gpc.rundir import build_model

@@ -134,11 +134,9 @@ class SGLangClient:
         rids = [request.rid or uuid.uuid4().hex for request in requests]
 
         def body(attempt: int) -> dict[str, Any]:
-            # A server may still hold an attempt that was given up, and refuses its rid twice.
-            suffix = "" if attempt == 1 else f"~{attempt}"
             return {"input_ids": [list(request.input_ids) for request in requests],
                     "sampling_params": [request.sampling_params for request in requests],
-                    "return_logprob": True, "rid": [rid + suffix for rid in rids]}
+                    "return_logprob": True, "rid": [attempt_rid(rid, attempt) for rid in rids]}
 
         def read(response: httpx.Response) -> list[Generation]:
             answers = answer_json(response)
@@ -284,14 +282,6 @@ class SGLangClient:
             if refused.status not in (400, 404):
                 raise
 
-    async def release_memory(self) -> None:
-        """Have the server give its GPU memory back, weights and cache."""
-        await self._post("/release_memory_occupation", {})
-
-    async def resume_memory(self) -> None:
-        """Have the server take its GPU memory again; new weights must follow."""
-        await self._post("/resume_memory_occupation", {})
-
     # ---- transport ----
 
     async def _post(self, path: str, body: dict[str, Any]) -> None:
@@ -355,3 +345,11 @@ def pack_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> str:
 
     content = pickle.dumps([(name, compact(tensor)) for name, tensor in named])
     return base64.b64encode(content).decode("ascii")
+
+
+def attempt_rid(rid: str, attempt: int) -> str:
+    """The id that attempt 1, 2, ... at a request is sent under.
+
+    A server may still hold an attempt that was given up, and refuses its rid twice.
+    """
+    return rid if attempt == 1 else f"{rid}~{attempt}"

@@ -171,7 +171,7 @@ class Collector:
             for group in part
             for sample in group.samples
         )
-        self._give_back([group for group in groups if not self._used(group, groups, chosen)])
+        self._give_back(self._unused(groups, chosen))
         return self._rollout(chosen, ended, counts, step)
 
     def _accepts(self, group: Group) -> bool:
@@ -192,14 +192,16 @@ class Collector:
             return None
         return sorted(accepted[:wanted], key=lambda group: group.position)
 
-    def _used(self, group: Group, groups: Sequence[Group], chosen: Sequence[Group]) -> bool:
-        """Whether its prompt is done with: trained on, or dropped for being uniform."""
-        if group in chosen or not group.ended:
-            return group in chosen
+    def _unused(self, groups: Sequence[Group], chosen: Sequence[Group]) -> list[Group]:
+        """Those not done with: neither trained on nor dropped for being uniform."""
+        taken = set(chosen)
         if self.config.rollout.oversample > 1:
-            return not self._accepts(group)
-        # What was asked for beyond the last chosen group, chance decided: it is asked for again.
-        return groups.index(group) < max(map(groups.index, chosen))
+            dropped = {g for g in groups if g.ended and not self._accepts(g)}
+        else:
+            # How much was asked for beyond the last chosen group is chance: it is asked for again.
+            last = max(i for i, group in enumerate(groups) if group in taken)
+            dropped = set(groups[:last])
+        return [group for group in groups if group not in taken | dropped]
 
     def _group(self, position: int, counts: Counter[str]) -> Group:
         """A group to be asked for: a new one, or one that was aborted and is not too old."""
@@ -317,12 +319,11 @@ class Collector:
         self, chosen: Sequence[Group], ended: Sequence[Group], counts: Counter[str], step: int
     ) -> Rollout:
         samples = [sample for group in chosen for sample in group.samples]
-        ages = [
-            step - 1 - int(version)
-            for sample in samples
-            for version, start, end in sample.weight_versions
-            for _ in range(end - start)
-        ]
+        tokens_of_age: Counter[int] = Counter()
+        for sample in samples:
+            for version, start, end in sample.weight_versions:
+                tokens_of_age[step - 1 - int(version)] += end - start
+        aged = sum(age * tokens for age, tokens in tokens_of_age.items())
         verdicts = Counter(group.verdict for group in ended)
         metrics = {
             "groups_all_right": verdicts["right"] / len(ended),
@@ -331,8 +332,8 @@ class Collector:
             "groups_too_old": float(counts["groups_too_old"]),
             "samples_aborted": float(counts["samples_aborted"]),
             "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
-            "staleness_mean": sum(ages) / len(ages),
-            "staleness_max": float(max(ages)),
+            "staleness_mean": aged / tokens_of_age.total(),
+            "staleness_max": float(max(tokens_of_age)),
             **{name: float(count) for name, count in self.engines.counts.items()},
         }
         return Rollout(samples, [group.position for group in chosen], metrics)

@@ -20,11 +20,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from megatron_gpc.config import ServerConfig, SGLangConfig
 from megatron_gpc.launch import free_port
 from megatron_gpc.rollout.answers import (
     Generation,
@@ -32,7 +30,7 @@ from megatron_gpc.rollout.answers import (
     RolloutError,
     ServerUnavailable,
 )
-from megatron_gpc.rollout.client import Request, SGLangClient
+from megatron_gpc.rollout.client import Request, SGLangClient, attempt_rid
 from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.launcher import ServerError, ServerProcess, SGLangServer
 
@@ -73,15 +71,11 @@ class Engines:
     """All engines of a run.  Use as `with Engines(...) as engines`.
 
     Args:
-        config: rollout.server.
-        sglang: how SGLang is started.
-        model_path: Hugging Face folder that engines start from.
-        log_dir: where started engines log.
+        starter: how engines are started or found.
     """
 
-    def __init__(self, config: ServerConfig, sglang: SGLangConfig, model_path: Path, log_dir: Path):
-        self.config = config
-        self.starter = Starter(config, sglang, model_path, log_dir)
+    def __init__(self, starter: Starter):
+        self.starter, self.config = starter, starter.config
         self.engines: list[Engine] = []
         self.current: tuple[str, str] | None = None
         """(folder, version) that a restarted engine can read; None: weights come otherwise."""
@@ -95,7 +89,7 @@ class Engines:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="rollout", daemon=True)
         # The kernel ends a server when the thread that started it ends: these live as long as we.
-        self._starters = ThreadPoolExecutor(max(config.engines, 1) + 1, "starter")
+        self._starters = ThreadPoolExecutor(self.config.engines + 1, "starter")
         self._closing = False
         self._asked: list[Engine] = []
         self._probes = itertools.count()
@@ -278,13 +272,17 @@ class Engines:
             ServerUnavailable, MalformedAnswer: no good answer in `retries + 1` attempts.
             RequestRefused: 4xx.
         """
-        for attempt in range(self.config.retries + 1):
+        for attempt in range(1, self.config.retries + 2):
             engine = await self._pick()
             engine.in_flight += len(requests)
             client = self._router_client or engine.client
             try:
                 made = await client.generate_many(
-                    [_renamed(request, attempt) for request in requests], attempts=1
+                    [
+                        dataclasses.replace(r, rid=r.rid and attempt_rid(r.rid, attempt))
+                        for r in requests
+                    ],
+                    attempts=1,
                 )
                 self._check_versions(engine, made)
                 return made
@@ -293,9 +291,9 @@ class Engines:
                 self.counts["faults_malformed" if malformed else "faults_retries"] += 1
                 if not malformed and not await engine.client.health():
                     engine.fail(error)
-                if attempt == self.config.retries:
+                if attempt > self.config.retries:
                     raise
-                await asyncio.sleep(min(0.1 * 2**attempt, 5.0))
+                await asyncio.sleep(min(0.05 * 2**attempt, 5.0))
             finally:
                 engine.in_flight -= len(requests)
         raise AssertionError("the loop ends by returning or raising")
@@ -374,10 +372,3 @@ def _failing(engine: Engine) -> Iterator[None]:
         yield
     except (RolloutError, TimeoutError) as error:
         engine.fail(error)
-
-
-def _renamed(request: Request, attempt: int) -> Request:
-    """An engine may still hold an attempt that was given up, and refuses its rid twice."""
-    if attempt == 0 or request.rid is None:
-        return request
-    return dataclasses.replace(request, rid=f"{request.rid}~{attempt}")

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_gpc.config import ServerConfig
-from megatron_gpc.launch import free_port
 from megatron_gpc.rollout.engines import Engine, Engines
 from megatron_gpc.rollout.weight_group import join_group, leave_group
 from megatron_gpc.weights import write_single
@@ -144,12 +143,12 @@ class DistributedSync:
         ends = list(itertools.accumulate((e.tp_size for e in self.members), initial=1))
         first = dict(zip(self.members, ends, strict=False))
         self.name = name = f"weights-{next(_numbers)}"
-        host, port = self.engines.trainer_address, free_port()
-        store = dist.TCPStore(host, port, None, True, wait_for_workers=False)
+        host = self.engines.trainer_address
+        store = dist.TCPStore(host, 0, None, True, wait_for_workers=False)  # any free port
         await_joined = self.engines.begin_each(
             self.members,
             lambda engine: engine.client.init_weights_update_group(
-                host, port, first[engine], ends[-1], name, self.backend
+                host, store.port, first[engine], ends[-1], name, self.backend
             ),
         )
         with contextlib.suppress(RuntimeError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gpc import config, layout
+from megatron_gpc import config_file, layout
 from megatron_gpc.errors import UserError
 from megatron_gpc.weights.families import family_of
 from megatron_gpc.weights.folders import carry_over, new_folder
@@ -133,7 +133,7 @@ def find_hf(checkpoint: Path) -> Path:
             f"{checkpoint} has no hf folder and does not lie in a run's folder, so nothing says "
             "which model it is; give its Hugging Face folder with --hf"
         )
-    hf = layout.hf_folder(config.load(run_config).model.hf)
+    hf = layout.hf_folder(config_file.load(run_config).model.hf)
     if not (hf / "config.json").is_file():
         raise UserError(
             f"{run_config} says model.hf: {hf}, which is there no more; give the model's Hugging "

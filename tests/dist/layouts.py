@@ -167,6 +167,18 @@ def differences(
     )
 
 
+def hold_to(
+    reference: Reference, results: Sequence[dict[str, Any]], slots: Sequence[int], name: str
+) -> None:
+    """Assert that all ranks found what the reference did, within tolerance, and clipped as it did.
+
+    Arguments as of `differences`; `name` of the model, for messages.
+    """
+    found = differences(results, reference, slots)
+    assert found.within_tolerance(), (name, found)
+    assert clip_decisions(results, slots) == reference.clip_decisions, name
+
+
 def clip_decisions(
     results: Sequence[dict[str, Any]], slots: Sequence[int]
 ) -> list[tuple[bool, bool]]:

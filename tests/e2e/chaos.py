@@ -28,7 +28,7 @@ from random import Random
 from typing import Literal
 
 import psutil
-from commands import CONFIG, ROOT, pids_using, rank_process
+from commands import CONFIG, ROOT, launch, pids_using, rank_process
 from compare_runs import differences
 
 from megatron_gpc.launch import die_with_parent
@@ -144,7 +144,7 @@ class Chaos:
         before = file.stat().st_ino if file.exists() else None
         log = self.run_dir.parent / "disturbed.log"
         with log.open("a") as output:
-            running = launch(self.arguments(self.run_dir), output)
+            running = begin(self.arguments(self.run_dir), output)
         try:
             if event.after == "begin":  # the file is made, or made anew, when training begins
                 wait_for(
@@ -224,22 +224,16 @@ class Chaos:
             self.set_aside += 1
 
 
-def launch(arguments: Sequence[str], output: object) -> subprocess.Popen:
+def begin(arguments: Sequence[str], output: object) -> subprocess.Popen:
     """Start `megatron-gpc ARGUMENTS`; it ends when this process does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_gpc", *arguments],
-        cwd=ROOT,
-        stdout=output,
-        stderr=output,
-        preexec_fn=die_with_parent,
-    )
+    return launch(arguments, stdout=output, stderr=output, preexec_fn=die_with_parent)
 
 
 def run_to_the_end(arguments: Sequence[str], log: Path) -> float:
     """Run the command undisturbed; how long it took [s]."""
     began = time.monotonic()
     with log.open("a") as output:
-        running = launch(arguments, output)
+        running = begin(arguments, output)
     try:
         code = running.wait(RUN_TIMEOUT_S)
     finally:

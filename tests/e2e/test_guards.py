@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from commands import ROOT, command_line, metrics, pids_using, rank_process
+from commands import ROOT, command_line, launch, metrics, pids_using, rank_process
 
 from megatron_gpc.launch import run_ranks, stacks_file
 from megatron_gpc.rollout.launcher import EmbeddedServer
@@ -52,9 +51,8 @@ def test_a_silent_run_ends_with_the_stacks_of_every_rank(arguments, server, tmp_
         *("train.steps=1000", "parallel.dp=2", "guard.silent_minutes=0.15"),
         f"rollout.server.urls={server}",
     )
-    with subprocess.Popen(
-        [sys.executable, "-m", "megatron_gpc", *arguments(run, *overrides)],
-        cwd=ROOT,
+    with launch(
+        arguments(run, *overrides),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

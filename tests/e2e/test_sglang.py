@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 import sglang_cpu
-from commands import ROOT, command_line, metrics, pids_using
+from commands import ROOT, command_line, launch, metrics, pids_using
 from transformers import AutoTokenizer
 
 from megatron_gpc.rollout.launcher import SGLangServer
@@ -45,12 +45,11 @@ def test_the_server_has_the_trainers_weights_after_every_hand_over(arguments, tm
 def test_engines_that_are_killed_come_back_and_every_prompt_is_accounted_for(arguments, tmp_path):
     run, kills = tmp_path / "run", 0
     command = [
-        *(sys.executable, "-m", "megatron_gpc"),
         *arguments(run, "train.steps=24", "rollout.server.engines=2", "rollout.save_samples=true"),
         *sglang_cpu.overrides(),
     ]
     with (tmp_path / "out").open("w") as out:
-        running = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+        running = launch(command, stdout=out, stderr=out)
         try:
             deadline, seen = time.monotonic() + 600, 0
             while running.poll() is None:

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from commands import CONFIG, ROOT, command_line, metrics
+from commands import CONFIG, ROOT, command_line, launch, metrics
 from compare_runs import untimed
 
 from megatron_gpc.launch import free_port
@@ -136,9 +136,8 @@ def test_the_example_configuration_needs_no_model_to_be_read():
 
 
 def test_two_runs_never_share_a_folder(arguments, tmp_path):
-    first = subprocess.Popen(
-        [sys.executable, "-m", "megatron_gpc", *arguments(tmp_path / "run", "train.steps=40")],
-        cwd=ROOT,
+    first = launch(
+        arguments(tmp_path / "run", "train.steps=40"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

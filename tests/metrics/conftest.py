@@ -10,6 +10,7 @@ import pytest
 
 from megatron_gpc import config as cfg
 from megatron_gpc.algo.schedules import make_schedule
+from megatron_gpc.config_file import dump
 
 
 def _lines(clip: cfg.ClipConfig, steps: int, made: int, seed: int) -> list[dict[str, float]]:
@@ -63,7 +64,7 @@ def write_run(tmp_path: Path):
             model=cfg.ModelConfig(hf=Path("/models/tiny")),
             data=cfg.DataConfig(prompts=Path("/data/prompts.jsonl"), verifier="sum"),
         )
-        (folder / "config.yaml").write_text(cfg.dump(run))
+        (folder / "config.yaml").write_text(dump(run))
         lines = _lines(clip, steps, steps if made is None else made, seed)
         if evaluated:
             evaluations = [

@@ -20,6 +20,7 @@ from megatron_gpc.rollout.collector import (
     overlong_penalty,
     sample_seed,
 )
+from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.engines import Engines, WeightsNeeded
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource
@@ -69,7 +70,8 @@ def start(model_a, tmp_path_factory) -> Iterator[Callable[..., Rig]]:
         folder = tmp_path_factory.mktemp("collector")
         config = run_config(folder, model_a, "seed=3", *overrides)
         if servers not in started:
-            engines = Engines(config.rollout.server, config.sglang, model_a, folder / "logs")
+            server = config.rollout.server
+            engines = Engines(Starter(server, config.sglang, model_a, folder / "logs"))
             engines.__enter__()
             engines.await_started()
             started[servers] = Rig(engines, folder / "sync", config)

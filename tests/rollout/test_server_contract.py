@@ -20,7 +20,6 @@ import torch.distributed as dist
 from rollout_models import CONTEXT, EOS, greedy, logprobs, logprobs_over_old_cache
 from transformers import Qwen2ForCausalLM
 
-from megatron_gpc.launch import free_port
 from megatron_gpc.rollout.weight_group import join_group, leave_group
 
 PROMPT = [84, 104, 101, 32]
@@ -311,10 +310,10 @@ def test_update_by_broadcast_takes_effect_between_begin_and_end_only(http, refer
     named = {name: tensor.clone() for name, tensor in reference_b.state_dict().items()}
     body = {"names": list(named), "dtypes": ["float32"] * len(named), "group_name": "contract",
             "shapes": [list(tensor.shape) for tensor in named.values()], "weight_version": "d1"}
-    port, joined = free_port(), []
-    store = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    joined: list[Any] = []
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     join = threading.Thread(target=lambda: joined.append(post_ok(
-        http, "/init_weights_update_group", master_address="127.0.0.1", master_port=port,
+        http, "/init_weights_update_group", master_address="127.0.0.1", master_port=store.port,
         rank_offset=1, world_size=2, group_name="contract", backend="gloo")))
     join.start()
     group = join_group(store, "contract", 0, 2, "gloo", 60.0)

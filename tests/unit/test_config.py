@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from megatron_gpc.config import Config, dump, keys, load
+from megatron_gpc.config import Config
+from megatron_gpc.config_file import dump, keys, load
 from megatron_gpc.errors import UserError
 
 MINIMAL = "run_dir: runs/x\nmodel: {hf: start}\ndata: {prompts: p.jsonl, verifier: addition}\n"

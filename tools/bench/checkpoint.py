@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_gpc.config import load
+from megatron_gpc.config_file import load
 from megatron_gpc.launch import run_ranks
 from megatron_gpc.weights import family_of
 

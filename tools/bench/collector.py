@@ -21,9 +21,11 @@ import rich.console
 import uvicorn
 from rich.table import Table
 
-from megatron_gpc.config import Config, load
+from megatron_gpc.config import Config
+from megatron_gpc.config_file import load
 from megatron_gpc.launch import free_port
 from megatron_gpc.rollout.collector import Collector
+from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.engines import Engines
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.types import Prompt
@@ -86,8 +88,8 @@ def measure(prompts: int, group: int, tokens: int, rounds: int) -> list[float]:
     config = configuration(f"http://127.0.0.1:{port}", prompts, group, tokens)
     seconds = []
     try:
-        engines = Engines(config.rollout.server, config.sglang, Path("hf"), Path("logs"))
-        with engines:
+        starter = Starter(config.rollout.server, config.sglang, Path("hf"), Path("logs"))
+        with Engines(starter) as engines:
             engines.await_started()
             engines.confirm(engines.alive(), VERSION)
             source = PromptSource([Prompt(i, "", (5, 6, 7), i) for i in range(4 * prompts)], 0)
