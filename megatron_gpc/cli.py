@@ -1,4 +1,4 @@
-"""The command line: `megatron-gpc train CONFIG [key=value ...]`, `plot RUN ...`, `samples RUN`."""
+"""The command line: `megatron-gpc train CONFIG [key=value ...]`, `serve`, `plot`, `samples`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron_gpc import __version__
 from megatron_gpc.config import Config
 from megatron_gpc.config_file import dump, load, warnings
 from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.stop import SAVED, STOP_SIGNALS, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-gpc: {error}", file=sys.stderr)
         return 2
     except RunStopped as stopped:
-        if os.environ["RANK"] == "0":  # every rank stops, with the same words
+        if os.environ.get("RANK", "0") == "0":  # every rank stops, with the same words
             print(f"megatron-gpc: {stopped}", file=sys.stderr)
         return 1
 
@@ -59,6 +60,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    status = commands.add_parser(
+        "status", help="how a run is doing", description="Read from the run's folder alone."
+    )
+    status.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    status.add_argument("--lead", type=float, metavar="S", help="check this lead of a time limit")
+    status.add_argument(
+        "--traceback", action="store_true", help="show what the rank that failed first said"
+    )
+    status.set_defaults(run=_status)
+
+    serve = commands.add_parser(
+        "serve",
+        help="start rollout engines for a run elsewhere",
+        description="Start rollout.server.engines engines on this node, or with srun one task a "
+        "node on several, and write their addresses to rollout.server.urls_file.",
+    )
+    serve.add_argument("config", type=Path, help="YAML file, the same as for train")
+    serve.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key")
+    serve.set_defaults(run=_serve)
+
     rank = commands.add_parser("rank")  # no help: what `train` starts its processes with
     rank.add_argument("config", type=Path)
     rank.set_defaults(run=_rank)
@@ -86,8 +107,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megatron_gpc.launch import adopt_rank, run_ranks
-    from megatron_gpc.layout import world_size
+    import torch
+
+    from megatron_gpc.launch import run_ranks
+    from megatron_gpc.placement import adopt_rank, my_share
     from megatron_gpc.rundir import prepare
 
     config = load(arguments.config, arguments.overrides)
@@ -98,15 +121,36 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dump(config), end="")
         return 0
-    if adopt_rank():
+    if adopt_rank(config.parallel):
         if os.environ["RANK"] == "0":
             prepare(config)
             _check(config)
         return _train_rank(config)
-    prepare(config)
-    _check(config)  # again: model.build may just have made the model
-    resolved = config.run_dir / "config.yaml"
-    return run_ranks(["rank", str(resolved)], world_size(config.parallel), config.run_dir / "logs")
+    share = my_share(config.parallel, torch.cuda.device_count())
+    command = ["train", str(arguments.config), *arguments.overrides]  # rank 0 prepares
+    if share.ranks == share.world:
+        prepare(config)
+        _check(config)  # again: model.build may just have made the model
+        command = ["rank", str(config.run_dir / "config.yaml")]
+    return run_ranks(command, share, config.run_dir / "logs", pass_on=STOP_SIGNALS)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from megatron_gpc.metrics.status import first_traceback, status_lines
+
+    if arguments.traceback:
+        print(first_traceback(arguments.run_dir))
+    else:
+        print("\n".join(status_lines(arguments.run_dir, arguments.lead)))
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    stop = StopRequest()
+    from megatron_gpc.rollout.serve import serve
+
+    serve(load(arguments.config, arguments.overrides), stop)
+    return 0
 
 
 def _rank(arguments: argparse.Namespace) -> int:
@@ -114,6 +158,7 @@ def _rank(arguments: argparse.Namespace) -> int:
 
 
 def _train_rank(config: Config) -> int:
+    stop = StopRequest()
     from megatron_gpc.mcore import cpu
 
     cpu.install()  # before the first megatron import
@@ -122,14 +167,13 @@ def _train_rank(config: Config) -> int:
     from megatron_gpc.train import train
 
     @recorded
-    def run() -> None:
+    def run() -> bool:
         try:
-            train(config)
+            return train(config, stop)
         except RolloutError as error:
             raise RunStopped(f"rollout server: {error}") from error
 
-    run()
-    return 0
+    return 0 if run() else SAVED
 
 
 def _check(config: Config) -> None:

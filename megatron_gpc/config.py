@@ -104,6 +104,8 @@ class ServerConfig:
     project's own server, or SGLang (see the section `sglang`)."""
     engines: PositiveInt = 1
     """How many are started."""
+    port: typing.Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the first that is started, the others follow it; 0: any that are free."""
     urls: Urls = ()
     """Addresses of running servers, such as http://10.0.0.7:30000; one or a list."""
     urls_file: Path | None = None
@@ -111,7 +113,7 @@ class ServerConfig:
     router: bool = False
     """Put sglang-router in front of the engines; weights and pauses go to the engines directly."""
     api_key_file: Path | None = None
-    """File with the key that the servers ask for."""
+    """File with the key that the servers ask for; also of those that are started."""
     start_timeout_s: PositiveFloat = 180.0
     """How long a server may take to become healthy [s]."""
     request_timeout_s: PositiveFloat = 300.0

@@ -17,13 +17,13 @@ from pathlib import Path
 import psutil
 
 import megatron_gpc
+from megatron_gpc.placement import Share
+from megatron_gpc.stop import SAVED, held
 
 LAST_WORDS_S = 3.0
 """After the first failure: how long the other ranks may take to say what they saw and end [s]."""
 STACKS_S = 0.5
 """How long ranks may take to write their stacks [s]."""
-GRACE_S = 10.0
-"""How long ranks may take to end after SIGTERM before they are killed [s]."""
 STACKS_SIGNAL = signal.SIGUSR2
 """Has a rank write the stacks of its threads to its `stacks_file` and go on."""
 POLL_S = 0.02
@@ -38,48 +38,46 @@ _SPEAK_FOR_THEMSELVES = ("UserError: ", "RunStopped: ")
 _FRAME = re.compile(r'File "(.+)", line (\d+),? in (\S+)')
 
 
-def adopt_rank() -> bool:
-    """Whether this process is one rank of a run, started by torchrun, srun or `run_ranks`.
-
-    torchrun's variables are taken as they are.  Below srun they are filled in from Slurm's, except
-    MASTER_ADDR and MASTER_PORT, which the batch script exports because all nodes must agree on
-    them.
-    """
-    if "RANK" in os.environ:
-        return True
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
-        return True
-    return False
-
-
 def run_ranks(
-    arguments: Sequence[str], ranks: int, log_dir: Path, module: str = "megatron_gpc"
+    arguments: Sequence[str],
+    share: Share,
+    log_dir: Path,
+    module: str = "megatron_gpc",
+    pass_on: Sequence[signal.Signals] = (),
 ) -> int:
-    """Run `python -m MODULE ARGUMENTS` as `ranks` processes; the first to fail ends the others.
+    """Run `python -m MODULE ARGUMENTS` as some ranks; the first to fail ends the others.
 
     Rank 0 writes to this terminal, the others to log_dir/rank_N.log.  At the end stands what the
     rank that failed first said: torch.distributed.elastic's `record`, around a rank's work, leaves
     it where TORCHELASTIC_ERROR_FILE says, as it does for torchrun.
 
+    Args:
+        arguments: of every rank.
+        share: which ranks.
+        log_dir: for what they say.
+        module: what they run.
+        pass_on: signals to this process that are for the ranks.  They start with these blocked.
+
     Returns:
-        0, or the exit code of the rank that failed first (1 where a signal ended it).
+        0; SAVED where the ranks were asked to end and did; or the exit code of the rank that failed
+        first (1 where a signal ended it).
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    for old in log_dir.glob("rank_*"):
-        old.unlink()
-    port = free_port()
+    numbers = range(share.first, share.first + share.ranks)
+    for number in numbers:
+        for old in log_dir.glob(f"rank_{number}.*"):
+            old.unlink()
+    master = share.master or ("127.0.0.1", free_port())
     started: list[Rank] = []
-    try:
-        for number in range(ranks):
-            started.append(Rank(number, ranks, port, log_dir, [module, *arguments]))
-        failed = _watch(started)
-    finally:
-        _end(started)
+    with held(pass_on):
+        try:
+            for number in numbers:
+                started.append(Rank(number, share, master, log_dir, [module, *arguments]))
+            failed = _watch(started, pass_on)
+        finally:
+            _end(started)
     if not failed:
-        return 0
+        return max(rank.process.returncode for rank in started)
     first = min(failed, key=Rank.innocence)
     _report(first, started)
     return first.exit_code()
@@ -95,10 +93,10 @@ def own_search_path() -> str:
     return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on at this moment."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this machine's address `host` that nobody listens on at this moment."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
@@ -111,7 +109,14 @@ def die_with_parent() -> None:
 class Rank:
     """One process of a run, and what it leaves behind in log_dir."""
 
-    def __init__(self, number: int, ranks: int, port: int, log_dir: Path, command: Sequence[str]):
+    def __init__(
+        self,
+        number: int,
+        share: Share,
+        master: tuple[str, int],
+        log_dir: Path,
+        command: Sequence[str],
+    ):
         self.number = number
         self.log = None if number == 0 else log_dir / f"rank_{number}.log"
         self.error = log_dir / f"rank_{number}.error.json"
@@ -129,10 +134,10 @@ class Rank:
                 **os.environ,
                 "PYTHONPATH": own_search_path(),
                 "RANK": str(number),
-                "LOCAL_RANK": str(number),
-                "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "LOCAL_RANK": str(number - share.first),
+                "WORLD_SIZE": str(share.world),
+                "MASTER_ADDR": master[0],
+                "MASTER_PORT": str(master[1]),
                 "TORCHELASTIC_ERROR_FILE": str(self.error),
             },
             stdout=output,
@@ -147,7 +152,7 @@ class Rank:
         if not self.failed_at:
             if self.error.exists():
                 self.failed_at = self.error.stat().st_mtime
-            elif self.process.poll():
+            elif self.process.poll() not in (None, 0, SAVED):
                 self.failed_at = time.time()
         return bool(self.failed_at)
 
@@ -202,12 +207,15 @@ def stacks_file(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank_{rank}.stacks"
 
 
-def _watch(ranks: Sequence[Rank]) -> list[Rank]:
+def _watch(ranks: Sequence[Rank], pass_on: Sequence[signal.Signals]) -> list[Rank]:
     """Wait until all have ended well or one has not; those that failed of themselves."""
     while not any([rank.has_failed() for rank in ranks]):
-        if all(rank.process.returncode == 0 for rank in ranks):
+        if all(rank.process.returncode is not None for rank in ranks):
             return []
-        time.sleep(POLL_S)
+        asked = signal.sigtimedwait(pass_on, POLL_S)
+        if asked is not None:
+            for rank in ranks:
+                rank.process.send_signal(asked.si_signo)
     deadline = time.monotonic() + LAST_WORDS_S
     while any([rank.process.poll() is None for rank in ranks]) and time.monotonic() < deadline:
         for rank in ranks:
@@ -228,21 +236,15 @@ def _end(ranks: Sequence[Rank]) -> None:
     if running:
         time.sleep(STACKS_S)
     for rank in running:
-        rank.process.terminate()
-    deadline = time.monotonic() + GRACE_S
-    for rank in running:
-        try:
-            rank.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            rank.process.kill()
-            rank.process.wait()
+        rank.process.kill()  # SIGTERM would ask it to save, which it cannot do without its peers
+        rank.process.wait()
 
 
 def _report(first: Rank, ranks: Sequence[Rank]) -> None:
     """Say why the run ended; rank 0's own words stand on the terminal already."""
     error, traceback = first.said()
     if error.startswith(_SPEAK_FOR_THEMSELVES):
-        if error != ranks[0].said()[0]:
+        if ranks[0].log or error != ranks[0].said()[0]:
             _say(f"rank {first.number}: {error.partition(': ')[2]}")
     elif first.is_silent():
         _say(

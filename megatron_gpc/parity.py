@@ -20,6 +20,7 @@ from megatron_gpc.config_file import dump, load
 from megatron_gpc.errors import UserError
 from megatron_gpc.launch import run_ranks
 from megatron_gpc.layout import check_layout, read_hf_config, world_size
+from megatron_gpc.placement import Share
 from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.weights import HFReader, MegatronReader, family_of, places_of
 
@@ -83,7 +84,7 @@ def measure(
         del logits
         code = run_ranks(
             [str(work), str(checkpoint.absolute())],
-            world_size(parallel),
+            Share.alone(world_size(parallel)),
             work,
             module="megatron_gpc.parity",
         )

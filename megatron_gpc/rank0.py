@@ -6,6 +6,7 @@ ranks and no collective hides behind an `if`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, 
 from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
+from megatron_gpc.stop import mark
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
 from megatron_gpc.weights import (
     HFReader,
@@ -263,6 +265,17 @@ class Rank0:
         if self.active:
             self.metrics.write(step, values)
             self.console.step(step, values)
+
+    def stopped(self, step: int) -> None:
+        """Say that the run was asked to end, did so after `step`, and can be continued."""
+        if self.active:
+            self.console.close()
+            mark(self.config.run_dir, step)
+            print(
+                f"megatron-gpc: asked to end: stopped after step {step}, everything is saved; the "
+                "same command continues",
+                file=sys.stderr,
+            )
 
     def finish(self) -> None:
         """Plot the run and print its table."""

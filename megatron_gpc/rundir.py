@@ -5,6 +5,7 @@ metrics.jsonl    one object a training step      tensorboard/   the same as even
 eval.jsonl       one object an evaluation        plots.png      drawn at the end
 sync/            weights for the rollout server  logs/          server, ranks above 0
 skipped/         mini-batches of updates that were left out
+stopped.json     the run was asked to end, and did
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.config_file import dump
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.runs import flatten
+from megatron_gpc.stop import marker
 
 
 def prepare(config: Config) -> None:
@@ -38,6 +40,7 @@ def prepare(config: Config) -> None:
         if config.resume == "none" and config.run_dir.exists():
             _set_aside(config)
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        marker(config.run_dir).unlink(missing_ok=True)
         file = config.run_dir / "config.yaml"
         text = dump(config)
         if _has_checkpoint(config.run_dir) and file.exists():

@@ -15,17 +15,23 @@ from megatron_gpc.handover import Handover
 from megatron_gpc.layout import is_converted, read_hf_config
 from megatron_gpc.mcore.checkpoint import Checkpoints, load_weights
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
-from megatron_gpc.mcore.setup import device, from_main, is_main, process_groups
+from megatron_gpc.mcore.setup import device, from_main, is_main, on_any_rank, process_groups
 from megatron_gpc.mcore.weights import Exporter, load_hf
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.metrics.step import Clock, batch_metrics, bounds_metrics
 from megatron_gpc.rank0 import Rank0
+from megatron_gpc.stop import StopRequest
 from megatron_gpc.types import TrainState
 from megatron_gpc.weights import Param, family_of, places_of
 
 
-def train(config: Config) -> None:
-    """Run the configured training on this rank; every rank calls it."""
+def train(config: Config, stop: StopRequest) -> bool:
+    """Run the configured training on this rank; every rank calls it.
+
+    Returns:
+        Whether it came to its end; False where `stop` asked for less, on any rank.  What was done
+        is saved then.
+    """
     with (
         process_groups(config),
         Watchdog(config) as watchdog,
@@ -47,8 +53,15 @@ def train(config: Config) -> None:
         exporter = Exporter(policy.models, params)
         rank0.begin(state)
         engines = Handover(config, rank0, exporter, policy)
+        saved_step, seconds_checkpoint = state.step, 0.0
 
         while state.step < config.train.steps:
+            if on_any_rank(stop.received is not None):
+                if saved_step != state.step:
+                    _save(checkpoints, rank0, state)
+                checkpoints.wait()
+                rank0.stopped(state.step)
+                return False
             clock = Clock(watchdog.alive)
             if not config.rollout.overlap:
                 engines.refresh(state.step, clock)
@@ -104,17 +117,22 @@ def train(config: Config) -> None:
                     **clock.metrics(batch.num_response_tokens),
                     "learning_rate": updated["learning_rate"],
                     "skipped_updates": len(skipped.names),
+                    "seconds_checkpoint": seconds_checkpoint,
                 },
             )
+            clock = Clock(watchdog.alive)
             checkpoints.poll()
             if _checkpoint_due(config, state.step):
-                sampling = from_main(rank0.sampling_state())
-                checkpoints.save(dataclasses.replace(state, sampling=sampling))
+                _save(checkpoints, rank0, state)
+                saved_step = state.step
+            clock.lap("seconds_checkpoint")
+            seconds_checkpoint = clock.laps["seconds_checkpoint"]
 
         engines.refresh(state.step, Clock(watchdog.alive))
         checkpoints.wait()
         watchdog.alive()
         rank0.finish()
+        return True
 
 
 def _start(
@@ -129,6 +147,11 @@ def _start(
         load_hf(policy.models, params, config.model.hf, family.copies(hf))
     policy.weights_changed()
     return TrainState()
+
+
+def _save(checkpoints: Checkpoints, rank0: Rank0, state: TrainState) -> None:
+    sampling = from_main(rank0.sampling_state())
+    checkpoints.save(dataclasses.replace(state, sampling=sampling))
 
 
 def _checkpoint_due(config: Config, step: int) -> bool:

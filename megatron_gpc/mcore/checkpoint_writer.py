@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_gpc.launch import die_with_parent
 from megatron_gpc.mcore.checkpoint_folder import bring_to_disk, sha256
 from megatron_gpc.mcore.setup import is_main
+from megatron_gpc.stop import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def _write(
 ) -> None:
     """In the forked process: write, bring to the disk, hash, report."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for one in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(one, signal.SIG_IGN)  # the rank decides when to stop
     gc.disable()  # CUDA tensors of the rank must not be freed here
     try:
         sender.send(_write_files(folder, transforms, buckets, common))

@@ -8,8 +8,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from megatron_gpc.config import ServerConfig, SGLangConfig
 from megatron_gpc.errors import UserError
+from megatron_gpc.launch import free_port
 from megatron_gpc.rollout.client import SGLangClient
 from megatron_gpc.rollout.launcher import EmbeddedServer, ServerProcess, SGLangServer
 
@@ -25,34 +28,56 @@ class Starter:
         sglang: how SGLang is started.
         model_path: Hugging Face folder that engines start from.
         log_dir: where started engines log.
+        host: this machine's address that they listen on.
     """
 
-    def __init__(self, config: ServerConfig, sglang: SGLangConfig, model_path: Path, log_dir: Path):
+    def __init__(
+        self,
+        config: ServerConfig,
+        sglang: SGLangConfig,
+        model_path: Path,
+        log_dir: Path,
+        host: str = "127.0.0.1",
+    ):
         self.config, self.sglang = config, sglang
-        self.model_path, self.log_dir = model_path, log_dir
+        self.model_path, self.log_dir, self.host = model_path, log_dir, host
         self.python = sglang.python or Path(sys.executable)
         self.tp_size = 1
         """Ranks of one started engine."""
         if config.kind == "sglang":
             self.tp_size = int(sglang.args.get("tp_size", sglang.args.get("tp", 1)))
 
+    def port(self, number: int) -> int:
+        """Where engine `number` is to listen."""
+        return self.config.port + number if self.config.port else free_port(self.host)
+
     def engine(self, number: int, port: int) -> ServerProcess:
-        """Start engine `number` on a port of 127.0.0.1; returns when it is healthy.
+        """Start engine `number`; returns when it is healthy.
 
         Raises:
             ServerError: it did not start.
+            UserError: api_key_file cannot be read.
         """
         log = self.log_dir / ("server.log" if number == 0 else f"server_{number}.log")
         timeout_s = self.config.start_timeout_s
         if self.config.kind == "embedded":
-            return EmbeddedServer(self.model_path, log, port=port, start_timeout_s=timeout_s)
+            return EmbeddedServer(
+                self.model_path,
+                log,
+                host=self.host,
+                port=port,
+                api_key_file=self.config.api_key_file,
+                start_timeout_s=timeout_s,
+            )
         args = dict(self.sglang.args)
+        if self.config.api_key_file is not None:
+            args["config"] = self._secrets()
         if "base_gpu_id" in args or self.config.engines > 1:  # engines share the host's GPUs
             args["base_gpu_id"] = args.get("base_gpu_id", 0) + number * self.tp_size
         return SGLangServer(
             "sglang.launch_server",
             self.python,
-            {"model_path": self.model_path, "port": port, **args},
+            {"model_path": self.model_path, "host": self.host, "port": port, **args},
             self.sglang.environment,
             log,
             timeout_s,
@@ -79,16 +104,25 @@ class Starter:
         Raises:
             UserError: api_key_file cannot be read.
         """
-        file, key = self.config.api_key_file, None
-        if file is not None:
-            key = _read(file, "api_key_file").strip()
         return SGLangClient(
             url,
             timeout_s=self.config.request_timeout_s,
             retries=self.config.retries,
             max_in_flight=self.config.max_in_flight,
-            api_key=key,
+            api_key=self._api_key(),
         )
+
+    def _api_key(self) -> str | None:
+        file = self.config.api_key_file
+        return None if file is None else _read(file, "api_key_file").strip()
+
+    def _secrets(self) -> Path:
+        """Arguments of SGLang that no process list may show, in a file only the user can read."""
+        file = self.log_dir / "sglang_secrets.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(yaml.safe_dump({"api-key": self._api_key()}))
+        return file
 
     async def running_urls(self) -> Sequence[str]:
         """Engines that others have started, or will have; empty where they are started here.

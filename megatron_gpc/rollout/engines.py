@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from megatron_gpc.launch import free_port
 from megatron_gpc.rollout.answers import (
     Generation,
     MalformedAnswer,
@@ -139,7 +138,8 @@ class Engines:
                 engine.tp_size = int((await engine.client.server_info()).get("tp_size", 1))
         else:
             starts = [
-                self._launch(starter.engine, i, free_port()) for i in range(self.config.engines)
+                self._launch(starter.engine, i, starter.port(i))
+                for i in range(self.config.engines)
             ]
             self.engines = [
                 Engine(i, process.url, starter.client(process.url), starter.tp_size, process)
@@ -342,14 +342,14 @@ class Engines:
         while not self.ready():
             if self.current is None and self.alive():
                 raise WeightsNeeded("no engine has the current weights")
-            if time.monotonic() > deadline or self._hopeless():
+            if time.monotonic() > deadline or self.exhausted():
                 raise self.lost("no rollout engine is left")
             self._changed.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
         return min(self.ready(), key=lambda engine: engine.in_flight)
 
-    def _hopeless(self) -> bool:
+    def exhausted(self) -> bool:
         """All are down, and none may be started again."""
         return self.counts["faults_restarts"] >= self.config.max_restarts and all(
             e.state == "down" and e.process is not None and not e.process.alive()

@@ -43,6 +43,8 @@ class ServerProcess:
     """
 
     url: str
+    end_signal = signal.SIGTERM
+    """What asks it to end."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=pass_fds,
-                preexec_fn=die_with_parent,
+                preexec_fn=_before_it_runs,
                 start_new_session=True,  # for `stop`
             )
 
@@ -87,7 +89,7 @@ class ServerProcess:
     def stop(self) -> None:
         """End the server; killed where it does not end in time.  Does nothing the second time."""
         if self.alive():
-            self._process.terminate()
+            self._process.send_signal(self.end_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):  # its own processes too: SGLang has several
@@ -106,13 +108,20 @@ class ServerProcess:
         self.stop()
 
 
+def _before_it_runs() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # srun sends it to every process of a step
+
+
 class EmbeddedServer(ServerProcess):
-    """The project's own server, on 127.0.0.1.
+    """The project's own server.
 
     Args:
         model_path: Hugging Face checkpoint folder, tokenizer included.
         log_file: file that the server's output is appended to.
+        host: address that it listens on.
         port: 0 takes any that is free.
+        api_key_file: file with the key that it asks for.
         start_timeout_s: how long it may take until it answers [s].
         dtype: of weights and activations; "auto" takes the checkpoint's.
         threads: CPU threads of the engine.
@@ -122,12 +131,16 @@ class EmbeddedServer(ServerProcess):
         ServerError: it ended while starting or was not up in time; with the end of its log.
     """
 
+    end_signal = signal.SIGINT  # SIGTERM it ignores: see server.py
+
     def __init__(
         self,
         model_path: Path,
         log_file: Path,
         *,
+        host: str = "127.0.0.1",
         port: int = 0,
+        api_key_file: Path | None = None,
         start_timeout_s: float = 180.0,
         dtype: str = "auto",
         threads: int = 1,
@@ -140,7 +153,8 @@ class EmbeddedServer(ServerProcess):
                 [
                     *(sys.executable, "-P", "-m", "megatron_gpc.rollout.server"),
                     *("--model-path", str(model_path), "--dtype", dtype),
-                    *("--host", "127.0.0.1", "--port", str(port), "--port-fd", str(sender)),
+                    *("--host", host, "--port", str(port), "--port-fd", str(sender)),
+                    *(("--api-key-file", str(api_key_file)) if api_key_file else ()),
                     *("--parent", str(os.getpid()), "--threads", str(threads)),
                     *("--max-running-requests", str(max_running)),
                 ],
@@ -157,7 +171,7 @@ class EmbeddedServer(ServerProcess):
         finally:
             os.close(sender)  # or the end of the server would never show as the end of the pipe
         try:
-            self.url = f"http://127.0.0.1:{self._await_port(receiver, start_timeout_s)}"
+            self.url = f"http://{host}:{self._await_port(receiver, start_timeout_s)}"
         except BaseException:
             self.stop()
             raise
@@ -180,7 +194,8 @@ class EmbeddedServer(ServerProcess):
 
 
 class SGLangServer(ServerProcess):
-    """SGLang, or its router, in an environment of its own, on a free port of 127.0.0.1.
+    """SGLang, or its router, in an environment of its own; on a free port of 127.0.0.1, if nothing
+    else is asked for.
 
     Its own processes end with it: SGLang asks the kernel for that, as we do.
 
@@ -205,9 +220,9 @@ class SGLangServer(ServerProcess):
         log_file: Path,
         start_timeout_s: float,
     ):
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        given = {"host": "127.0.0.1", "port": port, **args}
+        given = {"host": "127.0.0.1", **args}
+        given["port"] = given.get("port") or free_port(given["host"])
+        self.url = f"http://{given['host']}:{given['port']}"
         super().__init__(
             module.partition(".")[0],
             [str(python), "-P", "-m", module, *command_line_arguments(given)],

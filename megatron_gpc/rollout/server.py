@@ -20,6 +20,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.middleware.base import RequestResponseEndpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -290,8 +292,19 @@ class Server:
 
     # ---- app ----
 
-    def app(self) -> FastAPI:
+    def app(self, api_key: str | None = None) -> FastAPI:
+        """The application; with a key it answers only who sends it as a bearer token."""
         app = FastAPI(lifespan=self._lifespan, openapi_url=None)
+        if api_key is not None:
+            expected = f"Bearer {api_key}"
+
+            @app.middleware("http")
+            async def check_key(http: Request, answer: RequestResponseEndpoint) -> Response:
+                given = http.headers.get("Authorization", "")
+                if http.url.path.startswith("/health") or compare_digest(given, expected):
+                    return await answer(http)
+                return JSONResponse({"error": "Unauthorized"}, status_code=401)
+
         for path, handler in {
                 "/health": self.health, "/health_generate": self.health_generate,
                 "/ping": self.ping, "/model_info": self.model_info,
@@ -318,6 +331,9 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        # Slurm sends it to every process of a job that is to end.  The trainer then saves, and
+        # needs samples to come to the end of its step; afterwards it ends this server.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         yield
         self.engine.close()
 
@@ -352,6 +368,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="such as float32; auto: the checkpoint's")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine")
     parser.add_argument("--max-running-requests", type=int, default=256)
+    parser.add_argument("--api-key-file", type=Path, help="with the key that requests must carry")
     parser.add_argument("--port-fd", type=int, help="write the port to this file descriptor")
     parser.add_argument("--parent", type=int, help="end when this parent process ends")
     args = parser.parse_args()
@@ -360,6 +377,10 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     if not args.model_path.is_dir():
         sys.exit(f"--model-path: {args.model_path} is not a folder")
+    try:
+        api_key = args.api_key_file.read_text().strip() if args.api_key_file else None
+    except OSError as error:
+        sys.exit(f"--api-key-file: {error}")
     try:
         tokenizer = load_tokenizer(args.model_path)
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -372,7 +393,7 @@ def main() -> None:
     if args.port_fd is not None:
         os.write(args.port_fd, f"{port}\n".encode())
         os.close(args.port_fd)
-    app = Server(engine, tokenizer, str(args.model_path)).app()
+    app = Server(engine, tokenizer, str(args.model_path)).app(api_key)
     uvicorn.Server(uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[listener])
 

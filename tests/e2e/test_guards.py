@@ -12,6 +12,7 @@ import torch
 from commands import ROOT, command_line, launch, metrics, pids_using, rank_process
 
 from megatron_gpc.launch import run_ranks, stacks_file
+from megatron_gpc.placement import Share
 from megatron_gpc.rollout.launcher import EmbeddedServer
 
 pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
@@ -88,7 +89,7 @@ def test_the_rank_that_failed_first_has_the_last_word(
     monkeypatch, capfd, tmp_path, how, rank, code, says
 ):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'e2e'}")
-    assert run_ranks([how, str(rank)], 3, tmp_path, module="failing_ranks") == code
+    assert run_ranks([how, str(rank)], Share.alone(3), tmp_path, module="failing_ranks") == code
     said = capfd.readouterr().err
     last = said[said.rindex("megatron-gpc: ") :]  # before it may stand what rank 0 said, a victim
     assert f"rank {rank} failed first" in last and says in last and "remote worker" not in last

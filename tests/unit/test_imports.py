@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_gpc"
-BASE = {"launch", "config_file", "types", "config", "errors", "layout"}
+BASE = {"launch", "placement", "stop", "config_file", "types", "config", "errors", "layout"}
 MAY_IMPORT = {  # part -> parts of megatron_gpc that it may import, besides itself and BASE
     "types": set(),
     "errors": set(),
@@ -24,6 +24,8 @@ MAY_IMPORT = {  # part -> parts of megatron_gpc that it may import, besides itse
     "metrics": {"algo"},
     "batching": set(),
     "launch": set(),
+    "placement": set(),
+    "stop": set(),
     "rollout": {"rewards", "weights", "launch"},
     "mcore": {"algo", "kernels", "weights", "metrics", "batching", "launch"},
 }

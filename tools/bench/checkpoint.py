@@ -29,6 +29,7 @@ from rich.table import Table
 
 from megatron_gpc.config_file import load
 from megatron_gpc.launch import run_ranks
+from megatron_gpc.placement import Share
 from megatron_gpc.weights import family_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,7 +151,8 @@ def main() -> int:
             "data: {prompts: none, verifier: addition}\ncheckpoint: {keep: 1}\n"
         )
         os.chdir(ROOT)  # where ranks find this module
-        if code := run_ranks(["--rank", name], RANKS, folder, module="tools.bench.checkpoint"):
+        share = Share.alone(RANKS)
+        if code := run_ranks(["--rank", name], share, folder, module="tools.bench.checkpoint"):
             return code
         found = json.loads((folder / "found.json").read_text())
     table = Table(title=f"{size / 1e6:.0f} M parameters, {arguments.dtype}, TP {RANKS}; seconds")

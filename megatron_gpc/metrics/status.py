@@ -1,0 +1,88 @@
+"""How a run is doing, read from its folder alone: `megatron-gpc status RUN`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.metrics.writer import FILE_NAME, read_metrics
+from megatron_gpc.stop import marker
+
+SPARE_S = 60.0
+"""What is added to step and checkpoint before a time limit [s]."""
+
+
+def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
+    """What to say of a run.
+
+    Args:
+        run_dir: its folder.
+        lead_s: how long before its time limit the run is asked to end, to be held against what a
+            step and a checkpoint take [s].
+
+    Raises:
+        UserError: it is no run's folder.
+    """
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except OSError as error:
+        raise UserError(f"{run_dir}: not the folder of a run: {error}") from None
+    file = run_dir / FILE_NAME
+    records = read_metrics(run_dir) if file.exists() else []
+    steps = config["train"]["steps"]
+    done = records[-1]["step"] if records else 0
+    lines = [f"{run_dir}: step {done} of {steps}"]
+    if records:
+        seconds = sorted(_seconds(record) for record in records)
+        median = seconds[len(seconds) // 2]
+        age = time.time() - file.stat().st_mtime
+        lines[0] += (
+            f", {median:.1f} s a step (longest {seconds[-1]:.1f}), "
+            f"{(steps - done) * median / 3600:.2f} h to go, last step {age:.0f} s ago"
+        )
+    saved = sorted((run_dir / "checkpoints").glob("step_*"))
+    whole = [one.name for one in saved if one.name[-1].isdigit()]
+    lines.append(f"newest checkpoint: {whole[-1] if whole else 'none'}")
+    lines += [f"damaged, set aside: {one.name}" for one in saved if ".damaged" in one.name]
+    if marker(run_dir).exists():
+        lines.append("was asked to end, and did; the same command continues it")
+    if lead_s is not None and records:
+        lines.append(_lead(records, lead_s))
+    return lines
+
+
+def first_traceback(run_dir: Path) -> str:
+    """What the rank that failed first left in the run's logs; also of attempts before this one.
+
+    Raises:
+        UserError: none did.
+    """
+    found: list[tuple[float, Path, dict[str, Any]]] = []
+    for file in run_dir.rglob("rank_*.error.json"):
+        message = json.loads(file.read_text())["message"]
+        found.append((float(message["extraInfo"]["timestamp"]), file, message))
+    if not found:
+        raise UserError(f"{run_dir}: no rank left a traceback")
+    newest = max(found)[1].parent  # of the newest attempt, the first
+    _, file, message = min(one for one in found if one[1].parent == newest)
+    return f"{file}:\n{message['extraInfo']['py_callstack']}"
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    return sum(value for name, value in record.items() if name.startswith("seconds_"))
+
+
+def _lead(records: list[dict[str, Any]], lead_s: float) -> str:
+    step = max(_seconds(record) - record["seconds_checkpoint"] for record in records)
+    save = max(record["seconds_checkpoint"] for record in records)
+    needed = step + save + SPARE_S
+    verdict = "enough" if needed <= lead_s else "NOT ENOUGH: raise T in --signal=B:USR1@T"
+    return (
+        f"asked to end {lead_s:g} s ahead of the limit; longest step {step:.0f} s + checkpoint "
+        f"{save:.0f} s + {SPARE_S:g} s = {needed:.0f} s: {verdict}"
+    )

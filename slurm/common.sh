@@ -1,0 +1,197 @@
+# shellcheck shell=bash
+# What all jobs in this folder share.  Sourced by them; docs/slurm.md says what for.
+#
+# Site settings come from the environment, see site.example.sh.
+
+set -euo pipefail
+
+GPC_VENV=${GPC_VENV:-$ROOT/.venv}
+GPC_WRAP=${GPC_WRAP:-}                 # put before every command, such as: apptainer exec --nv IMAGE
+GPC_SRUN=${GPC_SRUN:-}                 # more options for every srun, such as pyxis' --container-image
+GPC_MAX_ATTEMPTS=${GPC_MAX_ATTEMPTS:-20}
+GPC_SECRETS=${GPC_SECRETS:-}           # a file with mode 0600 of `export NAME=value` lines
+
+say() { echo "[$(date +%T)] $*" >&2; }
+die() { echo "slurm: $*" >&2; exit 2; }
+
+# gpc COMMAND...: megatron-gpc as configured.  The unquoted words are meant to split.
+# shellcheck disable=SC2206
+GPC=($GPC_WRAP "$GPC_VENV/bin/megatron-gpc")
+
+# read_arguments [--dry-run] CONFIG [key=value ...]: sets DRY_RUN, RUN (for megatron-gpc), RUN_DIR.
+read_arguments() {
+  DRY_RUN=
+  if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1; shift; fi
+  (($# > 0)) || die "no configuration: sbatch $(basename "$0") CONFIG [key=value ...]"
+  [[ -x $GPC_VENV/bin/megatron-gpc || -n $GPC_WRAP ]] ||
+    die "$GPC_VENV has no megatron-gpc: run 'make .venv/.installed' in $ROOT, or set GPC_VENV"
+  RUN=("$@")
+  RESOLVED=$("${GPC[@]}" train "${RUN[@]}" --dry-run) || exit 2
+  RUN_DIR=$(sed -n 's/^run_dir: //p' <<<"$RESOLVED")
+  if [[ -n $DRY_RUN ]]; then
+    grep '^#SBATCH' "$0" || true
+    printf '%s\n' "# would run: ${GPC[*]} train ${RUN[*]}" "$RESOLVED"
+    exit 0
+  fi
+  [[ -n ${SLURM_JOB_ID:-} ]] || die "not in a job: submit this with sbatch, or add --dry-run"
+  if [[ -n $GPC_SECRETS ]]; then
+    [[ $(stat -c %a "$GPC_SECRETS") == 600 ]] || die "$GPC_SECRETS: must have mode 0600"
+    # shellcheck source=/dev/null
+    source "$GPC_SECRETS"
+  fi
+}
+
+# ---- attempts ----
+
+newest_step() { # the newest complete checkpoint's; 0 where there is none
+  find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null |
+    sed -n 's/.*step_0*\([0-9][0-9]*\)$/\1/p' | sort -n | tail -n 1 | grep . || echo 0
+}
+
+# begin_attempt: numbers this attempt, keeps what it starts from, refuses to go on in vain.
+begin_attempt() {
+  ATTEMPT=${SLURM_RESTART_COUNT:-0}
+  local step log=$RUN_DIR/attempts/log
+  step=$(newest_step)
+  ATTEMPT_DIR=$RUN_DIR/attempts/$SLURM_JOB_ID.$ATTEMPT
+  mkdir -p "$ATTEMPT_DIR"
+  ((ATTEMPT < GPC_MAX_ATTEMPTS)) ||
+    die "attempt $ATTEMPT: no more than GPC_MAX_ATTEMPTS=$GPC_MAX_ATTEMPTS are made"
+  if (($(tail -n 2 "$log" 2>/dev/null | grep -c "^$SLURM_JOB_ID [0-9]* $step\$" || true) == 2)); then
+    die "no progress: two attempts began at step $step and so would this; see $RUN_DIR/attempts"
+  fi
+  echo "$SLURM_JOB_ID $ATTEMPT $step" >>"$log"
+  # What the attempt before said stays with it.
+  if [[ -d $RUN_DIR/logs ]]; then mv "$RUN_DIR/logs" "$ATTEMPT_DIR/logs_before"; fi
+  git -C "$ROOT" rev-parse HEAD >"$ATTEMPT_DIR/commit" 2>/dev/null || echo unknown >"$ATTEMPT_DIR/commit"
+  printf '%s\n' "$RESOLVED" >"$ATTEMPT_DIR/config.yaml"
+  env | grep -Eiv '^[^=]*(key|token|secret|passw|credential)[^=]*=' | sort >"$ATTEMPT_DIR/environment"
+  say "job $SLURM_JOB_ID, attempt $ATTEMPT, from step $step, run $RUN_DIR"
+}
+
+# ---- where processes meet ----
+
+# The job's ports, all below ip_local_port_range: a block of 40 from the job's number.
+MASTER_PORT_OFFSET=0 # where ranks meet
+ENGINE_PORT_OFFSET=8 # the first engine of a node
+BLOCK=40
+
+port_is_free() {
+  ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && ! (exec 3<>"/dev/tcp/$MASTER_ADDR/$1") 2>/dev/null
+}
+
+# find_each_other: exports MASTER_ADDR, MASTER_PORT and the interfaces; sets NODES, ENGINE_PORT.
+find_each_other() {
+  mapfile -t NODES < <(scontrol show hostnames "${1:-$SLURM_JOB_NODELIST}")
+  export MASTER_ADDR=${NODES[0]} MASTER_PORT
+  local try base
+  for try in {0..19}; do
+    base=$((20000 + (SLURM_JOB_ID + 61 * try) % 300 * BLOCK))
+    MASTER_PORT=$((base + MASTER_PORT_OFFSET))
+    ENGINE_PORT=$((base + ENGINE_PORT_OFFSET))
+    if port_is_free "$MASTER_PORT" && port_is_free "$ENGINE_PORT"; then break; fi
+    say "port $MASTER_PORT or $ENGINE_PORT is taken; trying the next block"
+  done
+  local other=${NODES[-1]} address interface
+  if [[ $other != "$MASTER_ADDR" || -n ${2:-} ]]; then
+    other=${2:-$other}
+    address=$(getent ahostsv4 "$other" | awk '{print $1; exit}')
+    interface=${GPC_INTERFACE:-$(ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')}
+    [[ -n $interface ]] || die "no route to $other ($address); set GPC_INTERFACE"
+    export GLOO_SOCKET_IFNAME=$interface
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+  fi
+  local adapter active=()
+  for adapter in /sys/class/infiniband/*; do
+    if grep -qs ACTIVE "$adapter"/ports/*/state; then active+=("$(basename "$adapter")"); fi
+  done
+  if ((${#active[@]})); then
+    NCCL_IB_HCA=${NCCL_IB_HCA:-$(IFS=,; echo "${active[*]}")}
+    export NCCL_IB_HCA
+  fi
+  say "ranks meet at $MASTER_ADDR:$MASTER_PORT${interface:+ over $interface}"
+}
+
+# ---- steps ----
+
+# step OPTION... -- COMMAND...: srun, one task a node.
+step() {
+  local options=()
+  while [[ $1 != -- ]]; do options+=("$1"); shift; done
+  shift
+  # shellcheck disable=SC2086
+  exec srun --overlap --ntasks-per-node=1 --kill-on-bad-exit=1 --label --export=ALL --wait=60 \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} $GPC_SRUN "${options[@]}" "$@"
+}
+
+# preflight [OPTION...]: every node is looked at before anything is started on it.
+preflight() {
+  if [[ ${GPC_PREFLIGHT:-1} == 0 ]]; then return; fi
+  say "preflight"
+  (step "$@" -- "${GPC[@]}" doctor --config "${RUN[0]}" --shared "$RUN_DIR") ||
+    die "preflight failed: the lines above name the node and what to do"
+}
+
+TRAIN='' SERVE='' SIGNALLED='' CANCELLED=''
+alive() { [[ -n $1 ]] && kill -0 "$1" 2>/dev/null; }
+
+# The ranks save at the end of their step.  srun passes the signal on to every process of the step;
+# SIGTERM would make it kill them.
+on_usr1() {
+  say "asked to make room: the run saves and ends"
+  SIGNALLED=1
+  if alive "$TRAIN"; then kill -USR1 "$TRAIN"; fi
+}
+# Slurm has sent it to the ranks as well: they are saving already.
+on_term() {
+  say "cancelled or out of time: the run saves, if KillWait lets it"
+  CANCELLED=1
+}
+trap on_usr1 USR1
+trap on_term TERM
+
+# start_serving OPTION...: engines on every node of the component, in the background.
+start_serving() {
+  URLS_FILE=$ATTEMPT_DIR/urls
+  (umask 077 && head -c 24 /dev/urandom | base64 >"$ATTEMPT_DIR/api_key")
+  SERVED=(rollout.server.urls_file="$URLS_FILE" rollout.server.api_key_file="$ATTEMPT_DIR/api_key")
+  step "$@" -- "${GPC[@]}" serve "${RUN[@]}" "${SERVED[@]}" rollout.server.port="$ENGINE_PORT" &
+  SERVE=$!
+  RUN+=("${SERVED[@]}")
+}
+
+start_training() { # OPTION...
+  step "$@" -- "${GPC[@]}" train "${RUN[@]}" &
+  TRAIN=$!
+}
+
+# supervise: waits for the training; sets CODE.  The end of the engines ends it.
+supervise() {
+  local code ended
+  while :; do
+    code=0 ended=''
+    wait -n -p ended || code=$?
+    if [[ -z ${ended:-} ]]; then continue; fi # a signal: its trap has run
+    if [[ $ended == "$TRAIN" ]]; then break; fi
+    if [[ $ended == "$SERVE" ]] && alive "$TRAIN"; then
+      say "the engines have ended (exit code $code): ending the training"
+      kill -TERM "$TRAIN"
+    fi
+  done
+  CODE=$code
+  if alive "$SERVE"; then kill -TERM "$SERVE"; wait "$SERVE" || true; fi
+}
+
+# end_attempt: requeues a run that was asked to end and has saved; otherwise exits with its code.
+end_attempt() {
+  "${GPC[@]}" status "$RUN_DIR" ${GPC_LEAD_S:+--lead "$GPC_LEAD_S"} >&2 || true
+  if ((CODE == 0)); then say "the run has come to its end"; exit 0; fi
+  if [[ -n $CANCELLED ]]; then exit "$CODE"; fi
+  if [[ -n $SIGNALLED && -f $RUN_DIR/stopped.json ]]; then
+    say "saved at step $(newest_step): the job goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # Slurm ends this script
+  fi
+  say "the run failed with exit code $CODE; the first traceback: slurm/job.sh traceback $RUN_DIR"
+  exit "$CODE"
+}
