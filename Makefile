@@ -7,12 +7,13 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare test test-sglang chaos lint bench layouts clean help
+.PHONY: run compare test test-slurm test-sglang chaos lint bench layouts clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
 	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
 	@echo "make test     set up .venv and run the tests"
+	@echo "make test-slurm  jobs on a real Slurm of four nodes on this host (root, Debian; installs 13 MB)"
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
 	@echo "make bench    measure log-prob + entropy at V = 151,936, and checkpoints"
@@ -37,6 +38,9 @@ compare: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+test-slurm: .venv/.installed
+	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 chaos: .venv/.installed
 	PYTHONPATH=tests:. $(BIN)/python tests/e2e/chaos.py --kills $(KILLS) --seed $(SEED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -94,10 +96,17 @@ def own_search_path() -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of this machine's address `host` that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A port of this machine's address `host` that nobody listens on at this moment.
+
+    Not one of those that the kernel gives to outgoing connections (32,768 and above on Linux): a
+    connection might have it before whoever it is for listens.  Nor one that a run's seed decides.
+    """
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(20000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
 
 
 def die_with_parent() -> None:
