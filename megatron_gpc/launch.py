@@ -101,12 +101,11 @@ def free_port(host: str = "127.0.0.1") -> int:
     Not one of those that the kernel gives to outgoing connections (32,768 and above on Linux): a
     connection might have it before whoever it is for listens.  Nor one that a run's seed decides.
     """
-    draw = random.SystemRandom()
-    while True:
-        port = draw.randrange(20000, 32000)
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((host, port))
             return port
+    raise OSError(f"{host}: none of 100 ports from 20,000 on can be listened on")
 
 
 def die_with_parent() -> None:
