@@ -182,12 +182,15 @@ supervise() {
   if alive "$SERVE"; then kill -TERM "$SERVE"; wait "$SERVE" || true; fi
 }
 
+# Where a site does not send a preempted job its own signal, only the ranks have heard of it.
+preempted() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; }
+
 # end_attempt: requeues a run that was asked to end and has saved; otherwise exits with its code.
 end_attempt() {
   "${GPC[@]}" status "$RUN_DIR" ${GPC_LEAD_S:+--lead "$GPC_LEAD_S"} >&2 || true
   if ((CODE == 0)); then say "the run has come to its end"; exit 0; fi
   if [[ -n $CANCELLED ]]; then exit "$CODE"; fi
-  if [[ -n $SIGNALLED && -f $RUN_DIR/stopped.json ]]; then
+  if [[ -f $RUN_DIR/stopped.json ]] && { [[ -n $SIGNALLED ]] || preempted; }; then
     say "saved at step $(newest_step): the job goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # Slurm ends this script

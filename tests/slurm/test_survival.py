@@ -77,6 +77,29 @@ def test_a_time_limit_and_preemption_lead_back_to_the_same_bytes(
     assert _same(run, undisturbed)
 
 
+def test_preemption_by_sigterm_leads_back_to_the_same_bytes(
+    cluster, arguments, undisturbed, tmp_path
+):
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = cluster.folder / "etc" / "slurm.conf"
+    before = settings.read_text()
+    settings.write_text(before.replace("SlurmctldParameters=preempt_send_user_signal", "#"))
+    cluster.call("scontrol", "reconfigure")
+    try:
+        job = cluster.submit(log, "--partition=low", "--nodes=2", *_job(arguments, run))
+        cluster.wait(job, until=lambda: _steps(run) >= 2)
+        other = ("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 3")
+        preempting = cluster.submit(tmp_path / "other", *other)
+        assert cluster.wait(preempting)["JobState"] == "COMPLETED"
+        shown = cluster.wait(job)
+    finally:
+        settings.write_text(before)
+        cluster.call("scontrol", "reconfigure")
+    assert "asked to make room" not in log.read_text()
+    assert shown["JobState"] == "COMPLETED" and shown["Restarts"] == "1", log.read_text()
+    assert _same(run, undisturbed)
+
+
 def _hold_until_asked(cluster, job: str, run: Path, log: Path) -> int:
     """Stop rank 0 until Slurm has asked the job to end; the step that it then saved."""
     pids = [
