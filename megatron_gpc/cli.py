@@ -21,14 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where a run ended itself, 2 where the user's input cannot be used (both said in one
         line, no traceback); otherwise the exit code of the part that failed.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse gives up on overrides that follow an option: they are what is left over.
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         return int(arguments.run(arguments))
     except UserError as error:
         print(f"megatron-gpc: {error}", file=sys.stderr)
         return 2
     except RunStopped as stopped:
-        if os.environ["RANK"] == "0":  # every rank stops, with the same words
+        if os.environ.get("RANK", "0") == "0":  # every rank stops, with the same words
             print(f"megatron-gpc: {stopped}", file=sys.stderr)
         return 1
 
@@ -62,6 +68,29 @@ def _parser() -> argparse.ArgumentParser:
     rank = commands.add_parser("rank")  # no help: what `train` starts its processes with
     rank.add_argument("config", type=Path)
     rank.set_defaults(run=_rank)
+
+    held_out = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint on held-out prompts",
+        description="Sample eval.samples answers to every prompt of eval.prompts, judge them with "
+        "data.verifier, and print mean@n and pass@k.",
+    )
+    held_out.add_argument("config", type=Path, help="YAML file, the same as for train")
+    held_out.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key")
+    held_out.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="a run (its newest checkpoint), RUN/checkpoints/step_N, a Hugging Face folder or a "
+        "converted one (default: model.hf)",
+    )
+    held_out.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write (default: RUN_DIR/evaluations/NAME.json)",
+    )
+    held_out.set_defaults(run=_eval)
 
     plot = commands.add_parser(
         "plot",
@@ -152,6 +181,24 @@ def _check(config: Config) -> None:
         from megatron_gpc.mcore.native import check_overrides
 
         check_overrides(config, model)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)
+    from megatron_gpc.evaluate import evaluate
+    from megatron_gpc.metrics.tables import evaluation_table, print_table
+    from megatron_gpc.rollout.answers import RolloutError
+    from megatron_gpc.rundir import build_model
+
+    if arguments.checkpoint is None:
+        build_model(config)
+    try:
+        file, found = evaluate(config, arguments.checkpoint, arguments.out)
+    except RolloutError as error:
+        raise RunStopped(f"rollout server: {error}") from error
+    print_table(evaluation_table(found))
+    print(file)
+    return 0
 
 
 def _plot(arguments: argparse.Namespace) -> int:

@@ -290,6 +290,17 @@ class EvalConfig:
     """Samples a prompt."""
     every: NonNegativeInt = 0
     """Evaluate every so many steps as well; 0: only before and after."""
+    temperature: PositiveFloat | None = None
+    """Sampling temperature; left out, rollout.temperature."""
+    top_p: typing.Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens that have this probability together; 1: among all."""
+    top_k: typing.Annotated[int, Field(ge=-1)] = -1
+    """Draw among so many likeliest tokens; -1: among all."""
+    max_response_tokens: PositiveInt | None = None
+    """Responses are cut at this length; left out, rollout.max_response_tokens."""
+    pass_k: tuple[PositiveInt, ...] = ()
+    """`megatron-gpc eval` gives pass@k for these k, each at most `samples`; left out, for the
+    powers of two up to it."""
 
 
 @_section
