@@ -87,12 +87,18 @@ class ModelConfig:
 
 @_section
 class DataConfig:
-    """Prompts: JSON lines with `prompt` (text) and `label` (for the verifier)."""
+    """Prompts: JSON lines with `prompt` and `label` (for the verifier).
+
+    A prompt that is text is taken as it is; one that is a list of messages ({role, content}) goes
+    through the chat template of the model's tokenizer.
+    """
 
     prompts: Path
     """Prompts to train on; shuffled anew every epoch, from the run's seed."""
     verifier: str
     """Name of the reward function, from megatron_gpc.rewards."""
+    chat_template: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false} for Qwen3."""
 
 
 @_section

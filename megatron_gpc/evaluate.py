@@ -35,7 +35,7 @@ from megatron_gpc.rollout.held_out import (
     pass_ks,
 )
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
-from megatron_gpc.rollout.tokenizer import load_tokenizer
+from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
 from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights import HFReader, family_of, megatron_to_hf
 
@@ -74,7 +74,8 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
         def tokenize(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        prompts = read_prompts(config.eval.prompts, tokenize)
+        render = chat_renderer(tokenizer, config.data.chat_template)
+        prompts = read_prompts(config.eval.prompts, tokenize, render)
         starter = Starter(config.rollout.server, config.sglang, folder, file.parent / "logs")
         with Engines(starter) as engines:
             engines.await_started()
@@ -170,7 +171,7 @@ def _sample(collector: Collector, prompts: Sequence[Prompt], count: int) -> list
     size = max(1, PART // count)
     parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     samples: list[Sample] = []
-    for part in track(parts, "evaluating", transient=True, disable=len(parts) == 1):
+    for part in track(parts, "evaluating", transient=True):
         samples += collector.engines.run(collector.sample(part, count, "eval"))
     return samples
 

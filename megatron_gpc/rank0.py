@@ -30,7 +30,7 @@ from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, nucleus
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
-from megatron_gpc.rollout.tokenizer import load_tokenizer
+from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
@@ -75,12 +75,13 @@ class Rank0:
             def tokenize(text: str) -> list[int]:
                 return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+            render = chat_renderer(tokenizer, config.data.chat_template)
             self.held_out = (
-                read_prompts(config.eval.prompts, tokenize) if config.eval.prompts else []
+                read_prompts(config.eval.prompts, tokenize, render) if config.eval.prompts else []
             )
             parts = (
                 self.engines,
-                PromptSource(read_prompts(config.data.prompts, tokenize), config.seed),
+                PromptSource(read_prompts(config.data.prompts, tokenize, render), config.seed),
                 verifier(config.data.verifier),
                 tokenizer.decode,
                 [tokenizer.eos_token_id],

@@ -251,8 +251,14 @@ class Collector:
         ]
         requests = [self._request(sample, stream) for _, sample in owners]
         generations = await self.engines.generate(requests)
-        for (group, sample), generation in zip(owners, generations, strict=True):
-            group.samples[sample.sample_index] = self._extended(sample, generation)
+
+        def judge() -> list[Sample]:
+            pairs = zip(owners, generations, strict=True)
+            return [self._extended(sample, generation) for (_, sample), generation in pairs]
+
+        # In a thread: a verifier may take seconds, and engines are to be heard meanwhile.
+        for (group, sample), extended in zip(owners, await asyncio.to_thread(judge), strict=True):
+            group.samples[sample.sample_index] = extended
         for group in groups:
             group.ended = all(sample.finish_reason != "abort" for sample in group.samples)
 
