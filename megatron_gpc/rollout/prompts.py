@@ -11,7 +11,6 @@ from typing import Any
 from megatron_gpc.errors import UserError
 from megatron_gpc.types import Prompt
 
-
 Message = dict[str, str]
 """{role, content}"""
 

@@ -45,8 +45,8 @@ def chat_renderer(
     def render(messages: list[Message]) -> str:
         if not tokenizer.chat_template:
             raise UserError(
-                f"{tokenizer.name_or_path} has no chat template, but prompts are lists of messages; "
-                "add one, or make them text (tools/convert_prompts.py --text)"
+                f"{tokenizer.name_or_path} has no chat template, but prompts are lists of "
+                "messages; add one, or make them text (tools/convert_prompts.py --text)"
             )
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **variables
