@@ -92,6 +92,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     held_out.set_defaults(run=_eval)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="look whether this node or allocation can train",
+        description="Check versions, GPUs, network, memory, ports and shared folders, and say what "
+        "to do about each finding.  Below srun or torchrun all processes are looked at together.  "
+        "Exit code 1: a problem was found.",
+    )
+    doctor.add_argument("--config", type=Path, help="YAML file to hold the nodes against")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key of it")
+    doctor.add_argument(
+        "--shared",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that all nodes must share; may be given again",
+    )
+    doctor.add_argument(
+        "--port",
+        type=int,
+        action="append",
+        default=[],
+        dest="ports",
+        metavar="PORT",
+        help="port that must be free on every node; may be given again",
+    )
+    doctor.add_argument(
+        "--sglang",
+        type=Path,
+        metavar="PYTHON",
+        help="interpreter of SGLang's environment (default: the configuration's)",
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="how long processes wait for each other (%(default)g s)",
+    )
+    doctor.set_defaults(run=_doctor)
+
     plot = commands.add_parser(
         "plot",
         help="draw runs again",
@@ -199,6 +240,27 @@ def _eval(arguments: argparse.Namespace) -> int:
     print_table(evaluation_table(found))
     print(file)
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.overrides and arguments.config is None:
+        raise UserError("key=value replaces a key of a configuration: name it with --config")
+    config = None
+    sglang_python = arguments.sglang
+    if arguments.config is not None:
+        config = load(arguments.config, arguments.overrides)
+        if sglang_python is None and config.rollout.server.kind == "sglang":
+            sglang_python = config.sglang.python or Path(sys.executable)
+    from megatron_gpc.doctor.run import examine
+
+    return examine(
+        config,
+        _check,
+        shared=arguments.shared,
+        ports=arguments.ports,
+        sglang_python=sglang_python,
+        timeout_s=arguments.timeout,
+    )
 
 
 def _plot(arguments: argparse.Namespace) -> int:
