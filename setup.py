@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+MATH = ["math-verify==0.9.0"]  # compares answers of the verifier `math`
+
 setup(
     name="megatron-gpc",
     version=next(
@@ -37,7 +39,9 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],  # fused layers; apex comes from NVIDIA's own source
+        "math": MATH,
         "test": [
+            *MATH,
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",  # no test hangs
             "hypothesis==6.170.15",  # property tests

@@ -22,7 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where a run ended itself, 2 where the user's input cannot be used (both said in one
         line, no traceback); otherwise the exit code of the part that failed.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse gives up on overrides that follow an option: they are what is left over.
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         return int(arguments.run(arguments))
     except UserError as error:
@@ -83,6 +89,70 @@ def _parser() -> argparse.ArgumentParser:
     rank = commands.add_parser("rank")  # no help: what `train` starts its processes with
     rank.add_argument("config", type=Path)
     rank.set_defaults(run=_rank)
+
+    held_out = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint on held-out prompts",
+        description="Sample eval.samples answers to every prompt of eval.prompts, judge them with "
+        "data.verifier, and print mean@n and pass@k.",
+    )
+    held_out.add_argument("config", type=Path, help="YAML file, the same as for train")
+    held_out.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key")
+    held_out.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="a run (its newest checkpoint), RUN/checkpoints/step_N, a Hugging Face folder or a "
+        "converted one (default: model.hf)",
+    )
+    held_out.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write (default: RUN_DIR/evaluations/NAME.json)",
+    )
+    held_out.set_defaults(run=_eval)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="look whether this node or allocation can train",
+        description="Check versions, GPUs, network, memory, ports and shared folders, and say what "
+        "to do about each finding.  Below srun or torchrun all processes are looked at together.  "
+        "Exit code 1: a problem was found.",
+    )
+    doctor.add_argument("--config", type=Path, help="YAML file to hold the nodes against")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key of it")
+    doctor.add_argument(
+        "--shared",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that all nodes must share; may be given again",
+    )
+    doctor.add_argument(
+        "--port",
+        type=int,
+        action="append",
+        default=[],
+        dest="ports",
+        metavar="PORT",
+        help="port that must be free on every node; may be given again",
+    )
+    doctor.add_argument(
+        "--sglang",
+        type=Path,
+        metavar="PYTHON",
+        help="interpreter of SGLang's environment (default: the configuration's)",
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="how long processes wait for each other (%(default)g s)",
+    )
+    doctor.set_defaults(run=_doctor)
 
     plot = commands.add_parser(
         "plot",
@@ -196,6 +266,45 @@ def _check(config: Config) -> None:
         from megatron_gpc.mcore.native import check_overrides
 
         check_overrides(config, model)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)
+    from megatron_gpc.evaluate import evaluate
+    from megatron_gpc.metrics.tables import evaluation_table, print_table
+    from megatron_gpc.rollout.answers import RolloutError
+    from megatron_gpc.rundir import build_model
+
+    if arguments.checkpoint is None:
+        build_model(config)
+    try:
+        file, found = evaluate(config, arguments.checkpoint, arguments.out)
+    except RolloutError as error:
+        raise RunStopped(f"rollout server: {error}") from error
+    print_table(evaluation_table(found))
+    print(file)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.overrides and arguments.config is None:
+        raise UserError("key=value replaces a key of a configuration: name it with --config")
+    config = None
+    sglang_python = arguments.sglang
+    if arguments.config is not None:
+        config = load(arguments.config, arguments.overrides)
+        if sglang_python is None and config.rollout.server.kind == "sglang":
+            sglang_python = config.sglang.python or Path(sys.executable)
+    from megatron_gpc.doctor.run import examine
+
+    return examine(
+        config,
+        _check,
+        shared=arguments.shared,
+        ports=arguments.ports,
+        sglang_python=sglang_python,
+        timeout_s=arguments.timeout,
+    )
 
 
 def _plot(arguments: argparse.Namespace) -> int:

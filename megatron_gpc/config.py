@@ -87,12 +87,18 @@ class ModelConfig:
 
 @_section
 class DataConfig:
-    """Prompts: JSON lines with `prompt` (text) and `label` (for the verifier)."""
+    """Prompts: JSON lines with `prompt` and `label` (for the verifier).
+
+    A prompt that is text is taken as it is; one that is a list of messages ({role, content}) goes
+    through the chat template of the model's tokenizer.
+    """
 
     prompts: Path
     """Prompts to train on; shuffled anew every epoch, from the run's seed."""
     verifier: str
     """Name of the reward function, from megatron_gpc.rewards."""
+    chat_template: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false} for Qwen3."""
 
 
 @_section
@@ -292,6 +298,17 @@ class EvalConfig:
     """Samples a prompt."""
     every: NonNegativeInt = 0
     """Evaluate every so many steps as well; 0: only before and after."""
+    temperature: PositiveFloat | None = None
+    """Sampling temperature; left out, rollout.temperature."""
+    top_p: typing.Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens that have this probability together; 1: among all."""
+    top_k: typing.Annotated[int, Field(ge=-1)] = -1
+    """Draw among so many likeliest tokens; -1: among all."""
+    max_response_tokens: PositiveInt | None = None
+    """Responses are cut at this length; left out, rollout.max_response_tokens."""
+    pass_k: tuple[PositiveInt, ...] = ()
+    """`megatron-gpc eval` gives pass@k for these k, each at most `samples`; left out, for the
+    powers of two up to it."""
 
 
 @_section

@@ -32,21 +32,13 @@ def keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
 def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, check everything.
 
-    Relative paths in the file are relative to the file, those in overrides to the current folder.
+    A file may say `extends: FILE`: it has that file's keys, where it does not set them itself.
+    Relative paths in a file are relative to it, those in overrides to the current folder.
 
     Raises:
         UserError: unreadable file, unknown key (names the nearest valid one), wrong type or value.
     """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
-    flat = _resolve_paths(_flatten(content, str(path)), path.resolve().parent)
+    flat = _read(Path(path))
     origin: dict[str, str] = {}
     for override in overrides:
         key, found, text = override.partition("=")
@@ -63,6 +55,25 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
         flat.update(_resolve_paths(given, Path.cwd()))
         origin.update(dict.fromkeys(given, f"override {override!r}"))
     return _build(flat, str(path), origin)
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Dotted key -> value of a file, over those of the file that it extends."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
+    path, base = path.resolve(), content.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: extends: expected the name of a file, got {base!r}")
+    if path in extended_by:
+        raise UserError(f"{path}: extends itself: {' -> '.join(map(str, (*extended_by, path)))}")
+    below = {} if base is None else _read(path.parent / base, (*extended_by, path))
+    return below | _resolve_paths(_flatten(content, str(path)), path.parent)
 
 
 def warnings(config: Config) -> list[str]:

@@ -24,13 +24,14 @@ from megatron_gpc.metrics.plots import plot_run
 from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
 from megatron_gpc.rewards import verifier
-from megatron_gpc.rollout.collector import Collector, distinct_right
+from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.engines import Engines, WeightsNeeded
+from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, nucleus
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
-from megatron_gpc.rollout.tokenizer import load_tokenizer
+from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
 from megatron_gpc.stop import mark
@@ -76,17 +77,19 @@ class Rank0:
             def tokenize(text: str) -> list[int]:
                 return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+            render = chat_renderer(tokenizer, config.data.chat_template)
             self.held_out = (
-                read_prompts(config.eval.prompts, tokenize) if config.eval.prompts else []
+                read_prompts(config.eval.prompts, tokenize, render) if config.eval.prompts else []
             )
-            self.collector = Collector(
-                config,
+            parts = (
                 self.engines,
-                PromptSource(read_prompts(config.data.prompts, tokenize), config.seed),
+                PromptSource(read_prompts(config.data.prompts, tokenize, render), config.seed),
                 verifier(config.data.verifier),
                 tokenizer.decode,
                 [tokenizer.eos_token_id],
             )
+            self.collector = Collector(config, *parts)
+            self.evaluator = Collector(as_evaluated(config), *parts, nucleus(config))
         except BaseException:
             self._stack.close()
             raise
@@ -233,7 +236,7 @@ class Rank0:
             return True
         count = self.config.eval.samples
         try:
-            samples = self.engines.run(self.collector.sample(self.held_out, count, "eval"))
+            samples = self.engines.run(self.evaluator.sample(self.held_out, count, "eval"))
         except WeightsNeeded:
             return False
         self.metrics.write_evaluation(

@@ -128,7 +128,7 @@ step() {
 preflight() {
   if [[ ${GPC_PREFLIGHT:-1} == 0 ]]; then return; fi
   say "preflight"
-  (step "$@" -- "${GPC[@]}" doctor --config "${RUN[0]}" --shared "$RUN_DIR") ||
+  (step "$@" -- "${GPC[@]}" doctor --config "${RUN[0]}" --shared "$RUN_DIR" "${RUN[@]:1}") ||
     die "preflight failed: the lines above name the node and what to do"
 }
 

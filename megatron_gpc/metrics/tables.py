@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rich.console
@@ -177,6 +178,21 @@ def samples_table(step: int, rows: Sequence[tuple[Sample, float]], of: int) -> T
             " ".join(dict.fromkeys(version for version, _, _ in sample.weight_versions)),
             sample.finish_reason,
         )
+    return table
+
+
+def evaluation_table(found: Mapping[str, Any]) -> Table:
+    """What evaluate.py found of a checkpoint."""
+    table = _table(f"{found['checkpoint']}: {found['prompts']} prompts")
+    table.add_column("", overflow="fold")
+    table.add_column("", justify="right")
+    table.add_row(f"mean@{found['samples']}", _text(found["mean"], 4))
+    for k, value in found["pass"].items():
+        table.add_row(f"pass@{k}", _text(value, 4))
+    table.add_section()
+    table.add_row("distinct right answers a prompt", _text(found["distinct_right"], 2))
+    table.add_row("cut at the length limit, %", _text(100 * found["truncated"], 1))
+    table.add_row("tokens a response", _text(found["mean_tokens"], 0))
     return table
 
 

@@ -17,7 +17,8 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_gpc.config import Config, RolloutConfig
@@ -86,6 +87,7 @@ class Collector:
         decode: response tokens -> text, special tokens kept: whether an answer was ended is for the
             verifier to judge, and servers differ in what they trim.
         stop_token_ids: tokens that end a response.
+        sampling: further sampling parameters, in SGLang's names.
     """
 
     def __init__(
@@ -96,10 +98,11 @@ class Collector:
         verifier: Verifier,
         decode: Callable[[Sequence[int]], str],
         stop_token_ids: Sequence[int],
+        sampling: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.config, self.engines, self.source = config, engines, source
         self.verifier, self.decode = verifier, decode
-        self.stop_token_ids = list(stop_token_ids)
+        self.stop_token_ids, self.sampling = list(stop_token_ids), sampling
         self.unfinished: dict[int, list[Sample]] = {}
         """Position -> samples of an aborted group that go on in the next step (rollout.partial)."""
 
@@ -248,8 +251,14 @@ class Collector:
         ]
         requests = [self._request(sample, stream) for _, sample in owners]
         generations = await self.engines.generate(requests)
-        for (group, sample), generation in zip(owners, generations, strict=True):
-            group.samples[sample.sample_index] = self._extended(sample, generation)
+
+        def judge() -> list[Sample]:
+            pairs = zip(owners, generations, strict=True)
+            return [self._extended(sample, generation) for (_, sample), generation in pairs]
+
+        # In a thread: a verifier may take seconds, and engines are to be heard meanwhile.
+        for (group, sample), extended in zip(owners, await asyncio.to_thread(judge), strict=True):
+            group.samples[sample.sample_index] = extended
         for group in groups:
             group.ended = all(sample.finish_reason != "abort" for sample in group.samples)
 
@@ -259,6 +268,7 @@ class Collector:
         return Request(
             [*sample.prompt.token_ids, *sample.token_ids],
             {
+                **self.sampling,
                 "temperature": rollout.temperature,
                 "max_new_tokens": rollout.max_response_tokens - made,
                 "stop_token_ids": self.stop_token_ids,
@@ -386,9 +396,3 @@ def _joined(spans: Sequence[Span]) -> tuple[Span, ...]:
         else:
             joined.append((version, start, end))
     return tuple(joined)
-
-
-def distinct_right(samples: Sequence[Sample], group_size: int) -> float:
-    """Mean over prompts of how many different right answers their samples gave."""
-    groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
-    return sum(len({s.text for s in group if s.reward > 0}) for group in groups) / len(groups)

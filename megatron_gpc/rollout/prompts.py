@@ -11,13 +11,22 @@ from typing import Any
 from megatron_gpc.errors import UserError
 from megatron_gpc.types import Prompt
 
+Message = dict[str, str]
+"""{role, content}"""
 
-def read_prompts(file: Path, tokenize: Callable[[str], list[int]]) -> list[Prompt]:
+
+def read_prompts(
+    file: Path,
+    tokenize: Callable[[str], list[int]],
+    render: Callable[[list[Message]], str] | None = None,
+) -> list[Prompt]:
     """All prompts of a file.
 
     Args:
-        file: one JSON object a line: `prompt` (text) and `label` (whatever the verifier needs).
+        file: one JSON object a line: `prompt` (text, or a list of messages) and `label` (whatever
+            the verifier needs).
         tokenize: text -> token ids.
+        render: messages -> text; None: there may be none.
 
     Raises:
         UserError: names file and line of what cannot be used.
@@ -36,17 +45,38 @@ def read_prompts(file: Path, tokenize: Callable[[str], list[int]]) -> list[Promp
             raise UserError(f"{file}:{number}: not JSON: {error}") from None
         if (
             not isinstance(row, dict)
-            or not isinstance(row.get("prompt"), str)
+            or not (isinstance(row.get("prompt"), str) or _messages(row.get("prompt")))
             or "label" not in row
         ):
-            raise UserError(f'{file}:{number}: expected an object with "prompt" (text) and "label"')
-        token_ids = tuple(tokenize(row["prompt"]))
+            raise UserError(
+                f'{file}:{number}: expected an object with "prompt" (text, or a list of messages '
+                'with "role" and "content") and "label"'
+            )
+        text = row["prompt"]
+        if not isinstance(text, str):
+            if render is None:
+                raise UserError(f"{file}:{number}: the prompt is a list of messages, not text")
+            text = render(text)
+        token_ids = tuple(tokenize(text))
         if not token_ids:
             raise UserError(f"{file}:{number}: the prompt has no tokens")
-        prompts.append(Prompt(len(prompts), row["prompt"], token_ids, row["label"]))
+        prompts.append(Prompt(len(prompts), text, token_ids, row["label"]))
     if not prompts:
         raise UserError(f"{file}: no prompts in it")
     return prompts
+
+
+def _messages(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )
 
 
 class PromptSource:

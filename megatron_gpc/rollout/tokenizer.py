@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.rollout.prompts import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,3 +31,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has no tokenizer (tokenizer.json); copy the tokenizer's files there"
         )
     return tokenizer
+
+
+def chat_renderer(
+    tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
+) -> Callable[[list[Message]], str]:
+    """Messages -> what the model is to go on from, by the tokenizer's chat template.
+
+    Args:
+        variables: of the template.
+    """
+
+    def render(messages: list[Message]) -> str:
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"{tokenizer.name_or_path} has no chat template, but prompts are lists of "
+                "messages; add one, or make them text (tools/convert_prompts.py --text)"
+            )
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **variables
+        )
+
+    return render

@@ -16,12 +16,12 @@ from tiny import run_config
 from megatron_gpc.config import RolloutConfig
 from megatron_gpc.rollout.collector import (
     Collector,
-    distinct_right,
     overlong_penalty,
     sample_seed,
 )
 from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.engines import Engines, WeightsNeeded
+from megatron_gpc.rollout.held_out import distinct_right
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.rollout.weight_sync import make_sync

@@ -36,5 +36,5 @@ def test_everything_else_is_wrong(text):
 
 
 def test_unknown_verifiers_are_refused_with_the_list():
-    with pytest.raises(UserError, match="there are: addition"):
+    with pytest.raises(UserError, match="there are: addition, math"):
         verifier("addtion")

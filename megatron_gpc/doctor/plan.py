@@ -1,0 +1,67 @@
+"""What a configuration asks for, against what is here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from megatron_gpc.config import Config
+from megatron_gpc.doctor.finding import Finding
+from megatron_gpc.errors import UserError
+from megatron_gpc.layout import model_parallel_size, read_hf_config, world_size
+from megatron_gpc.memory import GIB, estimate
+
+
+def plan(config: Config, check: Callable[[Config], None]) -> Iterator[Finding]:
+    """Whether the configuration can run here.
+
+    Args:
+        check: raises UserError where `megatron-gpc train` would refuse it.
+    """
+    try:
+        check(config)
+        yield Finding("configuration", "ok", "accepted, model included")
+    except UserError as error:
+        yield Finding("configuration", "problem", str(error), "mend it, or mount the folder")
+        return
+    for key, file in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts)):
+        if file is not None and not file.is_file():
+            if config.model.build is not None:
+                yield Finding(key, "note", f"{file} is not there yet", "model.build may make it")
+            else:
+                yield Finding(
+                    key, "problem", f"{file} is not there", "mount its folder, or make it"
+                )
+    yield from _gpus(config)
+
+
+def _gpus(config: Config) -> Iterator[Finding]:
+    gpus, nodes = torch.cuda.device_count(), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    world, copy = world_size(config.parallel), model_parallel_size(config.parallel)
+    if not gpus:
+        cores = len(os.sched_getaffinity(0))
+        status = "note" if world > cores * nodes else "ok"
+        advice = "it runs, slowly: more ranks than cores" if status == "note" else ""
+        found = f"{world} on {nodes} nodes of {cores} cores, no GPU"
+        yield Finding("ranks", status, found, advice)
+        return
+    there = nodes * gpus
+    fits = there % copy == 0 if config.parallel.dp is None else there == world
+    if not fits:
+        found = f"{nodes} nodes of {gpus} GPUs; parallel.* wants {world} ranks"
+        advice = "change --nodes, --gpus-per-node or parallel.*"
+        yield Finding("ranks", "problem", found, advice)
+        return
+    yield Finding("ranks", "ok", f"one on each of {there} GPUs")
+    hf = read_hf_config(config.model.hf)
+    total = torch.cuda.get_device_properties(0).total_memory
+    engine = float(config.sglang.args.get("mem_fraction_static", 0.0)) * total
+    wanted = estimate(config, hf, there).trainer + engine
+    found = f"{wanted / GIB:.0f} of {total / GIB:.0f} GiB a GPU, estimated"
+    if wanted > total:
+        advice = "raise parallel.*, recompute, or lower sglang.args.mem_fraction_static"
+        yield Finding("GPU memory", "problem", found, advice)
+    else:
+        yield Finding("GPU memory", "ok", found)

@@ -1,0 +1,200 @@
+"""`megatron-gpc eval`: a checkpoint on held-out prompts, judged by the configured verifier.
+
+Samples come from the same engines as in training (embedded, SGLang, or those that
+rollout.server.urls names), which are given the checkpoint's weights.  No process group, no trainer:
+one process beside its engines.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from megatron_gpc.config import Config
+from megatron_gpc.errors import UserError
+from megatron_gpc.layout import is_converted, read_hf_config
+from megatron_gpc.mcore.checkpoint_folder import checkpoints
+from megatron_gpc.rewards import verifier
+from megatron_gpc.rollout.collector import Collector
+from megatron_gpc.rollout.engine_start import Starter
+from megatron_gpc.rollout.engines import Engines
+from megatron_gpc.rollout.held_out import (
+    as_evaluated,
+    distinct_right,
+    groups_of,
+    nucleus,
+    pass_at_k,
+    pass_ks,
+)
+from megatron_gpc.rollout.prompts import PromptSource, read_prompts
+from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
+from megatron_gpc.types import Prompt, Sample
+from megatron_gpc.weights import HFReader, family_of, megatron_to_hf
+
+PART = 2048
+"""Samples asked for at a time, about; between parts the bar moves."""
+
+
+def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple[Path, dict]:
+    """Evaluate a checkpoint and write what was found as JSON.
+
+    Args:
+        checkpoint: a Hugging Face folder, a converted one, a checkpoint of a run, or a run, of
+            which the newest is taken; None: model.hf.
+        out: file to write; None: RUN_DIR/evaluations/NAME.json.
+
+    Returns:
+        (file, what stands in it): see `results`.
+
+    Raises:
+        UserError: checkpoint, prompts or verifier cannot be used.
+        RolloutError: the engines did not start, or gave no good answers.
+    """
+    if config.eval.prompts is None:
+        raise UserError("eval.prompts is not set: there is nothing to evaluate on")
+    ks, judge = pass_ks(config), verifier(config.data.verifier)
+    source = newest(checkpoint or config.model.hf)
+    file = out or config.run_dir / "evaluations" / f"{source.name}.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file.parent}: cannot be written: {error.strerror}") from None
+    begin = time.monotonic()
+    with servable(source, file.parent) as folder:
+        tokenizer = load_tokenizer(folder)
+
+        def tokenize(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        render = chat_renderer(tokenizer, config.data.chat_template)
+        prompts = read_prompts(config.eval.prompts, tokenize, render)
+        starter = Starter(config.rollout.server, config.sglang, folder, file.parent / "logs")
+        with Engines(starter) as engines:
+            engines.await_started()
+            _give_weights(engines, folder, source.name)
+            collector = Collector(
+                as_evaluated(config),
+                engines,
+                PromptSource(prompts, config.seed),
+                judge,
+                tokenizer.decode,
+                [tokenizer.eos_token_id],
+                nucleus(config),
+            )
+            samples = _sample(collector, prompts, config.eval.samples)
+    found = {
+        "checkpoint": str(source.absolute()),
+        "prompts_file": str(config.eval.prompts),
+        "verifier": config.data.verifier,
+        "sampling": {
+            "temperature": collector.config.rollout.temperature,
+            "max_response_tokens": collector.config.rollout.max_response_tokens,
+            "seed": config.seed,
+            **nucleus(config),
+        },
+        "seconds": round(time.monotonic() - begin, 1),
+        **results(samples, config.eval.samples, ks),
+    }
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(file)
+    return file, found
+
+
+def newest(folder: Path) -> Path:
+    """The newest complete checkpoint of a run's folder; any other folder as it is.
+
+    Raises:
+        UserError: no such folder, or a run without a checkpoint.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such checkpoint folder")
+    if not (folder / "checkpoints").is_dir():
+        return folder
+    found = checkpoints(folder)
+    if not found:
+        raise UserError(f"{folder} has no complete checkpoint yet (checkpoints/step_NNNNNN)")
+    return found[-1]
+
+
+@contextmanager
+def servable(checkpoint: Path, beside: Path) -> Iterator[Path]:
+    """A Hugging Face folder with the checkpoint's weights, for the time of the block.
+
+    Args:
+        beside: where it is made, for what is none yet; engines elsewhere see the same path.
+
+    Raises:
+        UserError: the checkpoint is damaged, or none.
+    """
+    if (checkpoint / "config.json").is_file():
+        hf = read_hf_config(checkpoint)
+        family = family_of(hf)
+        HFReader(checkpoint).check(family.params(hf), family.copies(hf))
+        yield checkpoint
+        return
+    if not (is_converted(checkpoint) or (checkpoint / ".metadata").is_file()):
+        raise UserError(
+            f"{checkpoint} is no Hugging Face folder (config.json), no checkpoint of a run "
+            "(RUN/checkpoints/step_NNNNNN) and no run"
+        )
+    with tempfile.TemporaryDirectory(prefix=".evaluating-", dir=beside) as made:
+        folder = Path(made) / "hf"
+        megatron_to_hf(checkpoint, folder)
+        yield folder
+
+
+def _give_weights(engines: Engines, folder: Path, version: str) -> None:
+    """Have every engine read the folder, as after an update; those started from it read it again,
+    which tells that they can.
+
+    Raises:
+        ServerUnavailable: none did; says what was wrong with each.
+    """
+    path, members = str(folder), engines.alive()
+    engines.current = (path, version)
+    engines.each(members, lambda e: e.client.update_weights_from_disk(path, version))
+    engines.confirm(members, version)
+    if not engines.ready():
+        raise engines.lost(f"no engine has taken the weights of {folder}")
+
+
+def _sample(collector: Collector, prompts: Sequence[Prompt], count: int) -> list[Sample]:
+    size = max(1, PART // count)
+    parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    samples: list[Sample] = []
+    for part in track(parts, "evaluating", transient=True):
+        samples += collector.engines.run(collector.sample(part, count, "eval"))
+    return samples
+
+
+def results(samples: Sequence[Sample], count: int, ks: Sequence[int]) -> dict[str, Any]:
+    """What is said of `count` samples of each prompt, given prompt by prompt.
+
+    `mean` is the mean reward (mean@count), `pass` the mean over prompts of pass@k for every k; a
+    sample is right where its reward is above 0.
+    """
+    groups = groups_of(samples, count)
+    right = [sum(s.reward > 0 for s in group) for group in groups]
+    rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
+    return {
+        "prompts": len(groups),
+        "samples": count,
+        "mean": float(rewards.mean()),
+        "pass": {str(k): sum(pass_at_k(c, count, k) for c in right) / len(right) for k in ks},
+        "distinct_right": distinct_right(samples, count),
+        "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
+        "mean_tokens": sum(len(s.token_ids) for s in samples) / len(samples),
+        "by_prompt": [
+            {"prompt": group[0].prompt.index, "label": group[0].prompt.label, "right": c}
+            for group, c in zip(groups, right, strict=True)
+        ],
+    }
