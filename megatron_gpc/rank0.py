@@ -19,6 +19,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.guard import save_mini_batch
 from megatron_gpc.layout import hf_folder, is_converted, read_hf_config
 from megatron_gpc.metrics.console import Console
+from megatron_gpc.metrics.pass_at_k import pass_at_k, powers_of_two
 from megatron_gpc.metrics.plots import plot_run
 from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
@@ -234,11 +235,15 @@ class Rank0:
             samples = self.engines.run(self.collector.sample(self.held_out, count, "eval"))
         except WeightsNeeded:
             return False
+        right_P = [
+            sum(s.reward > 0 for s in samples[i : i + count]) for i in range(0, len(samples), count)
+        ]
         self.metrics.write_evaluation(
             step,
             {
                 "eval_reward": sum(s.reward for s in samples) / len(samples),
                 "eval_distinct_right": distinct_right(samples, count),
+                **{f"eval_pass_at_{k}": pass_at_k(right_P, count, k) for k in powers_of_two(count)},
             },
         )
         return True

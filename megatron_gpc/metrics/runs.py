@@ -78,6 +78,24 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
+def paired(one: Series, other: Series) -> tuple[np.ndarray, np.ndarray]:
+    """Values of two metrics at the steps at which both are known."""
+    of_one, of_other = (
+        {step: v for step, v in zip(s.steps.tolist(), s.values.tolist(), strict=True) if v == v}
+        for s in (one, other)
+    )
+    steps = sorted(of_one.keys() & of_other.keys())
+    return np.array([of_one[k] for k in steps]), np.array([of_other[k] for k in steps])
+
+
+def correlation(one: Series, other: Series) -> float:
+    """Pearson's r of two metrics over steps; nan for fewer than 3 steps or a constant metric."""
+    x, y = paired(one, other)
+    if len(x) < 3 or x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory.  `config` has dotted keys: {"clip.schedule": "id", "train.steps": 100}."""

@@ -94,7 +94,7 @@ def test_configuration_cannot_be_changed(file):
         ("eps_low=0.1", "did you mean 'clip.eps_low'"),
         (
             "clip.schedule=foo",
-            "clip.schedule: input should be 'static', 'id', 'did' or 'od', got 'foo'",
+            "clip.schedule: input should be 'static', 'hi', 'lo', 'id', 'did' or 'od', got 'foo'",
         ),
         ("parallel.tp=0", "parallel.tp: input should be greater than or equal to 1"),
         ("parallel.tp=two", "parallel.tp: input should be a valid integer"),
