@@ -7,11 +7,12 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare test test-sglang chaos lint bench layouts clean help
+.PHONY: run compare study test test-sglang chaos lint bench layouts clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
 	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
+	@echo "make study    the paper's claims over 5 seeds, in one report (examples/entropy_study)"
 	@echo "make test     set up .venv and run the tests"
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
@@ -34,6 +35,9 @@ run: .venv/.installed
 
 compare: .venv/.installed
 	$(BIN)/python examples/arithmetic/compare.py
+
+study: .venv/.installed
+	$(BIN)/python examples/entropy_study/study.py
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
