@@ -16,7 +16,7 @@ help:
 	@echo "make test     set up .venv and run the tests"
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
-	@echo "make bench    measure log-prob + entropy at V = 151,936, and checkpoints"
+	@echo "make bench    measure log-prob + entropy at V = 151,936, checkpoints, clipping"
 	@echo "make layouts  hold every layout to float64 and print the table of docs/layouts.md"
 	@echo "make lint     ruff and pyright"
 
@@ -60,6 +60,7 @@ test-sglang: .venv/.installed .sglang/.installed
 bench: .venv/.installed
 	$(BIN)/python tools/bench/token_stats.py
 	$(BIN)/python tools/bench/checkpoint.py
+	$(BIN)/python tools/bench/update.py
 
 layouts: .venv/.installed
 	$(BIN)/python tests/dist/layouts.py
