@@ -22,9 +22,9 @@ PLOT_NAME = "plots.png"
 """Where a run's own picture lies in its folder."""
 
 # Differences in these do not make another experiment: where a run lies, what it talks to, what it
-# keeps.  The schedule heads the label by itself.
+# keeps, what it measures of itself.  The schedule heads the label by itself.
 _NOT_IN_LABEL = ("run_dir", "resume", "timeout_s", "seed", "clip.schedule")
-_NOT_IN_LABEL_SECTIONS = ("rollout.server.", "checkpoint.", "guard.")
+_NOT_IN_LABEL_SECTIONS = ("rollout.server.", "checkpoint.", "guard.", "diagnostics.")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     python tools/bench/update.py [--layers 4] [--hidden 256] [--vocab 8192] [--rounds 15]
 
 A step is scoring a rollout and updating on it, mini-batch by mini-batch; sampling is left out, with
-which all ratios would be nearer to 1.  The ways take turns, so that what else the machine does hits
-them alike; what counts are ratios of medians.
+which all ratios would be nearer to 1.  The ways take turns, so that what else the machine does
+hits them alike, and without a GPU it is the process's CPU time that is taken.  What counts are the
+ratios of each round; the table has their medians.
 
     PPO         the textbook's clip with constants, and no region diagnostics
     GPC         thresholds by probability (ID's first step), and no region diagnostics
@@ -85,8 +86,16 @@ def rollout(vocab: int, tokens: int) -> RolloutBatch:
     return pack(samples, group_advantages(rewards_N, torch.arange(len(samples)) // GROUP, "std"))
 
 
-def measure(folder: Path, rounds: int, tokens: int) -> dict[str, float]:
-    """Median seconds of a step, each way."""
+def now() -> float:
+    """Seconds; of CPU time where that is what a step takes."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(folder: Path, rounds: int, tokens: int) -> dict[str, list[float]]:
+    """Seconds of a step in every round, each way."""
     from megatron_gpc.mcore import policy as module
     from megatron_gpc.mcore.entropy_change import EntropyChange
     from megatron_gpc.mcore.setup import device, process_groups
@@ -111,7 +120,7 @@ def measure(folder: Path, rounds: int, tokens: int) -> dict[str, float]:
         updates = mini_batches(batch.num_samples, 4, 1, seed=0, step=1)
 
         def step(bounds: Bounds, change: bool = False) -> float:
-            begin = time.perf_counter()
+            begin = now()
             scored = policy.score(batch)
             sums = Sums(module.UPDATE_MEANS, module.UPDATE_MAXIMA, device())
             measured = EntropyChange(policy, batch, scored) if change else None
@@ -120,7 +129,7 @@ def measure(folder: Path, rounds: int, tokens: int) -> dict[str, float]:
             sums.reduce()
             if measured:
                 measured.metrics()
-            return time.perf_counter() - begin
+            return now() - begin
 
         def bare(bounds: Bounds, loss: Any) -> float:
             def update_loss(micro: Any, stats: Any, **given: Any) -> Any:
@@ -145,7 +154,7 @@ def measure(folder: Path, rounds: int, tokens: int) -> dict[str, float]:
                 taken = ways[name]()
                 if number:  # the first round warms up
                     seconds[name].append(taken)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def rank(folder: Path, rounds: int, tokens: int) -> int:
@@ -198,8 +207,11 @@ def main() -> int:
         table.add_column(heading, justify="right" if heading else "left")
     before = None
     for way, seconds in found.items():
-        ratio = f"{seconds / found[before]:.4f}" if before else ""
-        table.add_row(way, f"{seconds:.4f}", ratio, before or "")
+        ratio = ""
+        if before:
+            ratios = [a / b for a, b in zip(seconds, found[before], strict=True)]
+            ratio = f"{statistics.median(ratios):.4f}"
+        table.add_row(way, f"{statistics.median(seconds):.4f}", ratio, before or "")
         before = way
     Console(width=100).print(table)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
