@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_gpc.config import Config
 from megatron_gpc.config_file import dump, load
 from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.launch import die_with_parent
 from megatron_gpc.metrics.runs import load_run
 from megatron_gpc.metrics.writer import FILE_NAME
 
@@ -90,6 +91,7 @@ def _start(config: Path, log: Path, arguments: Sequence[str]) -> subprocess.Pope
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=console,
+            preexec_fn=die_with_parent,
         )
 
 

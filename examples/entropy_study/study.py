@@ -4,8 +4,8 @@
         [--arms static hi ...] [--start FOLDER] [--out FOLDER] [key=value ...]
 
 Makes every arm of ARMS for every seed, one process a run, and writes OUT/report.md and
-OUT/report.html.  A run that is finished is not made again; one that was interrupted is, so the same
-command continues.  All runs start from the same warm-up, the peaked one of examples/arithmetic.
+OUT/report.html.  A run that is finished is not made again, one that was interrupted continues: give
+the same command again.  All runs start from one warm-up, the peaked one of examples/arithmetic.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def make_runs(arguments: argparse.Namespace) -> float:
         f"model.build={ARITHMETIC / 'build_peaked.py'}",
         f"data.prompts={arguments.start}/train.jsonl",
         f"eval.prompts={arguments.start}/heldout.jsonl",
-        *("parallel.tp=1", "parallel.pp=1", "checkpoint.every=0"),
+        *("parallel.tp=1", "parallel.pp=1"),
     ]
     config = ARITHMETIC / "config.yaml"
     begin = time.monotonic()
