@@ -34,10 +34,18 @@ def _http_url(value: str) -> str:
 
 
 Url = typing.Annotated[str, AfterValidator(_http_url)]
+
+
+def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("name at least one")
+    return value
+
+
 _one_or_list = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 Urls = typing.Annotated[tuple[Url, ...], _one_or_list]
 Region = Literal["e1", "e2", "e3", "e4"]
-Regions = typing.Annotated[tuple[Region, ...], Field(min_length=1), _one_or_list]
+Regions = typing.Annotated[tuple[Region, ...], AfterValidator(_not_empty), _one_or_list]
 
 T = typing.TypeVar("T")
 

@@ -23,12 +23,13 @@ def study(start: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str
         ],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
+@pytest.mark.timeout(600)  # four runs, on a machine that may have other work
 def test_each_region_alone_moves_entropy_as_the_paper_says(start, tmp_path):
     done = study(start, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +37,12 @@ def test_each_region_alone_moves_entropy_as_the_paper_says(start, tmp_path):
         lines = metrics(tmp_path / f"{arm}-0")
         entropies = [line["entropy"] for line in lines]
         assert len(lines) == 6 and sign * (entropies[-1] - entropies[0]) > 0.01, (arm, entropies)
-        assert [line[f"gradient_share_{arm}"] for line in lines] == [1.0] * 6
+        shares = [line[f"gradient_share_{arm}"] for line in lines]
+        # null: no group of the step was mixed, so there was no gradient at all
+        assert [share for share in shares if share is not None] == pytest.approx(
+            [1.0] * (6 - shares.count(None))
+        )
+        assert shares[0] is not None
         measured, along = (
             sum(line[name] for line in lines) for name in ("dh_measured", "dh_directional")
         )

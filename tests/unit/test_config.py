@@ -101,6 +101,8 @@ def test_configuration_cannot_be_changed(file):
         ("parallel=2", "parallel is a section"),
         ("optim.lr=.nan", "optim.lr: input should be a finite number"),
         ("clip.phase_split=1", "clip.phase_split: input should be less than 1"),
+        ("clip.regions=[e1, e5]", "clip.regions.1: input should be 'e1', 'e2', 'e3' or 'e4'"),
+        ("clip.regions=[]", "clip.regions: name at least one"),
         ("rollout.group_size=1", "rollout.group_size"),
         ("seed", "expected key=value"),
         ("frobnicate=1", "unknown key 'frobnicate'; all keys are in megatron_gpc/config.py"),
