@@ -7,16 +7,17 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare test test-slurm test-sglang chaos lint bench layouts clean help
+.PHONY: run compare study test test-slurm test-sglang chaos lint bench layouts clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
 	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
+	@echo "make study    the paper's claims over 5 seeds, in one report (examples/entropy_study)"
 	@echo "make test     set up .venv and run the tests"
 	@echo "make test-slurm  jobs on a real Slurm of four nodes on this host (root, Debian; installs 13 MB)"
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
-	@echo "make bench    measure log-prob + entropy at V = 151,936, and checkpoints"
+	@echo "make bench    measure log-prob + entropy at V = 151,936, checkpoints, clipping"
 	@echo "make layouts  hold every layout to float64 and print the table of docs/layouts.md"
 	@echo "make lint     ruff and pyright"
 
@@ -35,6 +36,9 @@ run: .venv/.installed
 
 compare: .venv/.installed
 	$(BIN)/python examples/arithmetic/compare.py
+
+study: .venv/.installed
+	$(BIN)/python examples/entropy_study/study.py
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
@@ -60,6 +64,7 @@ test-sglang: .venv/.installed .sglang/.installed
 bench: .venv/.installed
 	$(BIN)/python tools/bench/token_stats.py
 	$(BIN)/python tools/bench/checkpoint.py
+	$(BIN)/python tools/bench/update.py
 
 layouts: .venv/.installed
 	$(BIN)/python tests/dist/layouts.py

@@ -36,6 +36,7 @@ setup(
         "rich==15.0.0",  # progress and tables
         "matplotlib==3.11.2",  # plots
         "tensorboard==2.21.0",  # events for TensorBoard
+        "markdown==3.11.3",  # the entropy study's report as HTML; tensorboard brings it along
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],  # fused layers; apex comes from NVIDIA's own source

@@ -251,6 +251,7 @@ def _check(config: Config) -> None:
     import torch
 
     from megatron_gpc.layout import check_layout, read_hf_config
+    from megatron_gpc.metrics.pass_at_k import pass_ks
     from megatron_gpc.rewards import verifier
     from megatron_gpc.weights import family_of
 
@@ -259,6 +260,7 @@ def _check(config: Config) -> None:
     model = None if hf is None else family_of(hf).model_fields(hf)
     check_layout(config, hf, torch.cuda.is_available())
     verifier(config.data.verifier)
+    pass_ks(config.eval)
     if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):
         from megatron_gpc.mcore import cpu
 

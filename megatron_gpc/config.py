@@ -34,9 +34,18 @@ def _http_url(value: str) -> str:
 
 
 Url = typing.Annotated[str, AfterValidator(_http_url)]
-Urls = typing.Annotated[
-    tuple[Url, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
-]
+
+
+def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("name at least one")
+    return value
+
+
+_one_or_list = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+Urls = typing.Annotated[tuple[Url, ...], _one_or_list]
+Region = Literal["e1", "e2", "e3", "e4"]
+Regions = typing.Annotated[tuple[Region, ...], AfterValidator(_not_empty), _one_or_list]
 
 T = typing.TypeVar("T")
 
@@ -267,9 +276,10 @@ class OptimConfig:
 class ClipConfig:
     """Flexible entropy control (arXiv 2602.09782): how far the importance ratio may move."""
 
-    schedule: Literal["static", "id", "did", "od"] = "id"
+    schedule: Literal["static", "hi", "lo", "id", "did", "od"] = "id"
     """`static`: [1 - eps_low, 1 + eps_high] throughout (PPO, GRPO; DAPO with eps_high 0.28);
-    `id`: entropy up, then down; `did`: down, up, down; `od`: oscillation that decays."""
+    `hi` and `lo`: Hi(p) above or Lo(p) below throughout, the other side standard; `id`: entropy up,
+    then down; `did`: down, up, down; `od`: oscillation that decays."""
     eps_low: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Standard lower threshold (eps_std in the paper)."""
     eps_high: PositiveFloat = 0.2
@@ -286,6 +296,21 @@ class ClipConfig:
     """b_lo."""
     od_floor: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
     """H_min / H_init: the entropy at which `od` turns to raising it, as a share of the first."""
+    regions: Regions = ("e1", "e2", "e3", "e4")
+    """Entropy regions (docs/entropy.md) whose tokens give gradient, one or a list; for controlled
+    runs.  The loss is still divided by the number of ALL response tokens.  With fewer than four,
+    tokens of no region give none either."""
+
+
+@_section
+class DiagnosticsConfig:
+    """What a step measures of itself at the price of further passes over its samples."""
+
+    entropy_change: bool = False
+    """How much the step's updates changed mean entropy on the step's own samples (`dh_measured`),
+    and its exact directional derivative along the way the weights went (`dh_directional`).  One
+    forward and backward pass before the updates, one forward pass after them, and memory for one
+    more fp32 gradient."""
 
 
 @_section
@@ -371,6 +396,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
+    diagnostics: DiagnosticsConfig = dataclasses.field(default_factory=DiagnosticsConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)

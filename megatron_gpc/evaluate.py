@@ -22,6 +22,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
 from megatron_gpc.layout import is_converted, read_hf_config
 from megatron_gpc.mcore.checkpoint_folder import checkpoints
+from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.engine_start import Starter
@@ -31,8 +32,6 @@ from megatron_gpc.rollout.held_out import (
     distinct_right,
     groups_of,
     nucleus,
-    pass_at_k,
-    pass_ks,
 )
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
@@ -60,7 +59,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
     """
     if config.eval.prompts is None:
         raise UserError("eval.prompts is not set: there is nothing to evaluate on")
-    ks, judge = pass_ks(config), verifier(config.data.verifier)
+    ks, judge = pass_ks(config.eval), verifier(config.data.verifier)
     source = newest(checkpoint or config.model.hf)
     file = out or config.run_dir / "evaluations" / f"{source.name}.json"
     try:
@@ -189,7 +188,7 @@ def results(samples: Sequence[Sample], count: int, ks: Sequence[int]) -> dict[st
         "prompts": len(groups),
         "samples": count,
         "mean": float(rewards.mean()),
-        "pass": {str(k): sum(pass_at_k(c, count, k) for c in right) / len(right) for k in ks},
+        "pass": {str(k): pass_at_k(right, count, k) for k in ks},
         "distinct_right": distinct_right(samples, count),
         "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
         "mean_tokens": sum(len(s.token_ids) for s in samples) / len(samples),

@@ -20,6 +20,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.guard import save_mini_batch
 from megatron_gpc.layout import hf_folder, is_converted, read_hf_config
 from megatron_gpc.metrics.console import Console
+from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.metrics.plots import plot_run
 from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
@@ -27,7 +28,7 @@ from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.engines import Engines, WeightsNeeded
-from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, nucleus
+from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, groups_of, nucleus
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
@@ -239,11 +240,14 @@ class Rank0:
             samples = self.engines.run(self.evaluator.sample(self.held_out, count, "eval"))
         except WeightsNeeded:
             return False
+        right_P = [sum(s.reward > 0 for s in group) for group in groups_of(samples, count)]
+        ks = pass_ks(self.config.eval)
         self.metrics.write_evaluation(
             step,
             {
                 "eval_reward": sum(s.reward for s in samples) / len(samples),
                 "eval_distinct_right": distinct_right(samples, count),
+                **{f"eval_pass_at_{k}": pass_at_k(right_P, count, k) for k in ks},
             },
         )
         return True

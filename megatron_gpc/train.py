@@ -14,6 +14,7 @@ from megatron_gpc.guard import SkippedUpdates, Watchdog
 from megatron_gpc.handover import Handover
 from megatron_gpc.layout import is_converted, read_hf_config
 from megatron_gpc.mcore.checkpoint import Checkpoints, load_weights
+from megatron_gpc.mcore.entropy_change import EntropyChange
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
 from megatron_gpc.mcore.setup import device, from_main, is_main, on_any_rank, process_groups
 from megatron_gpc.mcore.weights import Exporter, load_hf
@@ -92,6 +93,9 @@ def train(config: Config, stop: StopRequest) -> bool:
                 config.seed,
                 state.step + 1,
             )
+            change = None
+            if config.diagnostics.entropy_change:
+                change = EntropyChange(policy, batch, scored)
             for number, samples in enumerate(updates, start=1):
                 updated = policy.update(batch, samples, old_logp_T, weights_T, bounds, sums)
                 watchdog.alive()
@@ -101,7 +105,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                     skipped.check()
                 else:
                     sums.add("grad_norm", updated["grad_norm"], 1)
-            metrics = sums.reduce()
+            metrics = sums.reduce() | (change.metrics() if change else {})
             clock.lap("seconds_train")
 
             state = TrainState(

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import time
 from itertools import product
 from pathlib import Path
 
 from megatron_gpc.config_file import load
+from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.metrics.plots import plot_runs
 from megatron_gpc.metrics.tables import compare_table, print_table
 from megatron_gpc.rundir import build_model
+from megatron_gpc.side_by_side import run_side_by_side
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -49,46 +49,21 @@ def main() -> int:
         *arguments.overrides,
     ]
     build_model(load(HERE / "config.yaml", overrides))  # once, before runs that would all build it
-    waiting = list(product(arguments.seeds, arguments.schedules))
-    folders = [arguments.out / f"{schedule}-{seed}" for seed, schedule in waiting]
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    total = len(waiting)
-    begin = time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
-            seed, schedule = waiting.pop(0)
-            name = f"{schedule}-{seed}"
-            running[name] = start(arguments.out / name, schedule, seed, overrides)
-            print(f"started {name}", flush=True)
-        time.sleep(0.5)
-        for name in [name for name, process in running.items() if process.poll() is not None]:
-            code = running.pop(name).returncode
-            if code:
-                print((arguments.out / f"{name}.log").read_text()[-3000:], file=sys.stderr)
-                for other in running.values():
-                    other.terminate()
-                return code
-            done, seconds = total - len(waiting) - len(running), time.monotonic() - begin
-            print(f"{name} done ({done} of {total}, {seconds:.0f} s)", flush=True)
+    runs = {
+        f"{schedule}-{seed}": [*overrides, f"clip.schedule={schedule}", f"seed={seed}"]
+        for seed, schedule in product(arguments.seeds, arguments.schedules)
+    }
+    try:
+        folders = run_side_by_side(
+            HERE / "config.yaml", arguments.out, runs, jobs=os.cpu_count() or 1
+        )
+    except (UserError, RunStopped) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
     picture = plot_runs(folders, arguments.out / "comparison.png")
     print_table(compare_table(folders))
     print(f"picture: {picture}")
     return 0
-
-
-def start(run_dir: Path, schedule: str, seed: int, overrides: list[str]) -> subprocess.Popen[bytes]:
-    """One run as a process of its own; its console goes to a file beside its folder."""
-    with run_dir.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "megatron_gpc", "train", str(HERE / "config.yaml")),
-                *(f"run_dir={run_dir}", f"clip.schedule={schedule}", f"seed={seed}"),
-                *overrides,
-            ],
-            stdout=log,
-            stderr=log,
-        )
 
 
 if __name__ == "__main__":

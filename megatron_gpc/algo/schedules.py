@@ -6,6 +6,8 @@ the paper's lambda(k) = 1 - 2k/T.
 
     schedule  phase    eps_plus                              eps_minus
     static             eps_high                              eps_low
+    Hi                 Hi(p)                                 eps_low
+    Lo                 eps_high                              Lo(p)
     ID        1        lambda Hi(p) + (1 - lambda) eps_high  eps_low
               2        eps_high                              (1 + lambda) Lo(p) - lambda eps_low
     DID       1        lambda eps_high + (1 - lambda) Hi(p)  eps_low
@@ -60,7 +62,7 @@ class Schedule(Protocol):
 
 
 class PhaseSchedule:
-    """static, ID and DID: functions of the step alone."""
+    """static, Hi, Lo, ID and DID: functions of the step alone."""
 
     def __init__(self, clip: ClipConfig, steps: int):
         self.kind = clip.schedule
@@ -80,8 +82,9 @@ class PhaseSchedule:
     def bounds(self, k: int, entropy: float) -> Bounds:
         lam = self.phase_lambda(k)
         first = k <= self.boundary
-        if self.kind == "static":
-            high, low = self.std_high, self.std_low
+        if self.kind in ("static", "hi", "lo"):
+            high = self.hi if self.kind == "hi" else self.std_high
+            low = self.lo if self.kind == "lo" else self.std_low
         elif self.kind == "id":
             high = _mix(lam, self.hi, self.std_high) if first else self.std_high
             low = self.std_low if first else _mix(1.0 + lam, self.lo, self.std_low)
@@ -94,7 +97,7 @@ class PhaseSchedule:
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        assert not state, "ID, DID and static keep no state"
+        assert not state, "only OD keeps state"
 
 
 class OscillatorySchedule:

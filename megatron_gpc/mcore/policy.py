@@ -33,7 +33,7 @@ tests/dist/test_layouts.py holds every layout to a float64 gradient of the loss 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,8 +48,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_gpc.algo.policy_loss import PolicyLoss, policy_loss
+from megatron_gpc.algo.regions import REGIONS, RegionSums, keep_regions, region_masks, region_sums
 from megatron_gpc.batching import context_part, micro_batches, multiples
-from megatron_gpc.config import Config
+from megatron_gpc.config import Config, Region
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
 from megatron_gpc.mcore.setup import device, on_any_rank, sum_over_ranks
@@ -57,7 +58,14 @@ from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats
 from megatron_gpc.weights import ModelFields
 
-UPDATE_MEANS = ("loss", "ratio_mean", "clip_fraction_low", "clip_fraction_high", "padding_fraction")
+CLIP_FRACTIONS, GRADIENT_SHARES, DH_PREDICTED = (
+    [f"{name}_{region}" for region in REGIONS]
+    for name in ("clip_fraction", "gradient_share", "dh_predicted")
+)
+UPDATE_MEANS = (
+    *("loss", "ratio_mean", "clip_fraction_low", "clip_fraction_high", "padding_fraction"),
+    *(*CLIP_FRACTIONS, *GRADIENT_SHARES, *DH_PREDICTED, "dh_predicted"),
+)
 UPDATE_MAXIMA = ("ratio_max",)
 
 
@@ -130,13 +138,14 @@ class Policy:
         results = self.gradient(batch, samples, old_logp_T, weights_T, bounds)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        loss_is_finite = all(bool(loss.loss_sum.isfinite()) for _, loss in results)
+        loss_is_finite = all(bool(loss.loss_sum.isfinite()) for _, loss, _ in results)
         skipped = on_any_rank(not (loss_is_finite and math.isfinite(grad_norm)))
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if not skipped:
             if parallel_state.get_tensor_model_parallel_rank() == 0:
-                for micro, loss in results:
+                for micro, loss, regions in results:
                     _add(sums, micro, loss)
+                    _add_regions(sums, micro, regions)
             self._step(grad_norm)
         return {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": skipped}
 
@@ -164,18 +173,17 @@ class Policy:
         old_logp_T: torch.Tensor,
         weights_T: torch.Tensor,
         bounds: Bounds,
-    ) -> list[tuple[MicroBatch, PolicyLoss]]:
+    ) -> list[tuple[MicroBatch, PolicyLoss, RegionSums]]:
         """The gradient of one mini-batch, over all ranks, into megatron-core's buffers.
 
         Arguments as of `update`.
 
         Returns:
             On the last pipeline stage: this rank's micro-batches, each with what the loss says
-            about its tokens; the same on tensor-parallel ranks.  Nothing on the other stages.
+            about its tokens and what those of each entropy region do; the same on tensor-parallel
+            ranks.  Nothing on the other stages.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._clear_gradient()
         token_advantages_T = batch.advantages_N.repeat_interleave(batch.response_lengths_N)
         loss = partial(
             _update_loss,
@@ -184,8 +192,25 @@ class Policy:
             advantages_T=token_advantages_T * weights_T,
             bounds=bounds,
             entropy_coef=self.config.train.entropy_coef,
+            kept=self.config.clip.regions,
         )
         return self._run(batch, samples, loss, forward_only=False)
+
+    def entropy_gradient(self, batch: RolloutBatch) -> None:
+        """The gradient of mean entropy over a rollout's response tokens, over all ranks, into
+        megatron-core's buffers."""
+        self._clear_gradient()
+        wanted = [model.entropy_grad for model in self.models]
+        for model in self.models:
+            model.entropy_grad = True
+        self._run(batch, list(range(batch.num_samples)), _entropy_loss, forward_only=False)
+        for model, before in zip(self.models, wanted, strict=True):
+            model.entropy_grad = before
+
+    def _clear_gradient(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def _run(
         self, batch: RolloutBatch, samples: list[int], loss: Any, forward_only: bool
@@ -241,25 +266,44 @@ def _update_loss(
     advantages_T: torch.Tensor,
     bounds: Bounds,
     entropy_coef: float,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[MicroBatch, PolicyLoss]]:
+    kept: Sequence[Region],
+) -> tuple[torch.Tensor, torch.Tensor, tuple[MicroBatch, PolicyLoss, RegionSums]]:
     """(summed loss, token count, result), as the schedules want it."""
     to = stats.logp_T.device
+    advantages_T = advantages_T[micro.slots_T].to(to)
+    constant = TokenStats(
+        stats.logp_T.detach(), stats.entropy_T.detach(), stats.sum_p2_T, stats.sum_p2_logp_T
+    )
+    masks = region_masks(constant.logp_T, constant.entropy_T, advantages_T)
     result = policy_loss(
         stats.logp_T,
         old_logp_T[micro.slots_T].to(to),
-        advantages_T[micro.slots_T].to(to),
+        keep_regions(advantages_T, masks, kept),
         bounds,
         stats.entropy_T,
         entropy_coef,
     )
-    count = torch.tensor(len(micro.slots_T), dtype=torch.int, device=to)
+    # asked of autograd, so that it is what the objective gives each token, whatever that is
+    (loss_grad_T,) = torch.autograd.grad(result.loss_sum, stats.logp_T, retain_graph=True)
+    clipped_T = result.clipped_low_T | result.clipped_high_T
+    regions = region_sums(constant, masks, -loss_grad_T, clipped_T)
     # the schedule frees the loss after its backward pass
-    kept = replace(result, loss_sum=result.loss_sum.detach().clone())
-    return result.loss_sum, count, (micro, kept)
+    result_kept = replace(result, loss_sum=result.loss_sum.detach().clone())
+    return result.loss_sum, _count(micro, stats), (micro, result_kept, regions)
+
+
+def _entropy_loss(
+    micro: MicroBatch, stats: TokenStats
+) -> tuple[torch.Tensor, torch.Tensor, tuple[()]]:
+    return stats.entropy_T.sum(), _count(micro, stats), ()
+
+
+def _count(micro: MicroBatch, stats: TokenStats) -> torch.Tensor:
+    return torch.tensor(len(micro.slots_T), dtype=torch.int, device=stats.device)
 
 
 def _add(sums: Sums, micro: MicroBatch, loss: PolicyLoss) -> None:
-    """UPDATE_MEANS and UPDATE_MAXIMA of one micro-batch."""
+    """UPDATE_MEANS, but for the regions', and UPDATE_MAXIMA of one micro-batch."""
     count = len(micro.slots_T)
     sums.add("loss", loss.loss_sum, count)
     sums.add("ratio_mean", loss.ratio_T.sum(), count)
@@ -268,6 +312,14 @@ def _add(sums: Sums, micro: MicroBatch, loss: PolicyLoss) -> None:
     if count:
         sums.add_max("ratio_max", loss.ratio_T.max())
     sums.add("padding_fraction", micro.padding, sum(micro.lengths_B))
+
+
+def _add_regions(sums: Sums, micro: MicroBatch, regions: RegionSums) -> None:
+    tokens = torch.tensor(float(len(micro.slots_T)), device=regions.dh.device)
+    sums.add_each(CLIP_FRACTIONS, regions.clipped, regions.tokens)
+    sums.add_each(GRADIENT_SHARES, regions.mass, regions.all_mass)
+    sums.add_each(DH_PREDICTED, regions.dh, tokens)
+    sums.add("dh_predicted", regions.all_dh, tokens)
 
 
 def _learning_rate(config: Config, optimizer: Any) -> OptimizerParamScheduler:

@@ -1,12 +1,9 @@
-"""Pictures of one run and of several over each other, from metrics.jsonl and config.yaml alone.
-
-Colours are Okabe and Ito's, which the colour-blind tell apart; steps are on matplotlib's viridis.
-"""
+"""Pictures of one run and of several over each other, from metrics.jsonl and config.yaml alone."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,47 +15,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.metrics.panels import (
+    BLUE,
+    GREY,
+    GROUP_COLOURS,
+    ORANGE,
+    RED,
+    SKY,
+    STYLE,
+    line,
+    mark_phase,
+    percent,
+    points,
+    save_figure,
+    say_missing,
+    start_panel,
+    trace,
+)
+from megatron_gpc.metrics.region_panels import dh_panel, prediction_panel, share_panel
 from megatron_gpc.metrics.runs import PLOT_NAME, Group, Run, Series, group_runs, load_run
 
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#333333", "#8C8C8C"
-GROUP_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, GREY)
-REGIONS = (  # from the bottom up: what raises entropy, then what lowers it
-    ("share_e2", "E2 unlikely, A > 0: H ↑", BLUE),
-    ("share_e3", "E3 likely, A < 0: H ↑", SKY),
-    ("share_e1", "E1 likely, A > 0: H ↓", ORANGE),
-    ("share_e4", "E4 unlikely, A < 0: H ↓", RED),
-)
 EVAL_TITLES = {
     "eval_reward": "held-out reward",
     "eval_distinct_right": "distinct right answers a prompt",
-}
-FEW = 12
-"""Series up to this length are drawn with their points."""
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E8E8E8",
-    "grid.linewidth": 0.8,
-    "xtick.color": BLACK,
-    "ytick.color": BLACK,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "legend.fontsize": 8,
-    "legend.framealpha": 0.8,
-    "legend.edgecolor": "none",
-    "legend.handlelength": 1.4,
-    "legend.borderpad": 0.2,
-    "legend.borderaxespad": 0.3,
-    "figure.titlesize": 11,
-    "savefig.dpi": 130,
 }
 
 
@@ -69,7 +48,7 @@ def plot_run(run_dir: Path, out: Path | None = None) -> Path:
         UserError: not a run directory, or one without any training step; `out` cannot be written.
     """
     out = Path(run_dir) / PLOT_NAME if out is None else Path(out)
-    return _save(run_figure(load_run(run_dir)), out)
+    return save_figure(run_figure(load_run(run_dir)), out)
 
 
 def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -78,50 +57,60 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: as `plot_run`.
     """
-    return _save(overlay_figure([load_run(run_dir) for run_dir in run_dirs]), Path(out))
+    return save_figure(overlay_figure([load_run(run_dir) for run_dir in run_dirs]), Path(out))
 
 
 def run_figure(run: Run) -> Figure:
-    """Nine panels.  Light lines are the values of single steps, strong ones a mean over 5 %."""
+    """Twelve panels.  Light lines are the values of single steps, strong ones a mean over 5 %."""
     _check_has_steps(run)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 8.2), layout="constrained")
-        axes = figure.subplots(3, 3).flat
+        figure = Figure(figsize=(11, 11), layout="constrained")
+        axes = figure.subplots(4, 3).flat
         _entropy_panel(next(axes), run)
         _reward_panel(next(axes), run)
         _diversity_panel(next(axes), run)
         _bounds_over_p_panel(next(axes), run)
         _bounds_over_steps_panel(next(axes), run)
         _clip_panel(next(axes), run)
-        _regions_panel(next(axes), run)
+        share_panel(next(axes), run, "share", "tokens by region (rest: A = 0)")
         _one_metric_panel(next(axes), run, "grad_norm", "gradient norm")
         _one_metric_panel(next(axes), run, "ratio_max", "largest importance ratio")
+        share_panel(next(axes), run, "gradient_share", "the gradient's mass by region")
+        dh_panel(next(axes), run)
+        prediction_panel(next(axes), run)
         figure.suptitle(f"{run.schedule}, seed {run.seed} ({run.folder.name})", x=0.01, ha="left")
     return figure
 
 
 def overlay_figure(runs: Sequence[Run]) -> Figure:
+    """What to look at first when runs are compared, pooled over their seeds."""
+    evaluated = [name for name in EVAL_TITLES if any(len(run.series(name)) for run in runs)]
+    panels = {
+        "entropy": "entropy [nats a token]",
+        "reward": "reward",
+        "clip_fraction_high": "tokens clipped at the upper bound",
+        "clip_fraction_low": "tokens clipped at the lower bound",
+        **{name: EVAL_TITLES[name] for name in evaluated},
+    }
+    return groups_figure(group_runs(runs), panels)
+
+
+def groups_figure(groups: Sequence[Group], panels: Mapping[str, str]) -> Figure:
     """One panel a metric, one colour a group: mean over seeds, a band of one standard deviation,
-    and every run as a thin line."""
-    for run in runs:
-        _check_has_steps(run)
-    groups = group_runs(runs)
-    evaluated = dict.fromkeys(
-        name for run in runs for name in run.names() if name.startswith("eval_")
-    )
-    panels = [
-        ("entropy", "entropy [nats a token]"),
-        ("reward", "reward"),
-        ("clip_fraction_high", "tokens clipped at the upper bound"),
-        ("clip_fraction_low", "tokens clipped at the lower bound"),
-        *((name, EVAL_TITLES.get(name, name)) for name in evaluated),
-    ]
+    and every run as a thin line.
+
+    Args:
+        panels: metric -> title.
+    """
+    for group in groups:
+        for run in group.runs:
+            _check_has_steps(run)
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11 if columns == 3 else 8, 0.6 + 2.7 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns).flatten()
-        for ax, (name, title) in zip(axes, panels, strict=False):
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for ax, (name, title) in zip(axes, panels.items(), strict=False):
             _overlay_panel(ax, groups, name, title)
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
@@ -135,8 +124,8 @@ def overlay_figure(runs: Sequence[Run]) -> Figure:
 
 
 def _entropy_panel(ax: Axes, run: Run) -> None:
-    _start_panel(ax, "entropy [nats a token]", run)
-    _trace(ax, run.series("entropy"), BLUE)
+    start_panel(ax, "entropy [nats a token]", run)
+    trace(ax, run.series("entropy"), BLUE)
     ax.set_ylim(bottom=0)
     if run.phase_boundary is not None:
         ax.annotate(
@@ -152,11 +141,11 @@ def _entropy_panel(ax: Axes, run: Run) -> None:
 
 
 def _reward_panel(ax: Axes, run: Run) -> None:
-    _start_panel(ax, "reward", run)
-    _trace(ax, run.series("reward"), BLUE, "training prompts")
+    start_panel(ax, "reward", run)
+    trace(ax, run.series("reward"), BLUE, "training prompts")
     held_out = run.series("eval_reward")
     if len(held_out):
-        _points(ax, held_out, RED, "held-out prompts")
+        points(ax, held_out, RED, "held-out prompts")
         ax.legend(loc="lower right")
 
 
@@ -164,8 +153,8 @@ def _diversity_panel(ax: Axes, run: Run) -> None:
     """Distinct right answers where they were counted, else the length of responses."""
     distinct = run.series("eval_distinct_right")
     if len(distinct):
-        _start_panel(ax, "distinct right answers a prompt", run)
-        _points(ax, distinct, RED)
+        start_panel(ax, "distinct right answers a prompt", run)
+        points(ax, distinct, RED)
         ax.set_ylim(bottom=0)
     else:
         _one_metric_panel(ax, run, "response_length", "response length [tokens]")
@@ -180,7 +169,7 @@ def _bounds_over_p_panel(ax: Axes, run: Run) -> None:
     ax.axhline(1, color=GREY, linewidth=0.8)
     bounds = _bounds(run)
     if not bounds:
-        _say_missing(ax)
+        say_missing(ax)
         return
     (_, *at_p0), _, (_, *at_p1) = bounds
     steps = at_p0[0].steps
@@ -206,16 +195,16 @@ def _bounds_over_p_panel(ax: Axes, run: Run) -> None:
 
 
 def _bounds_over_steps_panel(ax: Axes, run: Run) -> None:
-    _start_panel(ax, "ratio bounds over steps", run)
+    start_panel(ax, "ratio bounds over steps", run)
     ax.axhline(1, color=GREY, linewidth=0.8)
     bounds = _bounds(run)
     if not bounds:
-        _say_missing(ax)
+        say_missing(ax)
         return
     looks = ((BLUE, 3.4), (SKY, 2.3), (ORANGE, 1.2))
     for (label, upper, lower), (colour, width) in zip(bounds, looks, strict=True):
-        _line(ax, upper, color=colour, linewidth=width, label=label)
-        _line(ax, lower, color=colour, linewidth=width)
+        line(ax, upper, color=colour, linewidth=width, label=label)
+        line(ax, lower, color=colour, linewidth=width)
     ax.legend(
         loc="center",
         bbox_to_anchor=(0.5, _between(lower)),
@@ -225,44 +214,19 @@ def _bounds_over_steps_panel(ax: Axes, run: Run) -> None:
 
 
 def _clip_panel(ax: Axes, run: Run) -> None:
-    _start_panel(ax, "tokens clipped", run)
-    _trace(ax, run.series("clip_fraction_high"), RED, "at the upper bound")
-    _trace(ax, run.series("clip_fraction_low"), BLUE, "at the lower bound")
-    ax.yaxis.set_major_formatter(_percent)
+    start_panel(ax, "tokens clipped", run)
+    trace(ax, run.series("clip_fraction_high"), RED, "at the upper bound")
+    trace(ax, run.series("clip_fraction_low"), BLUE, "at the lower bound")
+    ax.yaxis.set_major_formatter(percent)
     ax.margins(y=0.25)  # room for the legend
     ax.set_ylim(bottom=0)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper left", ncols=2)
 
 
-def _regions_panel(ax: Axes, run: Run) -> None:
-    _start_panel(ax, "tokens by region (rest: A = 0)", run)
-    ax.set_title(ax.get_title("left"), pad=30)  # the legend stands below it
-    shares = [run.series(name).smooth() for name, _, _ in REGIONS]
-    steps = shares[0].steps
-    if not len(steps) or any(len(share) != len(steps) for share in shares):
-        _say_missing(ax)
-        return
-    values = np.array([share.values for share in shares])
-    if len(steps) == 1:  # an area needs two points
-        steps, values = np.array([steps[0] - 0.5, steps[0] + 0.5]), values.repeat(2, axis=1)
-    ax.stackplot(
-        steps,
-        values,
-        labels=[label for _, label, _ in REGIONS],
-        colors=[colour for _, _, colour in REGIONS],
-        alpha=0.85,
-    )
-    ax.set_ylim(0, 1)
-    ax.yaxis.set_major_formatter(_percent)
-    ax.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, handlelength=0.8, columnspacing=1
-    )
-
-
 def _one_metric_panel(ax: Axes, run: Run, name: str, title: str) -> None:
-    _start_panel(ax, title, run)
-    _trace(ax, run.series(name), BLUE)
+    start_panel(ax, title, run)
+    trace(ax, run.series(name), BLUE)
 
 
 def _bounds(run: Run) -> list[tuple[str, Series, Series]]:
@@ -290,7 +254,7 @@ def _overlay_panel(ax: Axes, groups: Sequence[Group], name: str, title: str) -> 
     ax.set_xlabel("step")
     for group, colour in zip(groups, itertools.cycle(GROUP_COLOURS), strict=False):
         for run in group.runs:
-            _line(
+            line(
                 ax, run.series(name).smooth(), color=colour, alpha=0.35, linewidth=0.9, markersize=3
             )
         mean, spread = group.mean_over_seeds(name)
@@ -303,7 +267,7 @@ def _overlay_panel(ax: Axes, groups: Sequence[Group], name: str, title: str) -> 
             linewidth=0,
         )
         number = len(group.runs)
-        _line(
+        line(
             ax,
             mean,
             color=colour,
@@ -312,84 +276,16 @@ def _overlay_panel(ax: Axes, groups: Sequence[Group], name: str, title: str) -> 
         )
     boundaries = {run.phase_boundary for group in groups for run in group.runs} - {None}
     if len(boundaries) == 1:  # of several, a line would not say whose it is
-        _mark_phase(ax, boundaries.pop())
+        mark_phase(ax, boundaries.pop())
     ax.set_xlim(0, max(run.steps for group in groups for run in group.runs))
     if name == "entropy":
         ax.set_ylim(bottom=0)
     if name.startswith("clip_fraction"):
-        ax.yaxis.set_major_formatter(_percent)
+        ax.yaxis.set_major_formatter(percent)
     if not any(len(run.series(name)) for group in groups for run in group.runs):
-        _say_missing(ax)
-
-
-# --- shared by both ---------------------------------------------------------------------------
-
-
-def _start_panel(ax: Axes, title: str, run: Run) -> None:
-    """Title, the whole run as x axis, and where phase 2 begins."""
-    ax.set_title(title)
-    ax.set_xlabel("step")
-    ax.set_xlim(0, run.steps)
-    _mark_phase(ax, run.phase_boundary)
-
-
-def _mark_phase(ax: Axes, boundary: float | None) -> None:
-    if boundary is not None:
-        ax.axvline(boundary, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="_phase")
-
-
-def _trace(ax: Axes, series: Series, colour: str, label: str | None = None) -> None:
-    """A noisy metric: single steps light, their running mean strong."""
-    if not len(series):
-        _say_missing(ax)
-        return
-    if series.window > 1:
-        _line(ax, series, color=colour, alpha=0.3, linewidth=0.9)
-    _line(ax, series.smooth(), color=colour, label=label)
-
-
-def _points(ax: Axes, series: Series, colour: str, label: str | None = None) -> None:
-    """A metric of few steps, such as evaluations: every one is a point; the line joins them."""
-    ax.plot(
-        series.steps,
-        series.values,
-        color=colour,
-        label=label,
-        marker="o",
-        linewidth=1.2,
-        linestyle=":",
-        clip_on=False,
-        zorder=3,
-    )
-
-
-def _line(ax: Axes, series: Series, **look: object) -> None:
-    """A line; few values are points as well, because of a single one a line shows nothing."""
-    few = 0 < len(series) <= FEW
-    ax.plot(series.steps, series.values, marker="o" if few else None, clip_on=not few, **look)
-
-
-def _percent(share: float, _position: int) -> str:
-    return f"{100 * share:g} %"
-
-
-def _say_missing(ax: Axes) -> None:
-    ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=GREY)
+        say_missing(ax)
 
 
 def _check_has_steps(run: Run) -> None:
     if not len(run.series("reward")):
         raise UserError(f"{run.folder}: no training step has been written yet; nothing to draw")
-
-
-def _save(figure: Figure, out: Path) -> Path:
-    formats = figure.canvas.get_supported_filetypes()
-    if out.suffix.lstrip(".").lower() not in formats:
-        raise UserError(f"{out}: a picture's name ends in one of {', '.join(formats)}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(STYLE):  # ticks are made as late as now
-            figure.savefig(out)
-    except OSError as error:
-        raise UserError(f"{out}: the picture cannot be written: {error.strerror}") from None
-    return out

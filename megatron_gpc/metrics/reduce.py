@@ -57,6 +57,19 @@ class Sums:
         pair[0] += _detached(numerator)
         pair[1] += _detached(denominator)
 
+    def add_each(
+        self, names: Sequence[str], numerators: torch.Tensor, denominators: torch.Tensor
+    ) -> None:
+        """`add` for several metrics at once, as one operation.
+
+        Args:
+            names: K metrics.
+            numerators, denominators: K values each, or one for all.
+        """
+        rows = [self._mean_row[name] for name in names]
+        pairs = torch.stack(torch.broadcast_tensors(numerators, denominators), -1).detach()
+        self._pairs[rows] += pairs.double()
+
     def add_max(self, name: str, value: Scalar) -> None:
         """Raise the maximum `name` to `value` where that is larger."""
         row = self._max_row[name]

@@ -22,9 +22,9 @@ PLOT_NAME = "plots.png"
 """Where a run's own picture lies in its folder."""
 
 # Differences in these do not make another experiment: where a run lies, what it talks to, what it
-# keeps.  The schedule heads the label by itself.
+# keeps, what it measures of itself.  The schedule heads the label by itself.
 _NOT_IN_LABEL = ("run_dir", "resume", "timeout_s", "seed", "clip.schedule")
-_NOT_IN_LABEL_SECTIONS = ("rollout.server.", "checkpoint.", "guard.")
+_NOT_IN_LABEL_SECTIONS = ("rollout.server.", "checkpoint.", "guard.", "diagnostics.")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,24 @@ def _mean(values: np.ndarray) -> float:
     """Mean of what is not nan; nan where nothing is left."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def paired(one: Series, other: Series) -> tuple[np.ndarray, np.ndarray]:
+    """Values of two metrics at the steps at which both are known."""
+    of_one, of_other = (
+        {step: v for step, v in zip(s.steps.tolist(), s.values.tolist(), strict=True) if v == v}
+        for s in (one, other)
+    )
+    steps = sorted(of_one.keys() & of_other.keys())
+    return np.array([of_one[k] for k in steps]), np.array([of_other[k] for k in steps])
+
+
+def correlation(one: Series, other: Series) -> float:
+    """Pearson's r of two metrics over steps; nan for fewer than 3 steps or a constant metric."""
+    x, y = paired(one, other)
+    if len(x) < 3 or x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 @dataclass(frozen=True)

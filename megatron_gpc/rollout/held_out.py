@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_gpc.config import Config
-from megatron_gpc.errors import UserError
 from megatron_gpc.types import Sample
 
 
@@ -33,33 +31,6 @@ def as_evaluated(config: Config) -> Config:
 def nucleus(config: Config) -> dict[str, Any]:
     """The sampling parameters that evaluation has and training has not, in SGLang's names."""
     return {"top_p": config.eval.top_p, "top_k": config.eval.top_k}
-
-
-def pass_ks(config: Config) -> tuple[int, ...]:
-    """The k of pass@k, ascending.
-
-    Raises:
-        UserError: one is larger than the number of samples a prompt.
-    """
-    samples, ks = config.eval.samples, config.eval.pass_k
-    if not ks:
-        return tuple(2**power for power in range(samples.bit_length()))
-    if max(ks) > samples:
-        raise UserError(
-            f"eval.pass_k: pass@{max(ks)} needs as many samples a prompt; eval.samples={samples}"
-        )
-    return tuple(sorted(set(ks)))
-
-
-def pass_at_k(right: int, samples: int, k: int) -> float:
-    """Chance that k of the samples, drawn without replacement, hold a right one.
-
-    The unbiased estimator 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374.
-
-    >>> pass_at_k(right=1, samples=4, k=2)
-    0.5
-    """
-    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def groups_of(samples: Sequence[Sample], group_size: int) -> list[Sequence[Sample]]:

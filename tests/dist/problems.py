@@ -71,12 +71,20 @@ class Problem:
         return [slot for n in samples for slot in every[self.batch.response_slice(n)]]
 
     def reference(
-        self, folder: Path, samples: list[int] | None = None, entropy_coef: float = 0.0
+        self,
+        folder: Path,
+        samples: list[int] | None = None,
+        entropy_coef: float = 0.0,
+        kept: str = "1234",
     ) -> Reference:
-        """Of all samples unless some are named; `folder` takes the gradient as a checkpoint."""
+        """Of all samples unless some are named; `folder` takes the gradient as a checkpoint.
+
+        Args:
+            kept: numbers of the entropy regions whose tokens give gradient.
+        """
         if samples is None:
             samples = list(range(self.batch.num_samples))
-        return _reference(self, folder, samples, entropy_coef)
+        return _reference(self, folder, samples, entropy_coef, kept)
 
 
 def make_problem(name: str, folder: Path) -> Problem:
@@ -90,7 +98,7 @@ def make_problem(name: str, folder: Path) -> Problem:
 
 
 def _reference(
-    problem: Problem, folder: Path, samples: list[int], entropy_coef: float
+    problem: Problem, folder: Path, samples: list[int], entropy_coef: float, kept: str
 ) -> Reference:
     batch = problem.batch
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -115,6 +123,12 @@ def _reference(
     ).double()
     lengths = batch.response_lengths_N[samples]
     a_T = batch.advantages_N[samples].double().repeat_interleave(lengths)
+    likely_T = (-logp_T < entropy_T).tolist()
+    region_T = [
+        ("1" if likely else "2") if a > 0 else ("3" if likely else "4")
+        for likely, a in zip(likely_T, a_T.tolist(), strict=True)
+    ]
+    a_T = a_T * torch.tensor([region in kept for region in region_T])
     r_T, p_T = (logp_T - old_logp_T).exp(), logp_T.detach().exp()
     low_T, high_T = 1 - (LO[0] * p_T + LO[1]), 1 + (HI[0] * p_T + HI[1])
     surrogate_T = torch.minimum(r_T * a_T, r_T.clamp(low_T, high_T) * a_T)

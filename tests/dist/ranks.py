@@ -121,7 +121,7 @@ def _score_and_update(
     calls = count_attention(policy)
     # slot of a response token -> (clipped below, clipped above), for the tokens of this rank
     clipped = {}
-    for micro, loss in policy.gradient(*given):
+    for micro, loss, _ in policy.gradient(*given):
         flags = zip(loss.clipped_low_T.tolist(), loss.clipped_high_T.tolist(), strict=True)
         clipped.update(zip(micro.slots_T.tolist(), flags, strict=True))
     attention_calls = len(calls)
@@ -132,6 +132,41 @@ def _score_and_update(
     found = {"scored": scored, "clipped": clipped, "attention_calls": attention_calls}
     found |= {**sums.reduce(), **updated}
     return found | ({"before": before, "after": after} if dist.get_rank() == 0 else {})
+
+
+def entropy_change(
+    config: Config, batch: RolloutBatch, bounds: Bounds, measured: bool
+) -> dict[str, Any]:
+    """EntropyChange's metrics over two updates, and (on rank 0) Hugging Face weights around them.
+
+    Args:
+        measured: False: the same updates without it.
+    """
+    from megatron_gpc.mcore.entropy_change import EntropyChange
+    from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
+    from megatron_gpc.mcore.weights import Exporter
+    from megatron_gpc.metrics.reduce import Sums
+
+    with policy_of(config) as (policy, params):
+        scored = policy.score(batch)
+        before = {n: t.clone() for n, t in Exporter(policy.models, params).tensors()}
+        change = EntropyChange(policy, batch, scored) if measured else None
+        half = batch.num_samples // 2
+        for samples in (list(range(half)), list(range(half, batch.num_samples))):
+            policy.update(
+                batch,
+                samples,
+                batch.rollout_logp_T,
+                torch.ones_like(batch.rollout_logp_T),
+                bounds,
+                Sums(UPDATE_MEANS, UPDATE_MAXIMA),
+            )
+        after = {n: t.clone() for n, t in Exporter(policy.models, params).tensors()}
+        return {
+            "before": before,
+            "after": after,
+            "metrics": change.metrics() if change else {},
+        }
 
 
 def count_attention(policy: Any) -> list[None]:

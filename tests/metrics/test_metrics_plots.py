@@ -44,6 +44,9 @@ def test_a_run_has_every_panel(write_run):
         "tokens by region (rest: A = 0)",
         "gradient norm",
         "largest importance ratio",
+        "the gradient's mass by region",
+        "predicted change of H, by region",
+        "tokens of each region clipped",
     } <= panels.keys()
     assert _texts(panels["reward"]) == ["training prompts", "held-out prompts"]
     assert _texts(panels["ratio bounds over steps"]) == ["p = 0", "p = 0.5", "p = 1"]
@@ -72,6 +75,21 @@ def test_bounds_over_p_are_the_lines_of_the_schedule(write_run):
     assert len(lines) == 10  # five steps, upper and lower
     assert list(lines[0].get_ydata()) == pytest.approx([1.5, 1.25])  # 1 + Hi(p) at the first step
     assert list(lines[1].get_ydata()) == pytest.approx([0.8, 0.8])
+
+
+@pytest.mark.filterwarnings("error")
+def test_predictions_are_drawn_against_the_measured_change_with_their_correlation(write_run):
+    folder = write_run("a")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["dh_measured"] = 0.01 * (number % 7 - 3)
+        line["dh_directional"] = 2 * line["dh_measured"]
+        line["dh_predicted"] = -line["dh_measured"] if number else None
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panel = _panels(run_figure(load_run(folder)))["change of H in a step (r = -1.00, 1.00)"]
+    assert _texts(panel) == ["logit space (scaled)", "along the update"]
+    assert [len(points.get_offsets()) for points in panel.collections] == [99, 100]
+    plot_run(folder)
 
 
 def test_a_run_without_evaluation_shows_response_lengths_instead(write_run):

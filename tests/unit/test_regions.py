@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gpc.algo.regions import entropy_inner_product, region_masks
+from megatron_gpc.algo.regions import (
+    entropy_inner_product,
+    gradient_norm,
+    keep_regions,
+    region_masks,
+    region_sums,
+)
 from megatron_gpc.kernels.vocab_parallel import token_stats
 
 
@@ -37,6 +43,38 @@ def test_inner_product_equals_autograd_of_surrogate_and_entropy():
     torch.testing.assert_close(
         entropy_inner_product(stats, adv_T), expected_T, rtol=1e-4, atol=1e-6
     )
+    torch.testing.assert_close(
+        gradient_norm(stats, adv_T), grad_l.norm(dim=-1).float(), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_a_token_that_is_certain_has_no_gradient_and_no_nan():
+    logits_TV = torch.tensor([[200.0, 0.0, 0.0]])
+    stats = token_stats(logits_TV, torch.tensor([0]), vocab_size=3)
+    assert gradient_norm(stats, torch.ones(1)).tolist() == [0.0]
+    assert entropy_inner_product(stats, torch.ones(1)).tolist() == [0.0]
+
+
+def test_dropped_regions_have_no_advantage_and_all_four_change_nothing():
+    logits_TV, targets_T, adv_T = random_tokens()
+    stats = token_stats(logits_TV, targets_T, vocab_size=12)
+    masks = region_masks(stats.logp_T, stats.entropy_T, adv_T)
+    assert keep_regions(adv_T, masks, ("e4", "e3", "e2", "e1")) is adv_T
+    kept_T = keep_regions(adv_T, masks, ("e2", "e4"))
+    assert torch.equal(kept_T != 0, masks[1] | masks[3])
+    assert torch.equal(kept_T[kept_T != 0], adv_T[masks[1] | masks[3]])
+
+
+def test_sums_of_regions_add_up_to_those_of_all_tokens():
+    logits_TV, targets_T, adv_T = random_tokens()
+    stats = token_stats(logits_TV, targets_T, vocab_size=12)
+    masks = region_masks(stats.logp_T, stats.entropy_T, adv_T)
+    clipped_T = torch.arange(200) % 5 == 0
+    sums = region_sums(stats, masks, adv_T.where(~clipped_T, 0.0), clipped_T)
+    assert sums.tokens.tolist() == [float(mask.sum()) for mask in masks]
+    assert sums.clipped.tolist() == [float((mask & clipped_T).sum()) for mask in masks]
+    torch.testing.assert_close(sums.mass.sum(), sums.all_mass)
+    torch.testing.assert_close(sums.dh.sum(), sums.all_dh)
 
 
 def test_sign_of_the_token_term_is_the_region():

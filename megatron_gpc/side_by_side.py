@@ -1,0 +1,116 @@
+"""Runs that do not need each other, side by side: for comparisons and studies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from megatron_gpc.config import Config
+from megatron_gpc.config_file import dump, load
+from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.launch import die_with_parent
+from megatron_gpc.metrics.runs import load_run
+from megatron_gpc.metrics.writer import FILE_NAME
+
+POLL_S = 0.5
+LAST_WORDS = 3000
+"""Characters of a failed run's console that are shown."""
+
+
+def run_side_by_side(
+    config: Path, out: Path, runs: Mapping[str, Sequence[str]], jobs: int
+) -> list[Path]:
+    """Make every run in a folder of its own, `jobs` at a time; returns the folders.
+
+    A run that is finished is not made again; one that was interrupted continues from its last
+    checkpoint.  Progress goes to standard output, each run's console to OUT/NAME.log.
+
+    Args:
+        config: configuration file of all runs.
+        runs: name -> overrides.
+        jobs: runs at the same time.
+
+    Raises:
+        UserError: a folder holds a run of another configuration.
+        RunStopped: a run failed; the others are ended.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    folders = {name: out / name for name in runs}
+    arguments = {name: [*given, f"run_dir={folders[name]}"] for name, given in runs.items()}
+    configs = {name: load(config, given) for name, given in arguments.items()}
+    waiting = [name for name, one in configs.items() if not _is_finished(one)]
+    progress = _Progress({name: configs[name] for name in waiting}, len(runs))
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = _start(config, out / f"{name}.log", arguments[name])
+            time.sleep(POLL_S)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if running.pop(name).returncode:
+                    log = out / f"{name}.log"
+                    said = log.read_text()[-LAST_WORDS:]
+                    raise RunStopped(f"{name} failed; {log} ends with\n{said}")
+                progress.done(name)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return list(folders.values())
+
+
+def _is_finished(config: Config) -> bool:
+    """Whether the run has all its steps; False where it has not begun."""
+    file = config.run_dir / "config.yaml"
+    if not file.is_file():
+        return False
+    if file.read_text() != dump(config):
+        raise UserError(
+            f"{config.run_dir} holds a run of another configuration (see its config.yaml); choose "
+            "another folder, or remove it"
+        )
+    if not (config.run_dir / FILE_NAME).is_file():
+        return False
+    run, steps = load_run(config.run_dir), config.train.steps
+    evaluated = run.series("eval_reward").steps
+    return steps in run.series("reward").steps and (
+        config.eval.prompts is None or steps in evaluated
+    )
+
+
+def _start(config: Path, log: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    with log.open("ab") as console:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_gpc", "train", str(config), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=console,
+            preexec_fn=die_with_parent,
+        )
+
+
+class _Progress:
+    """Says what is done and how long the rest will take, reckoned by training steps."""
+
+    def __init__(self, todo: Mapping[str, Config], total: int):
+        self.left = {name: config.train.steps for name, config in todo.items()}
+        self.steps = sum(self.left.values())
+        self.total = total
+        self.begin = time.monotonic()
+        found = total - len(todo)
+        print(f"{len(todo)} runs of {self.steps} steps to make, {found} are there", flush=True)
+
+    def done(self, name: str) -> None:
+        del self.left[name]
+        missing = sum(self.left.values())
+        seconds = time.monotonic() - self.begin
+        rest = seconds * missing / (self.steps - missing)
+        took, left = (timedelta(seconds=round(s)) for s in (seconds, rest))
+        number = self.total - len(self.left)
+        print(f"{number:3} of {self.total}  {name:24} {took} so far, {left} left", flush=True)

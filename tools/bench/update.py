@@ -1,0 +1,223 @@
+"""What thresholds by probability and diagnostics cost: ratios of step times, in one run.
+
+    python tools/bench/update.py [--layers 4] [--hidden 256] [--vocab 8192] [--rounds 15]
+
+A step is scoring a rollout and updating on it, mini-batch by mini-batch; sampling is left out, with
+which all ratios would be nearer to 1.  The ways take turns, so that what else the machine does
+hits them alike, and without a GPU it is the process's CPU time that is taken.  What counts are the
+ratios of each round; the table has their medians.
+
+    PPO         the textbook's clip with constants, and no region diagnostics
+    GPC         thresholds by probability (ID's first step), and no region diagnostics
+    regions     the same with what every step records of the entropy regions: what is shipped
+    change      the same with diagnostics.entropy_change
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_gpc.algo.advantages import group_advantages
+from megatron_gpc.algo.clipping import affine_bounds
+from megatron_gpc.algo.policy_loss import PolicyLoss, policy_loss
+from megatron_gpc.batching import mini_batches, pack
+from megatron_gpc.config_file import load
+from megatron_gpc.launch import run_ranks
+from megatron_gpc.metrics.reduce import Sums
+from megatron_gpc.types import Bounds, Prompt, RolloutBatch, Sample
+from megatron_gpc.weights import family_of
+
+ROOT = Path(__file__).resolve().parents[2]
+PPO, GPC = affine_bounds((0.0, 0.2), (0.0, 0.2)), affine_bounds((-0.25, 0.5), (0.0, 0.2))
+GROUPS, GROUP, PROMPT = 8, 8, 16
+
+
+def textbook(
+    logp_T: torch.Tensor,
+    old_logp_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    bounds: Bounds,
+    *unused: Any,
+) -> PolicyLoss:
+    """PPO's clip as everyone writes it (arXiv 1707.06347, equation 7)."""
+    ratio_T = torch.exp(logp_T - old_logp_T)
+    clipped_T = torch.clamp(ratio_T, 0.8, 1.2)
+    loss_sum = -torch.min(ratio_T * advantages_T, clipped_T * advantages_T).sum()
+    ratio_T = ratio_T.detach()
+    return PolicyLoss(
+        loss_sum=loss_sum,
+        ratio_T=ratio_T,
+        clipped_low_T=(ratio_T < 0.8) & (advantages_T < 0),
+        clipped_high_T=(ratio_T > 1.2) & (advantages_T > 0),
+    )
+
+
+def rollout(vocab: int, tokens: int) -> RolloutBatch:
+    """Random answers of one length with random rewards."""
+    draw = torch.Generator().manual_seed(0)
+    samples = []
+    for index in range(GROUPS * GROUP):
+        drawn = torch.randint(vocab, (PROMPT + tokens,), generator=draw).tolist()
+        prompt = Prompt(index // GROUP, "", tuple(drawn[:PROMPT]), None)
+        reward = float(torch.randint(2, (), generator=draw))
+        spans = (("0", 0, tokens),)
+        samples.append(
+            Sample(
+                *(prompt, index % GROUP, tuple(drawn[PROMPT:]), (-5.0,) * tokens),
+                *("", "stop", spans, reward),
+            )
+        )
+    rewards_N = torch.tensor([sample.reward for sample in samples])
+    return pack(samples, group_advantages(rewards_N, torch.arange(len(samples)) // GROUP, "std"))
+
+
+def now() -> float:
+    """Seconds; of CPU time where that is what a step takes."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(folder: Path, rounds: int, tokens: int) -> dict[str, list[float]]:
+    """Seconds of a step in every round, each way."""
+    from megatron_gpc.mcore import policy as module
+    from megatron_gpc.mcore.entropy_change import EntropyChange
+    from megatron_gpc.mcore.setup import device, process_groups
+
+    config = load(folder / "config.yaml")
+    hf = json.loads((folder / "config.json").read_text())
+
+    def without_regions(micro: Any, stats: Any, *, loss: Any, **given: Any) -> Any:
+        slots = micro.slots_T
+        old_logp_T, advantages_T = given["old_logp_T"][slots], given["advantages_T"][slots]
+        result = loss(
+            stats.logp_T, old_logp_T.to(device()), advantages_T.to(device()), given["bounds"]
+        )
+        kept = dataclasses.replace(result, loss_sum=result.loss_sum.detach().clone())
+        return result.loss_sum, module._count(micro, stats), (micro, kept, None)
+
+    with process_groups(config):
+        policy = module.Policy(config, family_of(hf).model_fields(hf))
+        policy.weights_changed()
+        batch = rollout(hf["vocab_size"], tokens)
+        weights_T = torch.ones_like(batch.rollout_logp_T)
+        updates = mini_batches(batch.num_samples, 4, 1, seed=0, step=1)
+
+        def step(bounds: Bounds, change: bool = False) -> float:
+            begin = now()
+            scored = policy.score(batch)
+            sums = Sums(module.UPDATE_MEANS, module.UPDATE_MAXIMA, device())
+            measured = EntropyChange(policy, batch, scored) if change else None
+            for samples in updates:
+                policy.update(batch, samples, scored.logp_T, weights_T, bounds, sums)
+            sums.reduce()
+            if measured:
+                measured.metrics()
+            return now() - begin
+
+        def bare(bounds: Bounds, loss: Any) -> float:
+            def update_loss(micro: Any, stats: Any, **given: Any) -> Any:
+                return without_regions(micro, stats, loss=loss, **given)
+
+            with (
+                patch.object(module, "_update_loss", update_loss),
+                patch.object(module, "_add_regions", lambda *unused: None),
+            ):
+                return step(bounds)
+
+        ways = {
+            "PPO": lambda: bare(PPO, textbook),
+            "GPC": lambda: bare(GPC, policy_loss),
+            "regions": lambda: step(GPC),
+            "change": lambda: step(GPC, change=True),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(rounds + 1):
+            order = list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]
+            for name in order:
+                taken = ways[name]()
+                if number:  # the first round warms up
+                    seconds[name].append(taken)
+    return seconds
+
+
+def rank(folder: Path, rounds: int, tokens: int) -> int:
+    from megatron_gpc.mcore import cpu
+
+    cpu.install()
+    (folder / "found.json").write_text(json.dumps(measure(folder, rounds, tokens)))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=32, help="of a response")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        return rank(arguments.rank, arguments.rounds, arguments.tokens)
+    from checkpoint import qwen2  # beside this script; ranks run it as a module
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(
+            json.dumps(qwen2(arguments.layers, arguments.hidden, arguments.vocab))
+        )
+        (folder / "config.yaml").write_text(
+            "run_dir: run\nmodel: {hf: .}\ndata: {prompts: none, verifier: addition}\n"
+            "train: {micro_batch_size: 16}\noptim: {lr: 1.0e-7}\n"
+        )
+        os.chdir(ROOT)  # where ranks find this module
+        given = [
+            "--rank",
+            name,
+            "--rounds",
+            f"{arguments.rounds}",
+            "--tokens",
+            f"{arguments.tokens}",
+        ]
+        if code := run_ranks(given, 1, folder, module="tools.bench.update"):
+            return code
+        found = json.loads((folder / "found.json").read_text())
+    table = Table(
+        title=f"{arguments.layers} layers, hidden {arguments.hidden}, V = {arguments.vocab:,}; "
+        f"{GROUPS * GROUP * arguments.tokens:,} response tokens, 4 updates"
+    )
+    for heading in ("", "median step [s]", "ratio", "over"):
+        table.add_column(heading, justify="right" if heading else "left")
+    before = None
+    for way, seconds in found.items():
+        ratio = ""
+        if before:
+            ratios = [a / b for a, b in zip(seconds, found[before], strict=True)]
+            ratio = f"{statistics.median(ratios):.4f}"
+        table.add_row(way, f"{statistics.median(seconds):.4f}", ratio, before or "")
+        before = way
+    Console(width=100).print(table)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{platform.machine()} {where}; torch {torch.__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
