@@ -59,12 +59,13 @@ def test_alone_it_says_what_is_wrong_and_what_to_do(tmp_path, busy_port):
 
 def test_two_ranks_meet_share_a_folder_and_add_up(tmp_path):
     port = free_port()
-    ranks = [start(n, 2, port, "--shared", str(tmp_path), "--timeout", "90") for n in (0, 1)]
-    said = [rank.communicate(timeout=200)[0] for rank in ranks]
+    ranks = [start(n, 2, port, "--shared", str(tmp_path), "--timeout", "120") for n in (0, 1)]
+    said = [rank.communicate(timeout=280)[0] for rank in ranks]
     assert "2 ranks over gloo" in said[0], said
     assert "written and seen" in said[0]
-    assert {rank.returncode for rank in ranks} == {int("problem" in said[0].split("doctor")[1])}
-    assert not said[1].strip(), "rank 0 alone has the word"
+    verdict = 0 if "no problem found" in said[0] else 1  # this machine may have one
+    assert {rank.returncode for rank in ranks} == {verdict}
+    assert "doctor:" not in said[1], "rank 0 alone has the word"
     assert not list(tmp_path.iterdir())
 
 
