@@ -73,7 +73,8 @@ class Starter:
             self.config.start_timeout_s,
         )
 
-    def client(self, url: str) -> SGLangClient:
+            health="/readiness",  # /health is well before it knows an engine
+    def client(self, url: str, router: bool = False) -> SGLangClient:
         """For an engine or a router.
 
         Raises:
@@ -90,6 +91,7 @@ class Starter:
             api_key=key,
         )
 
+            batched=not router,
     async def running_urls(self) -> Sequence[str]:
         """Engines that others have started, or will have; empty where they are started here.
 

@@ -148,7 +148,7 @@ class Engines:
         if self.config.router:
             urls = [engine.url for engine in self.engines]
             self.router = await self._launch(starter.router, urls)
-            self._router_client = starter.client(self.router.url)
+            self._router_client = starter.client(self.router.url, router=True)
         self._watcher = asyncio.create_task(self._watch())
 
     async def _launch(self, start: Callable[..., P], *arguments: Any) -> P:

@@ -191,6 +191,7 @@ class SGLangServer(ServerProcess):
         environment: in addition to this process's.
         log_file: file that the server's output is appended to.
         start_timeout_s: how long it may take until it is healthy [s].
+        health: where it says whether it is.
 
     Raises:
         ServerError: it ended while starting or was not healthy in time; with the end of its log.
@@ -204,6 +205,7 @@ class SGLangServer(ServerProcess):
         environment: Mapping[str, str],
         log_file: Path,
         start_timeout_s: float,
+        health: str = "/health",
     ):
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -215,19 +217,19 @@ class SGLangServer(ServerProcess):
             log_file,
         )
         try:
-            self._await_health(start_timeout_s)
+            self._await_health(health, start_timeout_s)
         except BaseException:
             self.stop()
             raise
 
-    def _await_health(self, timeout_s: float) -> None:
+    def _await_health(self, path: str, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         with httpx.Client(base_url=self.url, trust_env=False, timeout=30.0) as http:
             while time.monotonic() < deadline:
                 if not self.alive():
                     raise self.ended()
                 try:
-                    if http.get("/health").status_code == 200:
+                    if http.get(path).status_code == 200:
                         return
                 except httpx.TransportError:
                     pass
