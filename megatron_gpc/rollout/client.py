@@ -226,6 +226,21 @@ class SGLangClient:
         """End the requests whose id starts with `rid`; None: all."""
         await self._post("/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
 
+    async def release_memory(self) -> None:
+        """Give up weights and cache; every request in flight is aborted first."""
+        await self.abort()
+        while True:  # with a sequence in flight SGLang refuses to flush, and dies of a release
+            try:
+                await self.flush_cache()
+                break
+            except RequestRefused:
+                await asyncio.sleep(0.1)
+        await self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+
+    async def resume_memory(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Take memory again; what was in it is lost, so weights must be handed over."""
+        await self._post("/resume_memory_occupation", {"tags": [tag]})
+
     async def begin_weight_update(self) -> bool:
         """Open an update with tensors.  False: an older server, which needs no such call."""
         return await self._post_if_known("/begin_weight_update")

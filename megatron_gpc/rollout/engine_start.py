@@ -47,6 +47,8 @@ class Starter:
         if self.config.kind == "embedded":
             return EmbeddedServer(self.model_path, log, port=port, start_timeout_s=timeout_s)
         args = dict(self.sglang.args)
+        if self.config.colocated:
+            args["enable_memory_saver"] = True
         if "base_gpu_id" in args or self.config.engines > 1:  # engines share the host's GPUs
             args["base_gpu_id"] = args.get("base_gpu_id", 0) + number * self.tp_size
         return SGLangServer(
@@ -71,9 +73,9 @@ class Starter:
             self.sglang.environment,
             self.log_dir / "router.log",
             self.config.start_timeout_s,
+            health="/readiness",  # /health is well before it knows an engine
         )
 
-            health="/readiness",  # /health is well before it knows an engine
     def client(self, url: str, router: bool = False) -> SGLangClient:
         """For an engine or a router.
 
@@ -89,9 +91,9 @@ class Starter:
             retries=self.config.retries,
             max_in_flight=self.config.max_in_flight,
             api_key=key,
+            batched=not router,
         )
 
-            batched=not router,
     async def running_urls(self) -> Sequence[str]:
         """Engines that others have started, or will have; empty where they are started here.
 
