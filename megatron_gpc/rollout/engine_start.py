@@ -49,7 +49,8 @@ class Starter:
         args = dict(self.sglang.args)
         if self.config.colocated:
             args["enable_memory_saver"] = True
-        if "base_gpu_id" in args or self.config.engines > 1:  # engines share the host's GPUs
+        several = "base_gpu_id" in args or self.config.engines > 1
+        if several and args.get("device") != "cpu":  # engines share the host's GPUs
             args["base_gpu_id"] = args.get("base_gpu_id", 0) + number * self.tp_size
         return SGLangServer(
             "sglang.launch_server",

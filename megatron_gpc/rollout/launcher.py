@@ -180,14 +180,15 @@ class EmbeddedServer(ServerProcess):
 
 
 class SGLangServer(ServerProcess):
-    """SGLang, or its router, in an environment of its own, on a free port of 127.0.0.1.
+    """SGLang, or its router, in an environment of its own, on 127.0.0.1.
 
     Its own processes end with it: SGLang asks the kernel for that, as we do.
 
     Args:
         module: `sglang.launch_server` or `sglang_router.launch_router`.
         python: interpreter of the environment that it is installed in.
-        args: arguments by name; True is a bare flag, False and None leave it out, a list repeats.
+        args: arguments by name; True is a bare flag, False and None leave it out, a list repeats;
+            without a `port` among them any that is free is taken.
         environment: in addition to this process's.
         log_file: file that the server's output is appended to.
         start_timeout_s: how long it may take until it is healthy [s].
@@ -207,9 +208,8 @@ class SGLangServer(ServerProcess):
         start_timeout_s: float,
         health: str = "/health",
     ):
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        given = {"host": "127.0.0.1", "port": port, **args}
+        given = {"host": "127.0.0.1", "port": free_port(), **args}
+        self.url = f"http://127.0.0.1:{given['port']}"
         super().__init__(
             module.partition(".")[0],
             [str(python), "-P", "-m", module, *command_line_arguments(given)],

@@ -30,7 +30,8 @@ class Turns:
             if engine.state == "down":
                 assert engine.process is not None, "colocated engines are started by the run"
                 engine.process.stop()
-            engine.state = "down" if engine.state == "down" else "stale"
+            else:
+                engine.state = "stale"
 
     def take_weights(self) -> None:
         """Have the engines allocate their weights again, and start those that ended.
