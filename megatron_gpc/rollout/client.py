@@ -227,7 +227,8 @@ class SGLangClient:
         await self._post("/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
 
     async def release_memory(self) -> None:
-        """Give up weights and cache; every request in flight is aborted first."""
+        """Give up weights and cache; every request in flight is aborted first, and its end waited
+        for, as long as the caller's deadline allows."""
         await self.abort()
         while True:  # with a sequence in flight SGLang refuses to flush, and dies of a release
             try:
