@@ -21,6 +21,8 @@ from megatron_gpc.rollout.answers import RolloutError
 
 STOP_TIMEOUT_S = 5.0
 """How long a server may take to end by itself before it is killed."""
+KILL_TIMEOUT_S = 60.0
+"""How long a busy machine may take to be rid of one that was killed."""
 LOG_LINES = 20
 
 
@@ -92,7 +94,7 @@ class ServerProcess:
             self._process.wait(STOP_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):  # its own processes too: SGLang has several
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(STOP_TIMEOUT_S)
+        self._process.wait(KILL_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self

@@ -117,7 +117,7 @@ def test_the_server_has_the_trainers_weights_after_every_hand_over(
         f"rollout.server.router={router}",
         f"rollout.server.sync={way}",
         "rollout.server.probe_tolerance=1e-4",
-        timeout=700,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     steps = metrics(run)
