@@ -54,7 +54,7 @@ chaos: .venv/.installed
 	$(PYTHON) -m venv .sglang
 	.sglang/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
 	.sglang/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps \
-		sglang==0.5.23 torchvision==0.28.0
+		sglang==0.5.23 sglang-router==0.3.2 torchvision==0.28.0
 	touch $@
 
 test-sglang: .venv/.installed .sglang/.installed

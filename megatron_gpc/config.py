@@ -144,6 +144,10 @@ class ServerConfig:
     sync: Literal["disk", "tensor", "distributed"] = "disk"
     """How new weights reach the engines: safetensors in a shared folder; inside requests, a bucket
     at a time; or by broadcast in a process group of trainer and engines (NCCL, or gloo on CPUs)."""
+    colocated: bool = False
+    """Engines and policy take turns on the same GPUs: engines give up weights and cache while the
+    policy trains, and the policy's optimizer state and gradients wait in CPU memory while they
+    generate."""
     bucket_mb: PositiveInt = 256
     """Most that is gathered and sent at once with `tensor` and `distributed` [MiB]."""
     probe_tokens: NonNegativeInt = 8

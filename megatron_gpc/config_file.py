@@ -134,12 +134,16 @@ def _nearest(key: str, valid: typing.Iterable[str]) -> str:
 
 
 def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Absolute, and still a link where it is one: an environment's interpreter is, to another's."""
     valid = keys()
     is_path = {key for key, kind in valid.items() if kind is Path or Path in typing.get_args(kind)}
+
+    def resolve(value: str) -> str:
+        path = base / Path(value).expanduser()
+        return str(path.parent.resolve() / path.name) if path.name != ".." else str(path.resolve())
+
     return {
-        key: str((base / Path(value).expanduser()).resolve())
-        if key in is_path and isinstance(value, str)
-        else value
+        key: resolve(value) if key in is_path and isinstance(value, str) else value
         for key, value in flat.items()
     }
 

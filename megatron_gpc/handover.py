@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from megatron_gpc.config import Config
+from megatron_gpc.mcore.offload import Offload
 from megatron_gpc.mcore.policy import Policy
-from megatron_gpc.mcore.setup import from_main
+from megatron_gpc.mcore.setup import from_main, wait_for_all
 from megatron_gpc.mcore.weights import Exporter
 from megatron_gpc.metrics.step import Clock
 from megatron_gpc.rank0 import Rank0
@@ -20,6 +21,7 @@ class Handover:
     def __init__(self, config: Config, rank0: Rank0, exporter: Exporter, policy: Policy):
         self.config, self.rank0, self.exporter, self.policy = config, rank0, exporter, policy
         self.version: int | None = None
+        self.offload = Offload(policy) if rank0.colocated else None
 
     def refresh(self, version: int, clock: Clock) -> None:
         """Give the engines these weights where they have others; evaluate where that is due."""
@@ -34,9 +36,15 @@ class Handover:
         """A training step's samples; weights are handed over where no engine has them any more."""
         while (found := from_main(self.rank0.rollout(step))) is None:
             self._hand_over(step - 1)
+        if self.offload is not None:
+            from_main(self.rank0.rest_engines())  # before any rank takes memory
+            self.offload.to_device()
         return found
 
     def _hand_over(self, version: int) -> None:
+        if self.offload is not None:
+            self.offload.to_host()
+            wait_for_all()  # before any engine takes memory
         for _ in range(HAND_OVERS):
             self.rank0.hand_over(self.exporter.tensors(), version)
             if self._convinced():

@@ -119,8 +119,31 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
             f"rollout.{name}=true makes samples of older weights, and rollout.max_staleness=0 "
             "forbids them; set rollout.max_staleness to 1 or more"
         )
+    if r.server.colocated and r.replay is None:
+        _check_colocated(config, cuda)
     if hf is not None:
         _check_model(p, hf)
+
+
+def _check_colocated(config: Config, cuda: bool) -> None:
+    server, sglang = config.rollout.server, config.sglang
+    reasons = {
+        "rollout.overlap=true samples while the policy trains": config.rollout.overlap,
+        "engines at rollout.server.urls or urls_file were not started for it, and only the run "
+        "itself can end one that keeps its memory": bool(server.urls or server.urls_file),
+        "rollout.server.sync=distributed makes trainer and engine two ranks of one GPU, which NCCL "
+        "refuses (take disk or tensor)": server.sync == "distributed",
+        "rollout.server.router=true asks engines for tokens to see whether they are well, also "
+        "when they have no weights": server.router,
+        "sglang.args.enable_memory_saver=false keeps the engines' memory": (
+            server.kind == "sglang" and sglang.args.get("enable_memory_saver") is False
+        ),
+        "SGLang has GPU memory to release, and this machine has no GPU (the embedded server can "
+        "take turns on a CPU)": server.kind == "sglang" and not cuda,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"rollout.server.colocated=true cannot work: {reason}")
 
 
 def _check_cpu(config: Config) -> None:

@@ -33,6 +33,7 @@ from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
 from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
+from megatron_gpc.rollout.turns import Turns
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
 from megatron_gpc.stop import mark
@@ -53,6 +54,8 @@ class Rank0:
     def __init__(self, config: Config, active: bool):
         self.config = config
         self.active = active
+        self.colocated = config.rollout.server.colocated and config.rollout.replay is None
+        """Whether engines and policy take turns on the GPUs; the same on every rank."""
         self.sync_dir = config.run_dir / "sync"
         self.hf = hf_folder(config.model.hf)
 
@@ -73,6 +76,7 @@ class Rank0:
                 config.rollout.server, config.sglang, self._servable(), config.run_dir / "logs"
             )
             self.engines = self._stack.enter_context(Engines(starter))
+            self._turns = Turns(self.engines)
             tokenizer = load_tokenizer(self.hf)
 
             def tokenize(text: str) -> list[int]:
@@ -116,6 +120,16 @@ class Rank0:
         write_single(self.sync_dir, hf_tensors(MegatronReader(self.config.model.hf), self.hf))
         return self.sync_dir
 
+    def make_room(self) -> None:
+        """Before the policy is built: colocated engines start on GPUs that are theirs alone.
+
+        Raises:
+            ServerError: one did not start.
+        """
+        if self.active and self.colocated:
+            self.engines.await_started()
+            self._turns.rest()
+
     def begin(self, state: TrainState) -> None:
         """Continue prompts and metrics where `state` left off; wait for the engines.
 
@@ -147,8 +161,12 @@ class Rank0:
             for _ in tensors:
                 pass
             return
+        if self.colocated:
+            self._turns.take_weights()
         self.engines.await_alive()
         self.sync.push(tensors, str(version))
+        if self.colocated:
+            self._turns.take_cache()
 
     def probe(self) -> tuple[RolloutBatch | None, bool]:
         """A few tokens of every engine that has the weights, and whether one has.
@@ -219,6 +237,11 @@ class Rank0:
             kept = [n for n, s in enumerate(samples) if s.finish_reason != "length"]
             samples, advantages_N = [samples[n] for n in kept], advantages_N[kept]
         return pack(samples, advantages_N), metrics
+
+    def rest_engines(self) -> None:
+        """Colocated: the engines give up their memory; the policy trains next."""
+        if self.active:
+            self._turns.rest()
 
     def sampling_state(self) -> dict[str, Any]:
         """What the next steps' samples depend on; waits for a rollout that is under way."""

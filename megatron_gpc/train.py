@@ -39,6 +39,7 @@ def train(config: Config, stop: StopRequest) -> bool:
         Rank0(config, is_main()) as rank0,
     ):
         watchdog.alive()
+        from_main(rank0.make_room())
         hf = read_hf_config(config.model.hf)
         family = family_of(hf)
         params = family.params(hf, config.parallel.tp)

@@ -91,6 +91,11 @@ def from_main(value: object) -> object:
     return box[0]
 
 
+def wait_for_all() -> None:
+    """Return once every rank has come here.  A collective: every rank enters it."""
+    on_any_rank(False)
+
+
 def on_any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank.  A collective: every rank enters it."""
     box = torch.tensor(int(flag))

@@ -66,16 +66,18 @@ class SGLangClient:
         max_in_flight: samples that are asked for at the same time.
         api_key: sent as bearer token.
         vocab_size: token ids from this on are refused as malformed.
+        batched: whether a POST may ask for several samples; sglang-router takes one.
     """
 
     def __init__(self, base_url: str, *, timeout_s: float, retries: int, max_in_flight: int,
-                 api_key: str | None = None, vocab_size: int | None = None):
+                 api_key: str | None = None, vocab_size: int | None = None, batched: bool = True):
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
         self._attempts = retries + 1
         self._max_in_flight = max_in_flight
         self._vocab_size = vocab_size
+        self._batched = batched
         self._in_flight = 0
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         # No proxies from the environment; deadlines are kept by _attempt, for the whole exchange.
@@ -102,7 +104,7 @@ class SGLangClient:
     async def generate_many(
         self, requests: Sequence[Request], attempts: int | None = None
     ) -> list[Generation]:
-        """One sample a request, in the requests' order, in few HTTP posts.
+        """One sample a request, in the requests' order, in few HTTP posts where `batched`.
 
         Args:
             attempts: instead of the client's `retries + 1`.
@@ -120,6 +122,8 @@ class SGLangClient:
         size = self._max_in_flight
         if len(requests) > size:
             size = max(1, size // 4)
+        if not self._batched:
+            size = 1
         parts = [requests[i:i + size] for i in range(0, len(requests), size)]
         try:
             async with asyncio.TaskGroup() as group:
@@ -134,12 +138,14 @@ class SGLangClient:
         rids = [request.rid or uuid.uuid4().hex for request in requests]
 
         def body(attempt: int) -> dict[str, Any]:
-            return {"input_ids": [list(request.input_ids) for request in requests],
-                    "sampling_params": [request.sampling_params for request in requests],
-                    "return_logprob": True, "rid": [attempt_rid(rid, attempt) for rid in rids]}
+            lists = {"input_ids": [list(request.input_ids) for request in requests],
+                     "sampling_params": [request.sampling_params for request in requests],
+                     "rid": [attempt_rid(rid, attempt) for rid in rids]}
+            given = lists if self._batched else {name: one for name, (one,) in lists.items()}
+            return {**given, "return_logprob": True}
 
         def read(response: httpx.Response) -> list[Generation]:
-            answers = answer_json(response)
+            answers = answer_json(response) if self._batched else [answer_json(response)]
             if not isinstance(answers, list) or len(answers) != len(requests):
                 raise MalformedAnswer(f"requests {rids[0]} and following: expected "
                                       f"{len(requests)} answers")
@@ -219,6 +225,22 @@ class SGLangClient:
     async def abort(self, rid: str | None = None) -> None:
         """End the requests whose id starts with `rid`; None: all."""
         await self._post("/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+
+    async def release_memory(self) -> None:
+        """Give up weights and cache; every request in flight is aborted first, and its end waited
+        for, as long as the caller's deadline allows."""
+        await self.abort()
+        while True:  # with a sequence in flight SGLang refuses to flush, and dies of a release
+            try:
+                await self.flush_cache()
+                break
+            except RequestRefused:
+                await asyncio.sleep(0.1)
+        await self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+
+    async def resume_memory(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Take memory again; what was in it is lost, so weights must be handed over."""
+        await self._post("/resume_memory_occupation", {"tags": [tag]})
 
     async def begin_weight_update(self) -> bool:
         """Open an update with tensors.  False: an older server, which needs no such call."""

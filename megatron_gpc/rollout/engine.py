@@ -29,6 +29,8 @@ from megatron_gpc.rollout.cache import RowCache
 from megatron_gpc.rollout.sequence import ABORTED, Job, LiveSequence, Request, Result
 
 PauseMode = Literal["abort", "retract", "in_place"]
+MEMORY = {"weights", "kv_cache"}
+"""What can be released."""
 _Entry = tuple[Callable[[Future], None], Future]
 """Of the inbox: work, and the Future that it is to answer through."""
 MAX_PREFILL_TOKENS = 16384
@@ -63,6 +65,8 @@ class Engine:
         self.max_running = max_running
         self.weight_version = "default"
         self.paused = False
+        self.released: set[str] = set()
+        """Of MEMORY."""
         self._end_tokens = _end_tokens(self._model) | {*end_tokens}
         self._threads = threads
         self._cache = RowCache(self.config.num_hidden_layers)
@@ -132,6 +136,14 @@ class Engine:
         """Rename the weights, from the next token on."""
         return self._call(lambda: self._set_version(version))
 
+    def release(self, tags: set[str]) -> Future[None]:
+        """Free the memory of weights or cache, until `restore`; sequences must not be in flight."""
+        return self._call(lambda: self._release(tags))
+
+    def restore(self, tags: set[str]) -> Future[None]:
+        """Allocate it again.  Weights are then NaN: they must be set anew."""
+        return self._call(lambda: self._restore(tags))
+
     def load(self) -> Future[tuple[int, int]]:
         """(running, waiting) sequences."""
         return self._call(lambda: (len(self._running), len(self._waiting)))
@@ -156,6 +168,8 @@ class Engine:
         return future
 
     def _check(self, request: Request) -> None:
+        if self.released:
+            raise UserError(f"{' and '.join(sorted(self.released))} are released; resume first.")
         length, wanted = len(request.input_ids), request.params.max_new_tokens
         if length == 0:
             raise UserError("input_ids must not be empty.")
@@ -310,7 +324,33 @@ class Engine:
         self._cache.clear()
         return True
 
+    def _release(self, tags: set[str]) -> None:
+        if not tags <= MEMORY - self.released:
+            raise UserError(f"cannot release {sorted(tags)}: {sorted(self.released)} are already.")
+        if self._running or self._waiting:
+            raise UserError("release_memory_occupation should be called only when server is idle.")
+        self.released |= tags
+        if "kv_cache" in tags:
+            self._cache.clear()
+        if "weights" in tags:
+            self._shapes = {p: p.shape for p in self._model.parameters()}
+            self._fill_weights(lambda shape: (0,))
+
+    def _restore(self, tags: set[str]) -> None:
+        if not tags <= self.released:
+            raise UserError(f"cannot resume {sorted(tags)}: released are {sorted(self.released)}.")
+        self.released -= tags
+        if "weights" in tags:
+            self._fill_weights(lambda shape: shape)
+
+    def _fill_weights(self, size: Callable[[tuple[int, ...]], tuple[int, ...]]) -> None:
+        with torch.inference_mode(False):
+            for parameter, shape in self._shapes.items():
+                parameter.data = parameter.new_full(size(shape), torch.nan)
+
     def _set_weights(self, load: Callable[[], PreTrainedModel], version: str | None) -> None:
+        if "weights" in self.released:
+            raise UserError("weights are released; resume them before an update.")
         with torch.inference_mode(False):
             self._model = load()
         if version is not None:

@@ -72,7 +72,10 @@ class Starter:
         args = dict(self.sglang.args)
         if self.config.api_key_file is not None:
             args["config"] = self._secrets()
-        if "base_gpu_id" in args or self.config.engines > 1:  # engines share the host's GPUs
+        if self.config.colocated:
+            args["enable_memory_saver"] = True
+        several = "base_gpu_id" in args or self.config.engines > 1
+        if several and args.get("device") != "cpu":  # engines share the host's GPUs
             args["base_gpu_id"] = args.get("base_gpu_id", 0) + number * self.tp_size
         return SGLangServer(
             "sglang.launch_server",
@@ -96,9 +99,10 @@ class Starter:
             self.sglang.environment,
             self.log_dir / "router.log",
             self.config.start_timeout_s,
+            health="/readiness",  # /health is well before it knows an engine
         )
 
-    def client(self, url: str) -> SGLangClient:
+    def client(self, url: str, router: bool = False) -> SGLangClient:
         """For an engine or a router.
 
         Raises:
@@ -110,6 +114,7 @@ class Starter:
             retries=self.config.retries,
             max_in_flight=self.config.max_in_flight,
             api_key=self._api_key(),
+            batched=not router,
         )
 
     def _api_key(self) -> str | None:

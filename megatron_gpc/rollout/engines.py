@@ -35,6 +35,7 @@ from megatron_gpc.rollout.launcher import ServerError, ServerProcess, SGLangServ
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ServerProcess)
+Memory = Literal["weights", "kv_cache"]
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 WATCH_S = 1.0
 """How often engines are looked at [s]."""
@@ -59,6 +60,8 @@ class Engine:
     state: Literal["ready", "stale", "down"] = "stale"
     in_flight: int = 0
     reviving: asyncio.Task[None] | None = None
+    released: set[Memory] = dataclasses.field(default_factory=set)
+    """What it has given up, see turns.py."""
     problem: str = ""
     """Why it is down."""
 
@@ -80,6 +83,8 @@ class Engines:
         """(folder, version) that a restarted engine can read; None: weights come otherwise."""
         self.version: str | None = None
         """What ready engines have."""
+        self.asleep = False
+        """Whether the GPUs are the policy's (turns.py); no engine is started then."""
         self.counts = Counter(faults_restarts=0, faults_retries=0, faults_malformed=0)
         """Engines started again, requests sent again, answers refused; since this start."""
         self.router: SGLangServer | None = None
@@ -148,7 +153,7 @@ class Engines:
         if self.config.router:
             urls = [engine.url for engine in self.engines]
             self.router = await self._launch(starter.router, urls)
-            self._router_client = starter.client(self.router.url)
+            self._router_client = starter.client(self.router.url, router=True)
         self._watcher = asyncio.create_task(self._watch())
 
     async def _launch(self, start: Callable[..., P], *arguments: Any) -> P:
@@ -170,17 +175,20 @@ class Engines:
             for engine in self.engines:
                 if engine.process is not None and not engine.process.alive():
                     engine.fail(engine.process.failure("has ended"))
-                if engine.state == "down" and (engine.reviving is None or engine.reviving.done()):
+                idle = engine.reviving is None or engine.reviving.done()
+                if engine.state == "down" and idle and not self.asleep:
                     engine.reviving = asyncio.create_task(self._revive(engine))
             await asyncio.sleep(WATCH_S)
 
     async def _revive(self, engine: Engine) -> None:
         """Bring it back to `stale`, and with sync=disk to `ready`."""
-        if engine.process is not None and not engine.process.alive():
+        if engine.process is not None and (engine.released or not engine.process.alive()):
             if self.counts["faults_restarts"] >= self.config.max_restarts:
                 return
             self.counts["faults_restarts"] += 1
             try:
+                await self.loop.run_in_executor(self._starters, engine.process.stop)
+                engine.released.clear()
                 port = int(engine.url.rpartition(":")[2])
                 engine.process = await self._launch(self.starter.engine, engine.number, port)
             except ServerError as error:

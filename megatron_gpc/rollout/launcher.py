@@ -21,6 +21,8 @@ from megatron_gpc.rollout.answers import RolloutError
 
 STOP_TIMEOUT_S = 5.0
 """How long a server may take to end by itself before it is killed."""
+KILL_TIMEOUT_S = 60.0
+"""How long a busy machine may take to be rid of one that was killed."""
 LOG_LINES = 20
 
 
@@ -94,7 +96,7 @@ class ServerProcess:
             self._process.wait(STOP_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):  # its own processes too: SGLang has several
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(STOP_TIMEOUT_S)
+        self._process.wait(KILL_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
@@ -194,18 +196,19 @@ class EmbeddedServer(ServerProcess):
 
 
 class SGLangServer(ServerProcess):
-    """SGLang, or its router, in an environment of its own; on a free port of 127.0.0.1, if nothing
-    else is asked for.
+    """SGLang, or its router, in an environment of its own; on 127.0.0.1, if no host is given.
 
     Its own processes end with it: SGLang asks the kernel for that, as we do.
 
     Args:
         module: `sglang.launch_server` or `sglang_router.launch_router`.
         python: interpreter of the environment that it is installed in.
-        args: arguments by name; True is a bare flag, False and None leave it out, a list repeats.
+        args: arguments by name; True is a bare flag, False and None leave it out, a list repeats;
+            without a `port` among them any that is free is taken.
         environment: in addition to this process's.
         log_file: file that the server's output is appended to.
         start_timeout_s: how long it may take until it is healthy [s].
+        health: where it says whether it is.
 
     Raises:
         ServerError: it ended while starting or was not healthy in time; with the end of its log.
@@ -219,6 +222,7 @@ class SGLangServer(ServerProcess):
         environment: Mapping[str, str],
         log_file: Path,
         start_timeout_s: float,
+        health: str = "/health",
     ):
         given = {"host": "127.0.0.1", **args}
         given["port"] = given.get("port") or free_port(given["host"])
@@ -230,19 +234,19 @@ class SGLangServer(ServerProcess):
             log_file,
         )
         try:
-            self._await_health(start_timeout_s)
+            self._await_health(health, start_timeout_s)
         except BaseException:
             self.stop()
             raise
 
-    def _await_health(self, timeout_s: float) -> None:
+    def _await_health(self, path: str, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         with httpx.Client(base_url=self.url, trust_env=False, timeout=30.0) as http:
             while time.monotonic() < deadline:
                 if not self.alive():
                     raise self.ended()
                 try:
-                    if http.get("/health").status_code == 200:
+                    if http.get(path).status_code == 200:
                         return
                 except httpx.TransportError:
                     pass

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 import megatron_gpc
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout import loading, sequence
-from megatron_gpc.rollout.engine import Engine, EngineEnded
+from megatron_gpc.rollout.engine import MEMORY, Engine, EngineEnded
 from megatron_gpc.rollout.sampling import SamplingParams
 from megatron_gpc.rollout.server_bodies import (
     AbortBody,
@@ -44,6 +44,7 @@ from megatron_gpc.rollout.server_bodies import (
     GenerateBody,
     GroupBody,
     GroupNameBody,
+    MemoryBody,
     PauseBody,
     TensorBody,
     VersionBody,
@@ -272,6 +273,18 @@ class Server:
             message += f" Weight version updated to {version}."
         return JSONResponse({"success": True, "message": message, **extra})
 
+    async def release(self, body: MemoryBody) -> Response:
+        tags = set(body.tags or MEMORY)
+        await self._command(self.engine.release(tags))
+        print("released", *sorted(tags), flush=True)
+        return JSONResponse(None)
+
+    async def restore(self, body: MemoryBody) -> Response:
+        tags = set(body.tags or MEMORY)
+        await self._command(self.engine.restore(tags))
+        print("resumed", *sorted(tags), flush=True)
+        return JSONResponse(None)
+
     async def begin_update(self) -> Response:
         self.in_update = True
         return JSONResponse({"success": True, "message": "Success"})
@@ -319,6 +332,8 @@ class Server:
                 "/init_weights_update_group": self.join_group,
                 "/update_weights_from_distributed": self.update_from_distributed,
                 "/destroy_weights_update_group": self.leave_group,
+                "/release_memory_occupation": self.release,
+                "/resume_memory_occupation": self.restore,
                 "/begin_weight_update": self.begin_update, "/end_weight_update": self.end_update,
                 "/update_weight_version": self.update_version}.items():
             app.post(path)(handler)

@@ -64,3 +64,8 @@ class GroupNameBody(BaseModel):
 class VersionBody(BaseModel):
     new_version: str
     abort_all_requests: bool = False
+
+
+class MemoryBody(BaseModel):
+    tags: list[str] | None = None
+    """Of `weights` and `kv_cache`; left out, both."""

@@ -275,26 +275,42 @@ def saved_sizes_of_token_stats(given: Any, vocab_size: int, entropy_grad: bool) 
     return saved
 
 
-def after_updates(config: Config, batches: list[RolloutBatch], bounds: Bounds) -> dict[str, Any]:
-    """What an update on each of the batches returned, and everything that they left behind."""
+def after_updates(
+    config: Config, batches: list[RolloutBatch], bounds: Bounds, offload: bool = False
+) -> dict[str, Any]:
+    """What an update on each of the batches returned, and everything that they left behind.
+
+    Args:
+        offload: whether the training state is away before each update, while the batch is scored.
+    """
+    from megatron_gpc.mcore.offload import Offload
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
     from megatron_gpc.metrics.reduce import Sums
 
     with policy_of(config) as (policy, _):
-        sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
-        updates = [
-            policy.update(
-                batch,
-                list(range(batch.num_samples)),
-                batch.rollout_logp_T,
-                torch.ones_like(batch.rollout_logp_T),
-                bounds,
-                sums,
+        sums, away = Sums(UPDATE_MEANS, UPDATE_MAXIMA), Offload(policy)
+        updates, freed, scores = [], [], []
+        for batch in batches:
+            if offload:
+                before = held_bytes(policy)
+                away.to_host()
+                freed.append(before - held_bytes(policy))
+            scores.append(policy.score(batch).logp_T)
+            away.to_device()
+            updates.append(
+                policy.update(
+                    batch,
+                    list(range(batch.num_samples)),
+                    batch.rollout_logp_T,
+                    torch.ones_like(batch.rollout_logp_T),
+                    bounds,
+                    sums,
+                )
             )
-            for batch in batches
-        ]
         return {
             "updates": updates,
+            "freed": freed,
+            "scores": scores,
             "metrics": sums.reduce(),
             "weights": [p.detach().clone() for m in policy.models for p in m.parameters()],
             "moments": [
@@ -305,3 +321,19 @@ def after_updates(config: Config, batches: list[RolloutBatch], bounds: Bounds) -
             ],
             "scheduler": policy.scheduler.state_dict(),
         }
+
+
+def held_bytes(policy: Any) -> int:
+    """Bytes of the policy's optimizer state, fp32 weights and gradients.
+
+    Of storages, because what is offloaded leaves its tensors their shapes.  On a GPU what torch
+    has allocated there, which those of a policy are.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    tensors = [buffer.grad_data for chunk in policy.chunks for buffer in chunk.buffers]
+    for optimizer in policy.optimizer.chained_optimizers:
+        tensors += [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+        tensors += [t for s in optimizer.optimizer.state.values() for t in s.values()]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -95,6 +95,19 @@ def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(arguments,
     assert refused.returncode == 2 and "no samples of step 3" in refused.stderr
 
 
+def test_engines_and_policy_that_take_turns_give_the_same_run(arguments, tmp_path):
+    runs = [tmp_path / "beside", tmp_path / "turns"]
+    for run, colocated in zip(runs, ("false", "true"), strict=True):
+        given = arguments(run, "train.steps=2", "rollout.server.sync=tensor", "parallel.dp=2")
+        done = command_line(*given, f"rollout.server.colocated={colocated}")
+        assert done.returncode == 0, done.stderr
+    assert untimed(runs[0] / "metrics.jsonl") == untimed(runs[1] / "metrics.jsonl")
+    log = (runs[1] / "logs" / "server.log").read_text().splitlines()
+    turn = ["released kv_cache weights", "resumed weights", "resumed kv_cache"]
+    assert [line for line in log if line.split()[0] in ("released", "resumed")] == 3 * turn
+    assert all(step["faults_restarts"] == 0 for step in metrics(runs[1]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -14,7 +14,7 @@ import sglang_cpu
 from rollout_models import build_model
 from transformers import Qwen2ForCausalLM
 
-from megatron_gpc.rollout.launcher import EmbeddedServer, SGLangServer
+from megatron_gpc.rollout.launcher import EmbeddedServer
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +49,7 @@ def server_url(model_a: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     if sglang_cpu.PYTHON is None:
         server = EmbeddedServer(model_a, log, start_timeout_s=60)
     else:
-        server = SGLangServer(
-            "sglang.launch_server",
-            sglang_cpu.PYTHON,
-            {"model_path": model_a, **sglang_cpu.ARGS},
-            sglang_cpu.ENVIRONMENT,
-            log,
-            180.0,
-        )
+        server = sglang_cpu.server(model_a, log)
     with server:
         yield server.url
 
@@ -64,7 +57,7 @@ def server_url(model_a: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture
 def http(server_url: str, model_a: Path) -> Iterator[httpx.Client]:
     """A plain HTTP client; afterwards the server is idle, running and has model_a's weights."""
-    with httpx.Client(base_url=server_url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=server_url, timeout=240, trust_env=False) as client:
         yield client
         client.post("/abort_request", json={"abort_all": True})
         client.post("/continue_generation", json={})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,16 +15,18 @@ from safetensors.torch import load_file
 from tiny import run_config
 
 from megatron_gpc.config import RolloutConfig
+from megatron_gpc.rollout.answers import Generation, RequestRefused
 from megatron_gpc.rollout.collector import (
     Collector,
     overlong_penalty,
     sample_seed,
 )
 from megatron_gpc.rollout.engine_start import Starter
-from megatron_gpc.rollout.engines import Engines, WeightsNeeded
+from megatron_gpc.rollout.engines import WATCH_S, Engine, Engines, WeightsNeeded
 from megatron_gpc.rollout.held_out import distinct_right
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource
+from megatron_gpc.rollout.turns import Turns
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights import carry_over
@@ -243,6 +246,45 @@ def test_the_loss_of_the_only_engine_asks_for_the_weights_again(start, model_a):
     assert pending.result(1) is None
     rig.hand_over(model_a, 0)
     assert [s.token_ids for s in pending.result(1).samples] == want
+
+
+def test_engines_take_turns_with_the_policy_and_none_starts_in_its_turn(start, model_a):
+    """Out of turn an embedded engine refuses what SGLang dies of; one that is lost comes later."""
+    rig = start("rollout.server.colocated=true", "rollout.server.engines=2")
+    engines, turns = rig.engines, Turns(rig.engines)
+    want = [s.token_ids for s in rig.collect(1).samples]
+    straggler = engines.run(late_request(engines.engines[0]))
+    turns.rest()
+    assert engines.run(ended(straggler)) == "abort", "what nobody waits for is ended first"
+    assert all(engine.released == {"weights", "kv_cache"} for engine in engines.engines)
+    with pytest.raises(RequestRefused, match="resume"):
+        engines.run(engines.engines[1].client.generate([5], {"max_new_tokens": 2}))
+    os.kill(engines.engines[0].process.pid, signal.SIGKILL)
+    time.sleep(2.5 * WATCH_S)
+    assert [engine.state for engine in engines.engines] == ["down", "stale"]
+    turns.take_weights()
+    rig.hand_over(model_a, 0)
+    turns.take_cache()
+    rig.collector = rig.collector_of(rig.config)
+    assert [s.token_ids for s in rig.collect(1).samples] == want
+    assert engines.counts["faults_restarts"] <= 1
+    # weights pushed out of turn are refused: the engine is started anew
+    turns.rest()
+    engines.asleep = False
+    rig.hand_over(model_a, 0)
+    assert not any(engine.state == "ready" and engine.released for engine in engines.engines)
+
+
+async def late_request(engine: Engine) -> asyncio.Task[Generation]:
+    """A generation that is under way, of 900 tokens."""
+    task = asyncio.create_task(engine.client.generate([5], {"max_new_tokens": 900}))
+    while (await engine.client.server_info())["internal_states"][0]["num_running_reqs"] == 0:
+        assert not task.done()
+    return task
+
+
+async def ended(task: asyncio.Task[Generation]) -> str:
+    return (await task).finish_reason
 
 
 def test_a_server_that_someone_else_gives_weights_is_not_trained_on(start):

@@ -237,6 +237,13 @@ def test_the_module_does_not_import_torch():
 
 # ---- a real server ----
 
+def test_a_router_is_asked_for_one_sample_a_post_and_gives_the_same(http):
+    requests = [Request([10, 7], {"max_new_tokens": 9, "sampling_seed": i}) for i in range(3)]
+    one, other = (call(str(http.base_url), lambda client: client.generate_many(requests), **options)
+                  for options in ({}, {"batched": False}))
+    assert [g.token_ids for g in one] == [g.token_ids for g in other]
+
+
 def test_samples_of_a_real_server_pass_every_check(http, reference_a):
     requests = [Request([10 + i // 4, 7], {"max_new_tokens": 20, "sampling_seed": i})
                 for i in range(40)]

@@ -132,6 +132,35 @@ def test_cache_memory_is_given_back_when_idle_only(engine):
     assert len(run(engine, Request("r", PROMPT, SHORT))[0].token_ids) == 3
 
 
+def test_released_memory_is_gone_and_old_weights_do_not_come_back(model_a, reference_a):
+    engine = Engine(model_a)
+    request = Request("r", PROMPT, SamplingParams(max_new_tokens=3, temperature=0.0))
+    want = run(engine, request)[0].token_ids
+    future = engine.submit([Request("r", PROMPT, LONG)])
+    with pytest.raises(UserError, match="only when server is idle"):
+        engine.release({"weights", "kv_cache"}).result(TIMEOUT_S)
+    engine.abort(None).result(TIMEOUT_S)
+    future.result(TIMEOUT_S)
+    engine.release({"weights", "kv_cache"}).result(TIMEOUT_S)
+    assert sum(p.untyped_storage().nbytes() for p in engine._model.parameters()) == 0
+    for refused in (
+            lambda: engine.submit([request]),
+            lambda: engine.release({"weights"}).result(TIMEOUT_S),
+            lambda: engine.update_from_folder(model_a, "1").result(TIMEOUT_S)):
+        with pytest.raises(UserError):
+            refused()
+    engine.restore({"weights"}).result(TIMEOUT_S)
+    assert all(p.isnan().all() for p in engine._model.parameters())
+    named = list(reference_a.state_dict().items())
+    for i in range(0, len(named), 5):  # in parts, as they come
+        engine.update_from_tensors(named[i:i + 5], "1").result(TIMEOUT_S)
+    with pytest.raises(UserError, match="kv_cache are released"):
+        engine.submit([request])
+    engine.restore({"kv_cache"}).result(TIMEOUT_S)
+    assert run(engine, request)[0].token_ids == want
+    engine.close()
+
+
 def test_repeated_version_changes_are_reported_without_empty_spans(engine):
     future = engine.submit([Request("r", PROMPT, LONG)])
     for version in ("1", "2", "3"):

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tiny import run_config
 
+from megatron_gpc.launch import free_port
+from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.launcher import EmbeddedServer
 
 
@@ -68,3 +71,46 @@ def test_a_start_that_takes_too_long_is_ended(model_a, tmp_path):
     with pytest.raises(RuntimeError, match=r"not up after 0.2 s"):
         EmbeddedServer(model_a, tmp_path / "server.log", start_timeout_s=0.2)
     assert time.monotonic() - started < 10
+
+
+SGLANG = """
+import http.server, json, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(sys.argv[1:]).encode())
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given"),
+    [
+        (["sglang.args.device=cpu"], {"--device": "cpu"}),
+        (["sglang.args.tp_size=2"], {"--tp-size": "2", "--base-gpu-id": "2"}),
+        (["rollout.server.colocated=true"], {"--base-gpu-id": "1", "--enable-memory-saver": None}),
+    ],
+    ids=["cpu", "tp", "colocated"],
+)
+def test_sglang_is_started_on_its_port_with_what_is_configured(tmp_path, overrides, given):
+    """A stand-in for SGLang says with which arguments it was started."""
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "launch_server.py").write_text(SGLANG)
+    config = run_config(
+        tmp_path,
+        tmp_path / "hf",
+        *("rollout.server.kind=sglang", "rollout.server.engines=2", *overrides),
+        f"sglang.environment.PYTHONPATH={tmp_path}",
+    )
+    starter = Starter(config.rollout.server, config.sglang, tmp_path / "hf", tmp_path / "logs")
+    port = free_port()
+    with starter.engine(1, port) as server:
+        assert server.url == f"http://127.0.0.1:{port}"
+        found = httpx.get(f"{server.url}/arguments", trust_env=False).json()
+    always = {"--host": "127.0.0.1", "--port": str(port), "--model-path": str(tmp_path / "hf")}
+    expected = [word for pair in (always | given).items() for word in pair if word is not None]
+    assert sorted(found) == sorted(expected)

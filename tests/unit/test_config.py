@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -80,6 +81,14 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_to_the_folder(
     config = load(file, ["run_dir=here"])
     assert config.model.hf == tmp_path / "start"
     assert config.run_dir == other / "here"
+
+
+def test_an_environments_interpreter_stays_its_own(file, tmp_path):
+    """It is a link to the one that the environment was made with."""
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    assert load(file, [f"sglang.python={python.parent}/../bin/python"]).sglang.python == python
 
 
 def test_configuration_cannot_be_changed(file):

@@ -15,6 +15,7 @@ from megatron_gpc.layout import (
     world_size,
 )
 
+TURNS = "rollout.server.colocated=true"
 MODEL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -44,6 +45,11 @@ MOE5 = {**MODEL, "num_local_experts": 4, "moe_intermediate_size": 32}  # as tran
         (["parallel.ep=3", "parallel.dp=3"], MOE, "does not divide the model's 4 experts"),
         (["parallel.ep=3", "parallel.dp=3"], MOE5, "does not divide the model's 4 experts"),
         (["parallel.tp=2"], MOE, "needs parallel.sequence_parallel=true"),
+        (["rollout.overlap=true", TURNS], MODEL, "rollout.overlap=true samples while"),
+        (["rollout.server.urls=http://h:1", TURNS], MODEL, "rollout.server.urls or urls_file"),
+        (["rollout.server.sync=distributed", TURNS], MODEL, "take disk or tensor"),
+        (["rollout.server.router=true", TURNS], MODEL, "rollout.server.router=true asks"),
+        (["rollout.server.kind=sglang", TURNS], MODEL, "this machine has no GPU"),
         (["train.mini_batches=17"], MODEL, "train.mini_batches=17 is more than the samples"),
     ],
 )
