@@ -7,60 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-import urllib.parse
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
+from pydantic import Field
+
+from megatron_gpc.config_types import (
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Regions,
+    Urls,
+    section,
 )
-from pydantic.dataclasses import dataclass
-
-PositiveInt = typing.Annotated[int, Field(ge=1)]
-NonNegativeInt = typing.Annotated[int, Field(ge=0)]
-PositiveFloat = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = typing.Annotated[float, Field(ge=0, allow_inf_nan=False)]
-FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _http_url(value: str) -> str:
-    parts = urllib.parse.urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("expected an address such as http://127.0.0.1:30000")
-    return value.rstrip("/")
-
-
-Url = typing.Annotated[str, AfterValidator(_http_url)]
-
-
-def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
-    if not value:
-        raise ValueError("name at least one")
-    return value
-
-
-_one_or_list = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
-Urls = typing.Annotated[tuple[Url, ...], _one_or_list]
-Region = Literal["e1", "e2", "e3", "e4"]
-Regions = typing.Annotated[tuple[Region, ...], AfterValidator(_not_empty), _one_or_list]
-
-T = typing.TypeVar("T")
-
-
-@typing.dataclass_transform(
-    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
-)
-def _section(cls: type[T]) -> type[T]:
-    """A frozen, validated dataclass that refuses unknown keys; docstrings document its fields."""
-    settings = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    made = dataclass(frozen=True, kw_only=True, config=settings)(cls)
-    return typing.cast(type[T], made)
-
-
-@_section
+@section
 class ParallelConfig:
     """How the policy is laid out over processes: tp * pp * cp * dp of them."""
 
@@ -81,7 +45,7 @@ class ParallelConfig:
     """Cut activations between matrices along the sequence; needs tp > 1."""
 
 
-@_section
+@section
 class ModelConfig:
     """The policy."""
 
@@ -94,7 +58,7 @@ class ModelConfig:
     """Type of weights and activations.  The optimizer keeps fp32 either way."""
 
 
-@_section
+@section
 class DataConfig:
     """Prompts: JSON lines with `prompt` and `label` (for the verifier).
 
@@ -110,7 +74,7 @@ class DataConfig:
     """Variables of the chat template, such as {enable_thinking: false} for Qwen3."""
 
 
-@_section
+@section
 class ServerConfig:
     """Where rollouts come from: engines, servers with SGLang's HTTP interface."""
 
@@ -158,7 +122,7 @@ class ServerConfig:
     agrees within 1e-4."""
 
 
-@_section
+@section
 class SGLangConfig:
     """How SGLang is started, for rollout.server.kind=sglang.
 
@@ -176,7 +140,7 @@ class SGLangConfig:
     """Environment variables of the server."""
 
 
-@_section
+@section
 class RolloutConfig:
     """What is sampled in one training step."""
 
@@ -218,7 +182,7 @@ class RolloutConfig:
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
 
-@_section
+@section
 class TrainConfig:
     """One training step: a rollout, then mini_batches * epochs updates of the policy."""
 
@@ -254,7 +218,7 @@ class TrainConfig:
     """Tokens whose fp32 logits exist at the same time in log-prob and entropy."""
 
 
-@_section
+@section
 class OptimConfig:
     """Adam (megatron-core's).  Everything else it offers is under `megatron.optimizer`."""
 
@@ -276,7 +240,7 @@ class OptimConfig:
     """Cut optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
 
 
-@_section
+@section
 class ClipConfig:
     """Flexible entropy control (arXiv 2602.09782): how far the importance ratio may move."""
 
@@ -306,7 +270,7 @@ class ClipConfig:
     tokens of no region give none either."""
 
 
-@_section
+@section
 class DiagnosticsConfig:
     """What a step measures of itself at the price of further passes over its samples."""
 
@@ -317,7 +281,7 @@ class DiagnosticsConfig:
     more fp32 gradient."""
 
 
-@_section
+@section
 class EvalConfig:
     """Sampling on held-out prompts, before the first and after the last step."""
 
@@ -340,7 +304,7 @@ class EvalConfig:
     powers of two up to it."""
 
 
-@_section
+@section
 class CheckpointConfig:
     """What is kept to continue from."""
 
@@ -354,7 +318,7 @@ class CheckpointConfig:
     """Write in the background while training goes on; see docs/checkpoints.md for what it costs."""
 
 
-@_section
+@section
 class GuardConfig:
     """When a run ends itself instead of going on in vain."""
 
@@ -367,7 +331,7 @@ class GuardConfig:
     run; 0: never."""
 
 
-@_section
+@section
 class MegatronConfig:
     """megatron-core's own settings, by the names of its dataclasses, for what has no key above."""
 
@@ -379,7 +343,7 @@ class MegatronConfig:
     """Fields of megatron.core.optimizer.OptimizerConfig."""
 
 
-@_section
+@section
 class Config:
     """A run."""
 

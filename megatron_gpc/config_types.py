@@ -1,0 +1,51 @@
+"""What the fields of config.py are made of: types that check their values, and sections."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+import urllib.parse
+from typing import Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+PositiveInt = typing.Annotated[int, Field(ge=1)]
+NonNegativeInt = typing.Annotated[int, Field(ge=0)]
+PositiveFloat = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = typing.Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _http_url(value: str) -> str:
+    parts = urllib.parse.urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected an address such as http://127.0.0.1:30000")
+    return value.rstrip("/")
+
+
+Url = typing.Annotated[str, AfterValidator(_http_url)]
+
+
+def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("name at least one")
+    return value
+
+
+_one_or_list = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+Urls = typing.Annotated[tuple[Url, ...], _one_or_list]
+Region = Literal["e1", "e2", "e3", "e4"]
+Regions = typing.Annotated[tuple[Region, ...], AfterValidator(_not_empty), _one_or_list]
+
+T = typing.TypeVar("T")
+
+
+@typing.dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
+def section(cls: type[T]) -> type[T]:
+    """A frozen, validated dataclass that refuses unknown keys; docstrings document its fields."""
+    settings = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    made = dataclass(frozen=True, kw_only=True, config=settings)(cls)
+    return typing.cast(type[T], made)
