@@ -119,6 +119,12 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
             f"rollout.{name}=true makes samples of older weights, and rollout.max_staleness=0 "
             "forbids them; set rollout.max_staleness to 1 or more"
         )
+    precision_aware = config.megatron.optimizer.get("use_precision_aware_optimizer")
+    if config.diagnostics.entropy_change and precision_aware:
+        raise UserError(
+            "diagnostics.entropy_change=true needs fp32 gradients and weights in the optimizer; "
+            "leave megatron.optimizer.use_precision_aware_optimizer out"
+        )
     if hf is not None:
         _check_model(p, hf)
 
