@@ -121,6 +121,12 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
         )
     if r.server.colocated and r.replay is None:
         _check_colocated(config, cuda)
+    precision_aware = config.megatron.optimizer.get("use_precision_aware_optimizer")
+    if config.diagnostics.entropy_change and precision_aware:
+        raise UserError(
+            "diagnostics.entropy_change=true needs fp32 gradients and weights in the optimizer; "
+            "leave megatron.optimizer.use_precision_aware_optimizer out"
+        )
     if hf is not None:
         _check_model(p, hf)
 

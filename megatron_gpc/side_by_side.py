@@ -8,15 +8,20 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from megatron_gpc.config import Config
 from megatron_gpc.config_file import dump, load
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.launch import die_with_parent
-from megatron_gpc.metrics.runs import load_run
+from megatron_gpc.metrics.runs import flatten, load_run
 from megatron_gpc.metrics.writer import FILE_NAME
 
 POLL_S = 0.5
+NO_MATTER = ("run_dir", "resume", "timeout_s", "rollout.server.", "checkpoint.", "guard.")
+"""Keys and sections that may differ between a run that is there and the one that is asked for."""
 LAST_WORDS = 3000
 """Characters of a failed run's console that are shown."""
 
@@ -70,7 +75,7 @@ def _is_finished(config: Config) -> bool:
     file = config.run_dir / "config.yaml"
     if not file.is_file():
         return False
-    if file.read_text() != dump(config):
+    if _experiment(file.read_text()) != _experiment(dump(config)):
         raise UserError(
             f"{config.run_dir} holds a run of another configuration (see its config.yaml); choose "
             "another folder, or remove it"
@@ -82,6 +87,12 @@ def _is_finished(config: Config) -> bool:
     return steps in run.series("reward").steps and (
         config.eval.prompts is None or steps in evaluated
     )
+
+
+def _experiment(text: str) -> dict[str, Any]:
+    """What of a resolved configuration decides a run's numbers."""
+    flat = flatten(yaml.safe_load(text))
+    return {key: value for key, value in flat.items() if not key.startswith(NO_MATTER)}
 
 
 def _start(config: Path, log: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -130,7 +130,7 @@ CLAIMS = (
     _less("b", "Hi(p) holds more entropy than static 0.2", "hi", "static", mean_entropy),
     _less("b", "Lo(p) holds less entropy than static 0.2", "lo", "static", mean_entropy, -1),
     _less("b", "Hi(p) holds more entropy than clip-higher", "hi", "clip-higher", mean_entropy),
-    _less("b", "Hi(p) ends with the higher held-out reward than static", "hi", "static", _held_out),
+    _less("b", "Hi(p) ends with a higher held-out reward than static", "hi", "static", _held_out),
     _move("id", "ID: entropy rises over phase 1", 0.0, 0.5, +1),
     _move("id", "ID: entropy falls over phase 2", 0.5, 1.0, -1),
     _less(
@@ -150,7 +150,7 @@ CLAIMS = (
     *(
         _less(
             "d",
-            f"A phase split of 0.5 ends with the higher held-out reward than {split}",
+            f"A phase split of 0.5 ends with a higher held-out reward than {split}",
             "id",
             f"id-{split}",
             _held_out,
@@ -158,13 +158,18 @@ CLAIMS = (
         for split in ("0.3", "0.4", "0.6")
     ),
     *(
-        _less("e", f"ID ends with the higher held-out reward than {other}", "id", other, _held_out)
-        for other in ("static", "clip-higher", "did", "od")
+        _less("e", f"ID ends with a higher held-out reward than {title}", "id", other, _held_out)
+        for other, title in (
+            ("static", "static"),
+            ("clip-higher", "clip-higher"),
+            ("did", "DID"),
+            ("od", "OD"),
+        )
     ),
     *(
         _less(
             "e",
-            f"ID ends with the higher {name} than static",
+            f"ID ends with a higher {name} than static",
             "id",
             "static",
             lambda run, metric=metric: at_end(run, metric),

@@ -49,6 +49,7 @@ from megatron_gpc.rollout.server_bodies import (
     TensorBody,
     VersionBody,
 )
+from megatron_gpc.rollout.server_generate import answer, parse
 from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.rollout.weight_receiver import WeightReceiver
 
@@ -75,7 +76,7 @@ class Server:
         started = time.perf_counter()
         if body.stream:
             raise UserError("The embedded server does not stream; leave stream out.")
-        requests, wants_logprob, single = self._parse(body)
+        requests, wants_logprob, single = parse(body, self.tokenizer)
         future = asyncio.wrap_future(self.engine.submit(requests))
         while not (await asyncio.wait({future}, timeout=1.0))[0]:
             if await http.is_disconnected():  # a client that gave up must not keep the batch busy
@@ -85,60 +86,9 @@ class Server:
                   for request, logprob in zip(requests, wants_logprob, strict=True)
                   for _ in range(request.params.n)]
         seconds = time.perf_counter() - started
-        answers = [self._answer(result, rid, logprob, seconds)
+        answers = [answer(result, rid, logprob, seconds, self.tokenizer)
                    for result, (rid, logprob) in zip(results, wanted, strict=True)]
         return JSONResponse(answers[0] if single and len(answers) == 1 else answers)
-
-    def _parse(self, body: GenerateBody) -> tuple[list[sequence.Request], list[bool], bool]:
-        """Requests, which of them want log-probs, and whether they came as a single one."""
-        if body.input_ids is not None:
-            single = not body.input_ids or isinstance(body.input_ids[0], int)
-            prompts = [body.input_ids] if single else body.input_ids
-        elif body.text is not None:
-            single = isinstance(body.text, str)
-            texts = [body.text] if single else body.text
-            prompts = [self.tokenizer.encode(text) for text in texts]
-        else:
-            raise UserError("Either text, input_ids or input_embeds should be provided.")
-
-        def per_prompt(name: str, value: Any) -> list[Any]:
-            if not isinstance(value, list):
-                return [value] * len(prompts)
-            if len(value) != len(prompts):
-                raise UserError(f"{name} has {len(value)} entries for {len(prompts)} prompts.")
-            return value
-
-        params = per_prompt("sampling_params", body.sampling_params or {})
-        rids = per_prompt("rid", body.rid)
-        if isinstance(body.rid, str) and not single:
-            rids = [f"{body.rid}_{i}" for i in range(len(prompts))]
-        requests = [
-            sequence.Request(rid or uuid.uuid4().hex, tuple(ids), SamplingParams.parse(values))
-            for ids, values, rid in zip(prompts, params, rids, strict=True)]
-        return requests, per_prompt("return_logprob", body.return_logprob), single
-
-    def _answer(self, result: sequence.Result, rid: str, logprob: bool,
-                seconds: float) -> dict[str, Any]:
-        shown = result.token_ids
-        if result.finish["type"] == "stop":  # the text is without the token that ended it
-            shown = shown[:-1]
-        meta: dict[str, Any] = {
-            "id": rid, "finish_reason": result.finish, "prompt_tokens": result.prompt_tokens,
-            "weight_version": result.weight_version, "num_retractions": result.num_retractions}
-        if logprob:
-            meta["input_token_logprobs"] = []
-            meta["output_token_logprobs"] = [
-                (value, token, None)
-                for value, token in zip(result.logprobs, result.token_ids, strict=True)]
-            meta["output_token_logprobs_length"] = len(result.token_ids)
-        meta |= {
-            "reasoning_tokens": 0, "completion_tokens": len(result.token_ids), "cached_tokens": 0,
-            "weight_versions": [{"version": version, "start": start, "end": end}
-                                for version, start, end in result.weight_versions],
-            "cached_tokens_details": None, "dp_rank": None, "e2e_latency": seconds,
-            "response_sent_to_client_ts": time.time()}
-        return {"text": self.tokenizer.decode(shown, skip_special_tokens=True),
-                "output_ids": result.token_ids, "meta_info": meta}
 
     # ---- state ----
 
@@ -312,10 +262,10 @@ class Server:
             expected = f"Bearer {api_key}"
 
             @app.middleware("http")
-            async def check_key(http: Request, answer: RequestResponseEndpoint) -> Response:
+            async def check_key(http: Request, proceed: RequestResponseEndpoint) -> Response:
                 given = http.headers.get("Authorization", "")
                 if http.url.path.startswith("/health") or compare_digest(given, expected):
-                    return await answer(http)
+                    return await proceed(http)
                 return JSONResponse({"error": "Unauthorized"}, status_code=401)
 
         for path, handler in {

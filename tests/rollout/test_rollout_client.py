@@ -67,10 +67,10 @@ def scripted(reply: Callable[[int, Any], Reply]) -> Iterator[tuple[str, list[Any
 
 
 def call(url: str, work: Callable[[SGLangClient], Any], *, timeout_s: float = 20.0,
-         retries: int = 0, max_in_flight: int = 256) -> Any:
+         retries: int = 0, max_in_flight: int = 256, **options: Any) -> Any:
     async def main() -> Any:
         async with SGLangClient(url, timeout_s=timeout_s, retries=retries, vocab_size=VOCAB,
-                                max_in_flight=max_in_flight) as client:
+                                max_in_flight=max_in_flight, **options) as client:
             return await work(client)
 
     return asyncio.run(main())

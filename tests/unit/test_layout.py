@@ -79,6 +79,16 @@ def test_accepted(tmp_path):
     check_layout(fp8, MODEL, cuda=True)
 
 
+def test_the_change_of_entropy_needs_an_optimizer_in_fp32(tmp_path):
+    given = (
+        "diagnostics.entropy_change=true",
+        "megatron.optimizer.use_precision_aware_optimizer=true",
+    )
+    check_layout(run_config(tmp_path, tmp_path, given[1]), MODEL, cuda=True)
+    with pytest.raises(UserError, match="leave megatron.optimizer.use_precision_aware_optimizer"):
+        check_layout(run_config(tmp_path, tmp_path, *given), MODEL, cuda=True)
+
+
 def test_the_number_of_started_processes_must_fit(tmp_path):
     parallel = run_config(tmp_path, tmp_path, "parallel.tp=2", "parallel.pp=2").parallel
     check_world(parallel, 8)  # dp = 2 follows
