@@ -25,10 +25,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
 from pathlib import Path
+
+# Threads that wait for each other by spinning take a busy machine's cores from those they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
