@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 where a run ended itself, 2 where the user's input cannot be used (both said in one
-        line, no traceback); otherwise the exit code of the part that failed.
+        line, no traceback); 130 where Ctrl-C ended it; otherwise the exit code of the part that
+        failed.
     """
     parser = _parser()
     # argparse gives up on overrides that follow an option: they are what is left over.
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"megatron-gpc: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("megatron-gpc: interrupted", file=sys.stderr)
+        return 130
     except RunStopped as stopped:
         if os.environ.get("RANK", "0") == "0":  # every rank stops, with the same words
             print(f"megatron-gpc: {stopped}", file=sys.stderr)
@@ -170,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     samples.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     samples.add_argument("--step", type=int, help="training step (default: the last saved)")
-    samples.add_argument("--prompt", type=int, help="only this prompt, by its line in the file")
+    samples.add_argument("--prompt", type=int, help="only this prompt, by its number, from 0")
     samples.add_argument("--limit", type=int, default=40, help="samples shown at most (40)")
     samples.set_defaults(run=_samples)
     return parser
@@ -193,13 +198,13 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if adopt_rank(config.parallel):
         if os.environ["RANK"] == "0":
-            prepare(config)
+            held = prepare(config)  # noqa: F841 - until this process ends
             _check(config)
         return _train_rank(config)
     share = my_share(config.parallel, torch.cuda.device_count())
     command = ["train", str(arguments.config), *arguments.overrides]  # rank 0 prepares
     if share.ranks == share.world:
-        prepare(config)
+        held = prepare(config)  # noqa: F841 - until this process ends
         _check(config)  # again: model.build may just have made the model
         command = ["rank", str(config.run_dir / "config.yaml")]
     return run_ranks(command, share, config.run_dir / "logs", pass_on=STOP_SIGNALS)
@@ -243,7 +248,9 @@ def _train_rank(config: Config) -> int:
         except RolloutError as error:
             raise RunStopped(f"rollout server: {error}") from error
 
-    return 0 if run() else SAVED
+    finished = run()
+    stop.over()
+    return 0 if finished else SAVED
 
 
 def _check(config: Config) -> None:
@@ -271,6 +278,7 @@ def _check(config: Config) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it has made is removed
     config = load(arguments.config, arguments.overrides)
     from megatron_gpc.evaluate import evaluate
     from megatron_gpc.metrics.tables import evaluation_table, print_table

@@ -46,7 +46,7 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
             raise UserError(f"override {override!r}: expected key=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, brackets
             value = text
         nested: Any = value
         for part in reversed(key.split(".")):
@@ -63,7 +63,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
@@ -139,8 +139,12 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
     is_path = {key for key, kind in valid.items() if kind is Path or Path in typing.get_args(kind)}
 
     def resolve(value: str) -> str:
-        path = base / Path(value).expanduser()
-        return str(path.parent.resolve() / path.name) if path.name != ".." else str(path.resolve())
+        try:
+            path = base / Path(value).expanduser()
+            name = path.name if path.name != ".." else ""
+            return str((path.parent if name else path).resolve() / name)
+        except (RuntimeError, ValueError) as error:  # ~nobody; a NUL
+            raise UserError(f"{value!r} cannot be a path: {error}") from None
 
     return {
         key: resolve(value) if key in is_path and isinstance(value, str) else value

@@ -19,7 +19,8 @@ FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
 
 def _http_url(value: str) -> str:
     parts = urllib.parse.urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    plain = not set(value) & set(" ,\t\n") and parts.scheme in ("http", "https")
+    if not (plain and parts.hostname and (parts.port is None or parts.port > 0)):
         raise ValueError("expected an address such as http://127.0.0.1:30000")
     return value.rstrip("/")
 

@@ -22,12 +22,19 @@ import yaml
 from megatron_gpc.config import Config
 from megatron_gpc.config_file import dump
 from megatron_gpc.errors import UserError
+from megatron_gpc.launch import die_with_parent
 from megatron_gpc.metrics.runs import flatten
 from megatron_gpc.stop import marker
 
+PREPARING = "launch.lock"
 
-def prepare(config: Config) -> None:
+
+def prepare(config: Config) -> TextIO:
     """Make the run's folder ready and, where model.build says so, the model; one process calls it.
+
+    Returns:
+        A lock, which keeps others from preparing the folder until this process ends.  Rank 0 takes
+        another, which keeps them out until it ends.
 
     Raises:
         UserError: the folder or the model cannot be made, the folder's config.yaml is damaged, or
@@ -35,11 +42,13 @@ def prepare(config: Config) -> None:
     """
     build_model(config)
     try:
-        if config.run_dir.exists():
-            lock(config).close()  # refuse before anything of a run that has not ended is touched
+        if config.run_dir.exists():  # refuse before anything of a run that has not ended is touched
+            lock(config, PREPARING).close()
+            lock(config).close()
         if config.resume == "none" and config.run_dir.exists():
             _set_aside(config)
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        held = lock(config, PREPARING)
         marker(config.run_dir).unlink(missing_ok=True)
         file = config.run_dir / "config.yaml"
         text = dump(config)
@@ -56,6 +65,7 @@ def prepare(config: Config) -> None:
         part.replace(file)
     except OSError as error:
         raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from None
+    return held
 
 
 def _set_aside(config: Config) -> None:
@@ -67,13 +77,13 @@ def _set_aside(config: Config) -> None:
     print(f"resume=none: the old run was set aside as {aside}", file=sys.stderr)
 
 
-def lock(config: Config) -> TextIO:
+def lock(config: Config, name: str = "lock") -> TextIO:
     """Keep the run's folder to this process until it ends, in whatever way.
 
     Raises:
         UserError: another run is using the folder.
     """
-    file = (config.run_dir / "lock").open("w")
+    file = (config.run_dir / name).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -124,7 +134,11 @@ def build_model(config: Config) -> None:
         raise UserError(f"model.build: {model.build} does not exist")
     # The script has the machine to itself: a thread limit that was meant for ranks is not for it.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    done = subprocess.run([sys.executable, str(model.build), str(model.hf)], env=environment)
+    done = subprocess.run(
+        [sys.executable, str(model.build), str(model.hf)],
+        env=environment,
+        preexec_fn=die_with_parent,
+    )
     if done.returncode or not (model.hf / "config.json").is_file():
         raise UserError(
             f"model.build: {model.build} failed (exit code {done.returncode}) or made no "

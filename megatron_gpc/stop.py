@@ -39,6 +39,11 @@ class StopRequest:
             signal.signal(one, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
+    def over(self) -> None:
+        """The run has ended: signals that come while this process does so mean nothing any more."""
+        for one in STOP_SIGNALS:
+            signal.signal(one, signal.SIG_IGN)
+
     def _note(self, number: int, _: object) -> None:
         self.received = signal.Signals(number)
 

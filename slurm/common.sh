@@ -18,16 +18,24 @@ die() { echo "slurm: $*" >&2; exit 2; }
 # shellcheck disable=SC2206
 GPC=($GPC_WRAP "$GPC_VENV/bin/megatron-gpc")
 
+check_venv() {
+  [[ -x $GPC_VENV/bin/megatron-gpc || -n $GPC_WRAP ]] ||
+    die "$GPC_VENV has no megatron-gpc: run 'make .venv/.installed' in $ROOT, or set GPC_VENV"
+}
+
+# value KEY: of the resolved configuration.
+# shellcheck disable=SC2086
+value() { $GPC_WRAP "$GPC_VENV/bin/python" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)['$1'])" <<<"$RESOLVED"; }
+
 # read_arguments [--dry-run] CONFIG [key=value ...]: sets DRY_RUN, RUN (for megatron-gpc), RUN_DIR.
 read_arguments() {
   DRY_RUN=
   if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1; shift; fi
   (($# > 0)) || die "no configuration: sbatch $(basename "$0") CONFIG [key=value ...]"
-  [[ -x $GPC_VENV/bin/megatron-gpc || -n $GPC_WRAP ]] ||
-    die "$GPC_VENV has no megatron-gpc: run 'make .venv/.installed' in $ROOT, or set GPC_VENV"
+  check_venv
   RUN=("$@")
   RESOLVED=$("${GPC[@]}" train "${RUN[@]}" --dry-run) || exit 2
-  RUN_DIR=$(sed -n 's/^run_dir: //p' <<<"$RESOLVED")
+  RUN_DIR=$(value run_dir)
   if [[ -n $DRY_RUN ]]; then
     grep '^#SBATCH' "$0" || true
     printf '%s\n' "# would run: ${GPC[*]} train ${RUN[*]}" "$RESOLVED"
@@ -51,7 +59,14 @@ newest_step() { # the newest complete checkpoint's; 0 where there is none
 # begin_attempt: numbers this attempt, keeps what it starts from, refuses to go on in vain.
 begin_attempt() {
   ATTEMPT=${SLURM_RESTART_COUNT:-0}
-  local step log=$RUN_DIR/attempts/log
+  local step number=1 log=$RUN_DIR/attempts/log
+  # resume=none is for the first attempt alone, and before anything of it lies in the folder.
+  if ((ATTEMPT == 0)) && [[ $(value resume) == none && -d $RUN_DIR ]]; then
+    while [[ -e $RUN_DIR.old-$number ]]; do ((number += 1)); done
+    mv "$RUN_DIR" "$RUN_DIR.old-$number"
+    say "resume=none: the old run was set aside as $RUN_DIR.old-$number"
+  fi
+  RUN+=(resume=auto)
   step=$(newest_step)
   ATTEMPT_DIR=$RUN_DIR/attempts/$SLURM_JOB_ID.$ATTEMPT
   mkdir -p "$ATTEMPT_DIR"

@@ -22,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.rollout.prompts import is_messages
 from megatron_gpc.tool import run
 
 ROWS = 4096
@@ -47,9 +48,10 @@ def main() -> int:
     number = 0
     for number, row in enumerate(rows(arguments.data), start=1):
         where = f"{arguments.data}: row {number}"
-        prompt = asked(column(row, arguments.prompt, where), arguments.suffix, arguments.text)
+        given = column(row, arguments.prompt, where)
+        prompt = asked(given, arguments.suffix, arguments.text, where)
         label = column(row, arguments.label, where)
-        kept[json.dumps({"prompt": prompt, "label": label}, ensure_ascii=False)] = None
+        kept[json.dumps({"prompt": prompt, "label": label})] = None
     if not kept:
         raise UserError(f"{arguments.data}: no rows in it")
     part = arguments.out.with_name(arguments.out.name + ".part")
@@ -84,9 +86,13 @@ def column(row: Any, name: str, where: str) -> Any:
     return row
 
 
-def asked(prompt: Any, suffix: str, as_text: bool) -> str | list[dict[str, str]]:
+def asked(prompt: Any, suffix: str, as_text: bool, where: str) -> str | list[dict[str, str]]:
     """Text as a single message of the user; messages without what else a row may say of them."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not is_messages(messages):
+        raise UserError(
+            f'{where}: the prompt is neither text nor a list of messages with "role" and "content"'
+        )
     found = [{"role": m["role"], "content": m["content"]} for m in messages]
     found[-1]["content"] += suffix
     return "\n\n".join(m["content"] for m in found) if as_text else found

@@ -30,11 +30,14 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
     """
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except OSError as error:
-        raise UserError(f"{run_dir}: not the folder of a run: {error}") from None
+        steps = int(config["train"]["steps"])
+        config["run_dir"], config["model"]["hf"]  # which a resolved configuration has
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run_dir}: not the folder of a run: config.yaml: {type(error).__name__}: {error}"
+        ) from None
     file = run_dir / FILE_NAME
     records = read_metrics(run_dir) if file.exists() else []
-    steps = config["train"]["steps"]
     done = records[-1]["step"] if records else 0
     lines = [f"{run_dir}: step {done} of {steps}"]
     if records:
@@ -46,7 +49,7 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
             f"{(steps - done) * median / 3600:.2f} h to go, last step {age:.0f} s ago"
         )
     saved = sorted((run_dir / "checkpoints").glob("step_*"))
-    whole = [one.name for one in saved if one.name[-1].isdigit()]
+    whole = [one.name for one in saved if one.name.removeprefix("step_").isdigit()]
     lines.append(f"newest checkpoint: {whole[-1] if whole else 'none'}")
     lines += [f"damaged, set aside: {one.name}" for one in saved if ".damaged" in one.name]
     if marker(run_dir).exists():
@@ -64,12 +67,17 @@ def first_traceback(run_dir: Path) -> str:
     """
     found: list[tuple[float, Path, dict[str, Any]]] = []
     for file in run_dir.rglob("rank_*.error.json"):
-        message = json.loads(file.read_text())["message"]
+        try:
+            message = json.loads(file.read_text())["message"]
+        except ValueError:  # the rank was killed while it wrote
+            continue
         found.append((float(message["extraInfo"]["timestamp"]), file, message))
     if not found:
         raise UserError(f"{run_dir}: no rank left a traceback")
-    newest = max(found)[1].parent  # of the newest attempt, the first
-    _, file, message = min(one for one in found if one[1].parent == newest)
+    newest = max(found, key=lambda one: one[0])[1].parent  # of the newest attempt, the first
+    _, file, message = min(
+        (one for one in found if one[1].parent == newest), key=lambda one: one[0]
+    )
     return f"{file}:\n{message['extraInfo']['py_callstack']}"
 
 
@@ -78,8 +86,9 @@ def _seconds(record: dict[str, Any]) -> float:
 
 
 def _lead(records: list[dict[str, Any]], lead_s: float) -> str:
-    step = max(_seconds(record) - record["seconds_checkpoint"] for record in records)
-    save = max(record["seconds_checkpoint"] for record in records)
+    saves = [record.get("seconds_checkpoint", 0.0) for record in records]
+    step = max(_seconds(record) - save for record, save in zip(records, saves, strict=True))
+    save = max(saves)
     needed = step + save + SPARE_S
     verdict = "enough" if needed <= lead_s else "NOT ENOUGH: raise T in --signal=B:USR1@T"
     return (

@@ -32,20 +32,22 @@ def read_prompts(
         UserError: names file and line of what cannot be used.
     """
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").split("\n")  # splitlines() also splits inside strings
     except OSError as error:
         raise UserError(f"{file}: cannot read prompts: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: cannot read prompts: not UTF-8 text: {error}") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}:{number}: not JSON: {error}") from None
         if (
             not isinstance(row, dict)
-            or not (isinstance(row.get("prompt"), str) or _messages(row.get("prompt")))
+            or not (isinstance(row.get("prompt"), str) or is_messages(row.get("prompt")))
             or "label" not in row
         ):
             raise UserError(
@@ -57,7 +59,10 @@ def read_prompts(
             if render is None:
                 raise UserError(f"{file}:{number}: the prompt is a list of messages, not text")
             text = render(text)
-        token_ids = tuple(tokenize(text))
+        try:
+            token_ids = tuple(tokenize(text))
+        except UnicodeEncodeError as error:  # half of a surrogate pair
+            raise UserError(f"{file}:{number}: the prompt is no valid text: {error}") from None
         if not token_ids:
             raise UserError(f"{file}:{number}: the prompt has no tokens")
         prompts.append(Prompt(len(prompts), text, token_ids, row["label"]))
@@ -66,7 +71,8 @@ def read_prompts(
     return prompts
 
 
-def _messages(value: object) -> bool:
+def is_messages(value: object) -> bool:
+    """Whether it is a list of messages, with nothing but text in them."""
     return (
         isinstance(value, list)
         and bool(value)

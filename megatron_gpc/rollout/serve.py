@@ -40,6 +40,13 @@ def serve(config: Config, stop: StopRequest) -> None:
             f"Face folder: convert it back, or give the one it was made of to `serve`"
         )
     started_here = dataclasses.replace(server, urls=(), urls_file=None, router=False)
+    try:
+        server.urls_file.parent.mkdir(parents=True, exist_ok=True)
+        server.urls_file.unlink(missing_ok=True)  # of engines that are gone
+    except OSError as error:
+        raise UserError(
+            f"rollout.server.urls_file: {server.urls_file}: {error.strerror}"
+        ) from None
     number = int(os.environ.get("SLURM_PROCID", "0"))
     nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     _await_file(hf_folder(config.model.hf) / "config.json", server.start_timeout_s, "model.hf")
@@ -80,7 +87,6 @@ def _name() -> str:
 def _publish(file: Path, urls: list[str], number: int, nodes: int, timeout_s: float) -> None:
     """Task 0 writes the list of all nodes' addresses when the last of them is there."""
     parts = [file.with_name(f"{file.name}.{n}") for n in range(nodes)]
-    file.parent.mkdir(parents=True, exist_ok=True)
     _write(parts[number], urls)
     if number > 0:
         return
