@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_gpc.config_types import (
+    Counts,
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
@@ -299,8 +300,8 @@ class EvalConfig:
     """Draw among so many likeliest tokens; -1: among all."""
     max_response_tokens: PositiveInt | None = None
     """Responses are cut at this length; left out, rollout.max_response_tokens."""
-    pass_k: tuple[PositiveInt, ...] = ()
-    """`megatron-gpc eval` gives pass@k for these k, each at most `samples`; left out, for the
+    pass_k: Counts = ()
+    """pass@k is given for these k, one or a list, each at most `samples`; left out, for the
     powers of two up to it."""
 
 

@@ -34,9 +34,10 @@ def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
-_one_or_list = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+_one_or_list = BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value)
 Urls = typing.Annotated[tuple[Url, ...], _one_or_list]
 Region = Literal["e1", "e2", "e3", "e4"]
+Counts = typing.Annotated[tuple[PositiveInt, ...], _one_or_list]
 Regions = typing.Annotated[tuple[Region, ...], AfterValidator(_not_empty), _one_or_list]
 
 T = typing.TypeVar("T")

@@ -61,7 +61,9 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
         raise UserError("eval.prompts is not set: there is nothing to evaluate on")
     ks, judge = pass_ks(config.eval), verifier(config.data.verifier)
     source = newest(checkpoint or config.model.hf)
-    file = out or config.run_dir / "evaluations" / f"{source.name}.json"
+    file = out or config.run_dir / "evaluations" / f"{source.resolve().name}.json"
+    if file.is_dir():
+        raise UserError(f"--out: {file} is a folder; name the JSON file to write")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

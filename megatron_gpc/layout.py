@@ -121,6 +121,15 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
         )
     if r.server.colocated and r.replay is None:
         _check_colocated(config, cuda)
+    if r.server.urls and r.server.urls_file:
+        raise UserError(
+            "rollout.server.urls and rollout.server.urls_file both name the engines; leave one out"
+        )
+    if r.server.port and r.server.port + r.server.engines - 1 > 65535:
+        raise UserError(
+            f"rollout.server.port={r.server.port}: {r.server.engines} engines need as many ports "
+            "from there on, and the last is 65535"
+        )
     precision_aware = config.megatron.optimizer.get("use_precision_aware_optimizer")
     if config.diagnostics.entropy_change and precision_aware:
         raise UserError(

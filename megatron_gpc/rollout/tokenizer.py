@@ -40,7 +40,13 @@ def chat_renderer(
 
     Args:
         variables: of the template.
+
+    Raises:
+        UserError: a variable has the name of what is given anyway.
     """
+    taken = sorted({"conversation", "messages", "tokenize", "add_generation_prompt"} & {*variables})
+    if taken:
+        raise UserError(f"data.chat_template: {taken[0]} cannot be set: the prompt decides it")
 
     def render(messages: list[Message]) -> str:
         if not tokenizer.chat_template:

@@ -36,6 +36,16 @@ MOE5 = {**MODEL, "num_local_experts": 4, "moe_intermediate_size": 32}  # as tran
         ([], {"num_attention_heads": 4}, "config.json lacks num_hidden_layers"),
         (["parallel.pp=2", "parallel.vpp=4"], MODEL, "parallel.pp * vpp = 8"),
         (["parallel.vpp=2"], MODEL, "needs parallel.pp > 1"),
+        (
+            ["rollout.server.urls=http://a", "rollout.server.urls_file=b"],
+            MODEL,
+            "both name the engines",
+        ),
+        (
+            ["rollout.server.port=65535", "rollout.server.engines=2"],
+            MODEL,
+            "2 engines need as many ports",
+        ),
         (["parallel.sequence_parallel=true"], MODEL, "needs parallel.tp > 1"),
         (["megatron.transformer.fp8=e4m3"], MODEL, "megatron.transformer.fp8=e4m3 needs CUDA"),
         (["megatron.transformer.moe_grouped_gemm=true"], MOE, "moe_grouped_gemm=True needs CUDA"),
