@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -270,23 +271,32 @@ def test_an_output_that_is_in_the_way_is_left_alone(
     assert says in message and str(out) in message
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """Files cannot grow beyond 20 kB: the kernel refuses the write, as it does on a full disk."""
+    """Files cannot grow beyond 20 kB: the kernel refuses the write, as it does on a full disk.
+
+    Around what is tested and no more: a log that pytest writes may be larger.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_named_with_tensor_and_folder(
-    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_disk: None
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--out", tmp_path / "new" / "deeper" / "out")
-    message = refused(capsys, tmp_path, "convert_hf_to_megatron", "--hf", tmp_path / "single", *out)
+    single = ("--hf", tmp_path / "single")
+    with small_disk():
+        message = refused(capsys, tmp_path, "convert_hf_to_megatron", *single, *out)
     assert "cannot write embedding.word_embeddings.weight (model.embed_tokens.weight): " in message
     assert "File too large" in message
-    message = refused(capsys, tmp_path, "convert_megatron_to_hf", "--checkpoint", converted, *out)
+    checkpoint = ("--checkpoint", converted)
+    with small_disk():
+        message = refused(capsys, tmp_path, "convert_megatron_to_hf", *checkpoint, *out)
     assert "cannot write tensor model.embed_tokens.weight: File too large" in message
 
 
