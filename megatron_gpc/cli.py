@@ -87,8 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Start rollout.server.engines engines on this node, or with srun one task a "
         "node on several, and write their addresses to rollout.server.urls_file.",
     )
-    serve.add_argument("config", type=Path, help="YAML file, the same as for train")
-    serve.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key")
+    _add_configuration(serve)
     serve.set_defaults(run=_serve)
 
     rank = commands.add_parser("rank")  # no help: what `train` starts its processes with
@@ -101,8 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Sample eval.samples answers to every prompt of eval.prompts, judge them with "
         "data.verifier, and print mean@n and pass@k.",
     )
-    held_out.add_argument("config", type=Path, help="YAML file, the same as for train")
-    held_out.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key")
+    _add_configuration(held_out)
     held_out.add_argument(
         "--checkpoint",
         type=Path,
@@ -179,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     samples.add_argument("--limit", type=int, default=40, help="samples shown at most (40)")
     samples.set_defaults(run=_samples)
     return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file, the same as for train")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key")
 
 
 def _train(arguments: argparse.Namespace) -> int:

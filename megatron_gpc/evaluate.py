@@ -32,6 +32,7 @@ from megatron_gpc.rollout.held_out import (
     distinct_right,
     groups_of,
     nucleus,
+    right_P,
 )
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
@@ -183,8 +184,7 @@ def results(samples: Sequence[Sample], count: int, ks: Sequence[int]) -> dict[st
     `mean` is the mean reward (mean@count), `pass` the mean over prompts of pass@k for every k; a
     sample is right where its reward is above 0.
     """
-    groups = groups_of(samples, count)
-    right = [sum(s.reward > 0 for s in group) for group in groups]
+    groups, right = groups_of(samples, count), right_P(samples, count)
     rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
     return {
         "prompts": len(groups),

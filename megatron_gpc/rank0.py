@@ -28,7 +28,7 @@ from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.engines import Engines, WeightsNeeded
-from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, groups_of, nucleus
+from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, nucleus, right_P
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
@@ -263,14 +263,13 @@ class Rank0:
             samples = self.engines.run(self.evaluator.sample(self.held_out, count, "eval"))
         except WeightsNeeded:
             return False
-        right_P = [sum(s.reward > 0 for s in group) for group in groups_of(samples, count)]
-        ks = pass_ks(self.config.eval)
+        right, ks = right_P(samples, count), pass_ks(self.config.eval)
         self.metrics.write_evaluation(
             step,
             {
                 "eval_reward": sum(s.reward for s in samples) / len(samples),
                 "eval_distinct_right": distinct_right(samples, count),
-                **{f"eval_pass_at_{k}": pass_at_k(right_P, count, k) for k in ks},
+                **{f"eval_pass_at_{k}": pass_at_k(right, count, k) for k in ks},
             },
         )
         return True

@@ -38,6 +38,11 @@ def groups_of(samples: Sequence[Sample], group_size: int) -> list[Sequence[Sampl
     return [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
 
 
+def right_P(samples: Sequence[Sample], group_size: int) -> list[int]:
+    """How many samples of each prompt are right: have a reward above 0."""
+    return [sum(s.reward > 0 for s in group) for group in groups_of(samples, group_size)]
+
+
 def distinct_right(samples: Sequence[Sample], group_size: int) -> float:
     """Mean over prompts of how many different right answers their samples gave."""
     groups = groups_of(samples, group_size)
