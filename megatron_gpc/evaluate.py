@@ -35,7 +35,7 @@ from megatron_gpc.rollout.held_out import (
     right_P,
 )
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
-from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
+from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
 from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights import HFReader, family_of, megatron_to_hf
 
@@ -72,12 +72,8 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
     begin = time.monotonic()
     with servable(source, file.parent) as folder:
         tokenizer = load_tokenizer(folder)
-
-        def tokenize(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-
         render = chat_renderer(tokenizer, config.data.chat_template)
-        prompts = read_prompts(config.eval.prompts, tokenize, render)
+        prompts = read_prompts(config.eval.prompts, encoder(tokenizer), render)
         starter = Starter(config.rollout.server, config.sglang, folder, file.parent / "logs")
         with Engines(starter) as engines:
             engines.await_started()

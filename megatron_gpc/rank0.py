@@ -32,7 +32,7 @@ from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, nucleus,
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
-from megatron_gpc.rollout.tokenizer import chat_renderer, load_tokenizer
+from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
 from megatron_gpc.rollout.turns import Turns
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
@@ -78,10 +78,7 @@ class Rank0:
             self.engines = self._stack.enter_context(Engines(starter))
             self._turns = Turns(self.engines)
             tokenizer = load_tokenizer(self.hf)
-
-            def tokenize(text: str) -> list[int]:
-                return tokenizer(text, add_special_tokens=False)["input_ids"]
-
+            tokenize = encoder(tokenizer)
             render = chat_renderer(tokenizer, config.data.chat_template)
             self.held_out = (
                 read_prompts(config.eval.prompts, tokenize, render) if config.eval.prompts else []

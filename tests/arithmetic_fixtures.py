@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import CONFIG, ROOT
+from commands import CONFIG, ROOT, command_line, metrics
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +49,12 @@ def arguments(start) -> Callable[..., list[str]]:
         ]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def reference(arguments, tmp_path_factory):
+    """Metrics of the first step of one process."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    done = command_line(*arguments(run, "train.steps=1"))
+    assert done.returncode == 0, done.stderr
+    return metrics(run)[0]

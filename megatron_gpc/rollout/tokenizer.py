@@ -33,6 +33,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """Text -> token ids, with nothing added before or after."""
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def chat_renderer(
     tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
 ) -> Callable[[list[Message]], str]:

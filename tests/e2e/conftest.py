@@ -1,5 +1,5 @@
 """Fixtures for end-to-end tests."""
 
-from arithmetic_fixtures import arguments, start
+from arithmetic_fixtures import arguments, reference, start
 
-__all__ = ["arguments", "start"]
+__all__ = ["arguments", "reference", "start"]

@@ -20,14 +20,6 @@ EXACT = {"reward", "response_length", "eps_high_at_p0", "eps_low_at_p1", "weight
 ROUNDED = {"entropy": 1e-6, "loss": 1e-4, "grad_norm": 1e-4, "ratio_mean": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def reference(arguments, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("reference") / "run"
-    done = command_line(*arguments(run_dir, "train.steps=1"))
-    assert done.returncode == 0, done.stderr
-    return metrics(run_dir)[0]
-
-
 @pytest.mark.parametrize(
     "layout",
     [

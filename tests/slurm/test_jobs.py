@@ -10,21 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, command_line, metrics
+from commands import ROOT, metrics
 from compare_runs import unequal_files
 
 from megatron_gpc.mcore.checkpoint_folder import checkpoints
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def reference(arguments, tmp_path_factory):
-    """Metrics of the first step of one process."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    done = command_line(*arguments(run, "train.steps=1"))
-    assert done.returncode == 0, done.stderr
-    return metrics(run)[0]
 
 
 def close(run: Path, reference: dict[str, float]) -> bool:
