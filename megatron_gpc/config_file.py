@@ -38,8 +38,7 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     Raises:
         UserError: unreadable file, unknown key (names the nearest valid one), wrong type or value.
     """
-    flat = _read(Path(path))
-    origin: dict[str, str] = {}
+    flat, origin = _read(Path(path))
     for override in overrides:
         key, found, text = override.partition("=")
         if not found:
@@ -57,23 +56,41 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     return _build(flat, str(path), origin)
 
 
-def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Dotted key -> value of a file, over those of the file that it extends."""
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML leaves to chance: a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is given twice", key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Dotted key -> value of a file, over those of the file that it extends; and key -> file."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
-    path, base = path.resolve(), content.pop("extends", None)
+    name, path, base = str(path), path.resolve(), content.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"{path}: extends: expected the name of a file, got {base!r}")
     if path in extended_by:
         raise UserError(f"{path}: extends itself: {' -> '.join(map(str, (*extended_by, path)))}")
-    below = {} if base is None else _read(path.parent / base, (*extended_by, path))
-    return below | _resolve_paths(_flatten(content, str(path)), path.parent)
+    below, origin = {}, {}
+    if base is not None:
+        below, origin = _read(path.parent / base, (*extended_by, path))
+    own = _resolve_paths(_flatten(content, name), path.parent)
+    return below | own, origin | dict.fromkeys(own, name)
 
 
 def warnings(config: Config) -> list[str]:

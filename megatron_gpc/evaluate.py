@@ -20,6 +20,7 @@ from rich.progress import track
 
 from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
+from megatron_gpc.files import replace_text
 from megatron_gpc.layout import is_converted, read_hf_config
 from megatron_gpc.mcore.checkpoint_folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
@@ -37,7 +38,8 @@ from megatron_gpc.rollout.held_out import (
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
 from megatron_gpc.types import Prompt, Sample
-from megatron_gpc.weights import HFReader, family_of, megatron_to_hf
+from megatron_gpc.weights import HFReader, family_of
+from megatron_gpc.weights.convert import megatron_to_hf
 
 PART = 2048
 """Samples asked for at a time, about; between parts the bar moves."""
@@ -101,9 +103,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
         "seconds": round(time.monotonic() - begin, 1),
         **results(samples, config.eval.samples, ks),
     }
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    part.replace(file)
+    replace_text(file, json.dumps(found, indent=1) + "\n")
     return file, found
 
 

@@ -107,6 +107,7 @@ class Watchdog:
         self._stacks = self._file.open("w")
         signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # what it does again after the block
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL})  # ranks start with it blocked
         self.alive()
         return self
 

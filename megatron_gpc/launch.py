@@ -108,6 +108,16 @@ def free_port(host: str = "127.0.0.1") -> int:
     raise OSError(f"{host}: none of 100 ports from 20,000 on can be listened on")
 
 
+def own_address() -> str:
+    """Where other hosts find this one: at the interface that GLOO_SOCKET_IFNAME names, as its ranks
+    are, or else at what its name stands for."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    for address in psutil.net_if_addrs().get(interface, ()):
+        if address.family == socket.AF_INET:
+            return address.address
+    return socket.gethostbyname(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
+
+
 def die_with_parent() -> None:
     """Called in a child before it runs: the kernel kills it when its parent ends in any way."""
     pr_set_pdeathsig = 1

@@ -26,18 +26,21 @@ class Share:
         return Share(ranks, 0, ranks)
 
 
-def adopt_rank(parallel: ParallelConfig) -> bool:
+def adopt_rank(parallel: ParallelConfig, gpus: int) -> bool:
     """Whether this process is one rank of a run, started by torchrun, srun or `run_ranks`.
 
     torchrun's variables are taken as they are.  Below srun they are filled in from Slurm's, except
     MASTER_ADDR and MASTER_PORT, which the batch script exports because all nodes must agree on
-    them.  Where srun has started one task a node and the layout asks for more, a task is no rank
-    but starts those of its node: see `my_share`.
+    them.  Where srun has started one task a node, and the layout asks for more or the node has more
+    than one GPU, a task is no rank but starts those of its node: see `my_share`.
+
+    Args:
+        gpus: CUDA devices that this process sees.
     """
     if "RANK" in os.environ:
         return True
     tasks, nodes = _slurm_step()
-    if tasks == 1 or (tasks == nodes and world_size(parallel) != tasks):
+    if tasks == 1 or (tasks == nodes and (gpus > 1 or world_size(parallel) != tasks)):
         return False
     check_world(parallel, tasks)
     os.environ["RANK"] = os.environ["SLURM_PROCID"]

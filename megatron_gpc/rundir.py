@@ -2,7 +2,7 @@
 
 config.yaml      resolved configuration          checkpoints/   step_NNNNNN
 metrics.jsonl    one object a training step      tensorboard/   the same as events
-eval.jsonl       one object an evaluation        plots.png      drawn at the end
+eval.jsonl       one object an evaluation        plots.png      drawn at the end (`plots`)
 sync/            weights for the rollout server  logs/          server, ranks above 0
 skipped/         mini-batches of updates that were left out
 stopped.json     the run was asked to end, and did
@@ -22,6 +22,7 @@ import yaml
 from megatron_gpc.config import Config
 from megatron_gpc.config_file import dump
 from megatron_gpc.errors import UserError
+from megatron_gpc.files import replace_text
 from megatron_gpc.launch import die_with_parent
 from megatron_gpc.metrics.runs import flatten
 from megatron_gpc.stop import marker
@@ -60,9 +61,7 @@ def prepare(config: Config) -> TextIO:
                     f"changed: {', '.join(changed)}",
                     file=sys.stderr,
                 )
-        part = file.with_suffix(".part")
-        part.write_text(text)
-        part.replace(file)
+        replace_text(file, text)
     except OSError as error:
         raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from None
     return held
@@ -91,6 +90,12 @@ def lock(config: Config, name: str = "lock") -> TextIO:
         raise UserError(
             f"run_dir: {config.run_dir} is in use by a run that has not ended; wait for it, or "
             "choose another run_dir"
+        ) from None
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f"run_dir: {config.run_dir}: files cannot be locked there ({error.strerror}); have the "
+            "file system mounted with locks (Lustre: -o flock), or choose another run_dir"
         ) from None
     return file
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_gpc.files import replace_text
+
 SAVED = 75
 """Exit code of a run that was asked to end and can be continued (EX_TEMPFAIL of sysexits.h)."""
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -55,6 +57,4 @@ def marker(run_dir: Path) -> Path:
 
 def mark(run_dir: Path, step: int) -> None:
     """Say, for whoever starts the run again, that everything up to `step` is saved."""
-    part = marker(run_dir).with_suffix(".part")
-    part.write_text(json.dumps({"step": step}) + "\n")
-    part.replace(marker(run_dir))
+    replace_text(marker(run_dir), json.dumps({"step": step}) + "\n")

@@ -62,7 +62,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                 if saved_step != state.step:
                     _save(checkpoints, rank0, state)
                 checkpoints.wait()
-                rank0.stopped(state.step)
+                from_main(rank0.stopped(state.step))  # no rank ends before it is written down
                 return False
             clock = Clock(watchdog.alive)
             if not config.rollout.overlap:

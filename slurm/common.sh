@@ -11,8 +11,12 @@ GPC_SRUN=${GPC_SRUN:-}                 # more options for every srun, such as py
 GPC_MAX_ATTEMPTS=${GPC_MAX_ATTEMPTS:-20}
 GPC_SECRETS=${GPC_SECRETS:-}           # a file with mode 0600 of `export NAME=value` lines
 
+# Ranks and engines open many files; a login shell's soft limit comes along with the job.
+ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
+
 say() { echo "[$(date +%T)] $*" >&2; }
 die() { echo "slurm: $*" >&2; exit 2; }
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "bash $BASH_VERSION is too old: 4.4 is needed"
 
 # gpc COMMAND...: megatron-gpc as configured.  The unquoted words are meant to split.
 # shellcheck disable=SC2206
@@ -23,17 +27,30 @@ check_venv() {
     die "$GPC_VENV has no megatron-gpc: run 'make .venv/.installed' in $ROOT, or set GPC_VENV"
 }
 
-# value KEY: of the resolved configuration.
+# value KEY: of the resolved configuration, such as rollout.replay; empty where it is null or an empty list.
 # shellcheck disable=SC2086
-value() { $GPC_WRAP "$GPC_VENV/bin/python" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)['$1'])" <<<"$RESOLVED"; }
+value() {
+  $GPC_WRAP "$GPC_VENV/bin/python" -c 'import functools, sys, yaml
+print(functools.reduce(dict.__getitem__, sys.argv[1].split("."), yaml.safe_load(sys.stdin)) or "")' "$1" <<<"$RESOLVED"
+}
+
+# read_secrets: from GPC_SECRETS into the environment.
+read_secrets() {
+  [[ -n $GPC_SECRETS ]] || return 0
+  [[ $(stat -c %a "$GPC_SECRETS") == 600 ]] || die "$GPC_SECRETS: must have mode 0600"
+  # shellcheck source=/dev/null
+  source "$GPC_SECRETS"
+}
 
 # read_arguments [--dry-run] CONFIG [key=value ...]: sets DRY_RUN, RUN (for megatron-gpc), RUN_DIR.
 read_arguments() {
-  DRY_RUN=
-  if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1; shift; fi
-  (($# > 0)) || die "no configuration: sbatch $(basename "$0") CONFIG [key=value ...]"
+  local word
+  DRY_RUN='' RUN=()
+  for word in "$@"; do
+    if [[ $word == --dry-run ]]; then DRY_RUN=1; else RUN+=("$word"); fi
+  done
+  ((${#RUN[@]} > 0)) || die "no configuration: sbatch $(basename "$0") CONFIG [key=value ...]"
   check_venv
-  RUN=("$@")
   RESOLVED=$("${GPC[@]}" train "${RUN[@]}" --dry-run) || exit 2
   RUN_DIR=$(value run_dir)
   if [[ -n $DRY_RUN ]]; then
@@ -42,11 +59,7 @@ read_arguments() {
     exit 0
   fi
   [[ -n ${SLURM_JOB_ID:-} ]] || die "not in a job: submit this with sbatch, or add --dry-run"
-  if [[ -n $GPC_SECRETS ]]; then
-    [[ $(stat -c %a "$GPC_SECRETS") == 600 ]] || die "$GPC_SECRETS: must have mode 0600"
-    # shellcheck source=/dev/null
-    source "$GPC_SECRETS"
-  fi
+  read_secrets
 }
 
 # ---- attempts ----
@@ -59,7 +72,12 @@ newest_step() { # the newest complete checkpoint's; 0 where there is none
 # begin_attempt: numbers this attempt, keeps what it starts from, refuses to go on in vain.
 begin_attempt() {
   ATTEMPT=${SLURM_RESTART_COUNT:-0}
-  local step number=1 log=$RUN_DIR/attempts/log
+  local step lock number=1 log=$RUN_DIR/attempts/log
+  for lock in "$RUN_DIR/lock" "$RUN_DIR/launch.lock"; do # before anything of a run that goes on is moved
+    if [[ -e $lock ]] && ! flock --nonblock "$lock" true; then
+      die "run_dir: $RUN_DIR is in use by a run that has not ended; wait for it, or choose another run_dir"
+    fi
+  done
   # resume=none is for the first attempt alone, and before anything of it lies in the folder.
   if ((ATTEMPT == 0)) && [[ $(value resume) == none && -d $RUN_DIR ]]; then
     while [[ -e $RUN_DIR.old-$number ]]; do ((number += 1)); done
@@ -73,14 +91,14 @@ begin_attempt() {
   ((ATTEMPT < GPC_MAX_ATTEMPTS)) ||
     die "attempt $ATTEMPT: no more than GPC_MAX_ATTEMPTS=$GPC_MAX_ATTEMPTS are made"
   if (($(tail -n 2 "$log" 2>/dev/null | grep -c "^$SLURM_JOB_ID [0-9]* $step\$" || true) == 2)); then
-    die "no progress: two attempts began at step $step and so would this; see $RUN_DIR/attempts"
+    die "no progress: two attempts began at step $step and so would this; see $RUN_DIR/attempts, mend the cause, submit anew"
   fi
   echo "$SLURM_JOB_ID $ATTEMPT $step" >>"$log"
   # What the attempt before said stays with it.
   if [[ -d $RUN_DIR/logs ]]; then mv "$RUN_DIR/logs" "$ATTEMPT_DIR/logs_before"; fi
   git -C "$ROOT" rev-parse HEAD >"$ATTEMPT_DIR/commit" 2>/dev/null || echo unknown >"$ATTEMPT_DIR/commit"
   printf '%s\n' "$RESOLVED" >"$ATTEMPT_DIR/config.yaml"
-  env | grep -Eiv '^[^=]*(key|token|secret|passw|credential)[^=]*=' | sort >"$ATTEMPT_DIR/environment"
+  (umask 077 && env -0 | grep -zEiv '^[^=]*(key|token|secret|passw|credential)[^=]*=' | sort -z | tr '\0' '\n' >"$ATTEMPT_DIR/environment")
   say "job $SLURM_JOB_ID, attempt $ATTEMPT, from step $step, run $RUN_DIR"
 }
 
@@ -99,20 +117,24 @@ port_is_free() {
 find_each_other() {
   mapfile -t NODES < <(scontrol show hostnames "${1:-$SLURM_JOB_NODELIST}")
   export MASTER_ADDR=${NODES[0]} MASTER_PORT
-  local try base
+  local try base found=
   for try in {0..19}; do
     base=$((20000 + (SLURM_JOB_ID + 61 * try) % 300 * BLOCK))
     MASTER_PORT=$((base + MASTER_PORT_OFFSET))
     ENGINE_PORT=$((base + ENGINE_PORT_OFFSET))
-    if port_is_free "$MASTER_PORT" && port_is_free "$ENGINE_PORT"; then break; fi
+    if port_is_free "$MASTER_PORT" && port_is_free "$ENGINE_PORT"; then found=1; break; fi
     say "port $MASTER_PORT or $ENGINE_PORT is taken; trying the next block"
   done
+  [[ -n $found ]] || die "20 blocks of ports are taken on $(hostname): ss -ltnp names who listens there"
   local other=${NODES[-1]} address interface
   if [[ $other != "$MASTER_ADDR" || -n ${2:-} ]]; then
     other=${2:-$other}
-    address=$(getent ahostsv4 "$other" | awk '{print $1; exit}')
-    interface=${GPC_INTERFACE:-$(ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')}
-    [[ -n $interface ]] || die "no route to $other ($address); set GPC_INTERFACE"
+    interface=${GPC_INTERFACE:-}
+    if [[ -z $interface ]]; then
+      address=$(getent ahostsv4 "$other" | awk '{print $1; exit}' || true)
+      interface=$(ip -o route get "$address" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' || true)
+    fi
+    [[ -n $interface ]] || die "no route to $other (${address:-its name has no address}); set GPC_INTERFACE"
     export GLOO_SOCKET_IFNAME=$interface
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
   fi
@@ -139,12 +161,15 @@ step() {
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} $GPC_SRUN "${options[@]}" "$@"
 }
 
-# preflight [OPTION...]: every node is looked at before anything is started on it.
+# preflight [OPTION...] -- DOCTOR_OPTION...: every node is looked at before anything is started on it.
 preflight() {
+  local where=()
+  while [[ $1 != -- ]]; do where+=("$1"); shift; done
+  shift
   if [[ ${GPC_PREFLIGHT:-1} == 0 ]]; then return; fi
   say "preflight"
-  (step "$@" -- "${GPC[@]}" doctor --config "${RUN[0]}" --shared "$RUN_DIR" "${RUN[@]:1}") ||
-    die "preflight failed: the lines above name the node and what to do"
+  (step ${where[@]+"${where[@]}"} -- "${GPC[@]}" doctor "$@") ||
+    die "preflight failed: the lines above name the node and what to do (GPC_PREFLIGHT=0 goes on without)"
 }
 
 TRAIN='' SERVE='' SIGNALLED='' CANCELLED=''
@@ -165,6 +190,9 @@ on_term() {
 trap on_usr1 USR1
 trap on_term TERM
 
+# engines_are_ours: the configuration does not say that they are elsewhere, or not needed.
+engines_are_ours() { [[ -z $(value rollout.server.urls)$(value rollout.server.urls_file)$(value rollout.replay) ]]; }
+
 # start_serving OPTION...: engines on every node of the component, in the background.
 start_serving() {
   URLS_FILE=$ATTEMPT_DIR/urls
@@ -176,29 +204,41 @@ start_serving() {
 }
 
 start_training() { # OPTION...
+  if [[ -n $SIGNALLED ]]; then
+    say "asked to make room before training began: is --time longer than the signal's lead?"
+    requeue
+  fi
   step "$@" -- "${GPC[@]}" train "${RUN[@]}" &
   TRAIN=$!
 }
 
 # supervise: waits for the training; sets CODE.  The end of the engines ends it.
-supervise() {
-  local code ended
-  while :; do
-    code=0 ended=''
-    wait -n -p ended || code=$?
-    if [[ -z ${ended:-} ]]; then continue; fi # a signal: its trap has run
-    if [[ $ended == "$TRAIN" ]]; then break; fi
-    if [[ $ended == "$SERVE" ]] && alive "$TRAIN"; then
+supervise() { # without `wait -n -p`, which bash has from 5.1 on
+  local code=0 watched=$SERVE
+  while alive "$TRAIN"; do
+    if [[ -n $watched ]] && ! alive "$watched"; then
+      wait "$watched" || code=$?
       say "the engines have ended (exit code $code): ending the training"
-      kill -TERM "$TRAIN"
+      kill -TERM "$TRAIN" || true
+      watched=''
     fi
+    sleep 0.5 &
+    wait $! || true # a signal ends it at once, and its trap has run
   done
-  CODE=$code
+  CODE=0
+  wait "$TRAIN" || CODE=$?
   if alive "$SERVE"; then kill -TERM "$SERVE"; wait "$SERVE" || true; fi
 }
 
 # Where a site does not send a preempted job its own signal, only the ranks have heard of it.
 preempted() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; }
+
+requeue() {
+  scontrol requeue "$SLURM_JOB_ID" ||
+    die "the job cannot go back into the queue (submitted with --no-requeue?): submit it again to continue"
+  sleep 60 # Slurm ends this script
+  exit 1
+}
 
 # end_attempt: requeues a run that was asked to end and has saved; otherwise exits with its code.
 end_attempt() {
@@ -207,8 +247,7 @@ end_attempt() {
   if [[ -n $CANCELLED ]]; then exit "$CODE"; fi
   if [[ -f $RUN_DIR/stopped.json ]] && { [[ -n $SIGNALLED ]] || preempted; }; then
     say "saved at step $(newest_step): the job goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 # Slurm ends this script
+    requeue
   fi
   say "the run failed with exit code $CODE; the first traceback: slurm/job.sh traceback $RUN_DIR"
   exit "$CODE"

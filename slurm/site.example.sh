@@ -8,8 +8,10 @@
 
 # export GPC_VENV=/shared/megatron-gpc/.venv        # default: .venv in the repository
 # export GPC_WRAP="apptainer exec --nv /shared/images/megatron-gpc.sif"
-# export GPC_SRUN="--container-image=/shared/images/megatron-gpc.sqsh --container-mounts=/shared"  # pyxis
+# export GPC_SRUN="--container-image=/shared/images/megatron-gpc.sqsh --container-mounts=/shared"  # pyxis:
+#                                                   # GPC_VENV is needed outside the container as well
 # export GPC_INTERFACE=eth0                         # default: the one that leads to the other nodes
 # export GPC_SECRETS=~/.config/megatron-gpc/secrets # mode 0600, lines of `export NAME=value`
 # export GPC_PREFLIGHT=0                           # start without looking at the nodes first
+# export GPC_LEAD_S=1800                           # as in sbatch --signal=B:USR1@1800; default: 900
 # export GPC_MAX_ATTEMPTS=20                        # how often a job goes back into the queue

@@ -22,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.files import replace_text
 from megatron_gpc.rollout.prompts import is_messages
 from megatron_gpc.tool import run
 
@@ -54,10 +55,8 @@ def main() -> int:
         kept[json.dumps({"prompt": prompt, "label": label})] = None
     if not kept:
         raise UserError(f"{arguments.data}: no rows in it")
-    part = arguments.out.with_name(arguments.out.name + ".part")
     try:
-        part.write_text("".join(f"{line}\n" for line in kept))
-        part.replace(arguments.out)
+        replace_text(arguments.out, "".join(f"{line}\n" for line in kept))
     except OSError as error:
         raise UserError(f"{arguments.out}: cannot be written: {error.strerror}") from None
     print(f"{arguments.out}: {len(kept)} prompts of {number} rows")

@@ -55,6 +55,8 @@ class Place:
             return Place()
         try:
             rank, world, local = (int(e[name]) for name in names)
+            if "MASTER_ADDR" not in e and (step := _step_hosts()):
+                return Place(rank, world, local, step[0], _step_port())
             return Place(rank, world, local, e["MASTER_ADDR"], int(e["MASTER_PORT"]))
         except (KeyError, ValueError) as error:
             raise UserError(
@@ -110,13 +112,29 @@ class Meeting:
         return [self.heard(what, rank) for rank in range(self.place.world)]
 
 
+def _step_hosts() -> list[str]:
+    """Nodes of the step that srun started this process in; none elsewhere."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if nodes is None:
+        return []
+    asked = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):  # a container without Slurm
+        return []
+
+
+def _step_port() -> int:
+    """Where processes meet that srun started from a shell: the last port of the job's block, see
+    slurm/common.sh."""
+    return 20000 + int(os.environ["SLURM_JOB_ID"]) % 300 * 40 + 39
+
+
 def host_of(rank: int) -> str:
     """Where Slurm has placed a rank that did not come, by the allocation's nodes in blocks."""
-    nodes, tasks = (os.environ.get(n) for n in ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"))
-    if nodes is None or tasks is None:
+    names, tasks = _step_hosts(), os.environ.get("SLURM_STEP_TASKS_PER_NODE")
+    if not names or tasks is None:
         return f"rank {rank}'s node"
-    asked = ["scontrol", "show", "hostnames", nodes]
-    names = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.split()
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         counts += [int(count)] * int(times or 1)

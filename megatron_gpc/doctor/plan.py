@@ -26,14 +26,8 @@ def plan(config: Config, check: Callable[[Config], None]) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("configuration", "problem", str(error), "mend it, or mount the folder")
         return
-    for key, file in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts)):
-        if file is not None and not file.is_file():
-            if config.model.build is not None:
-                yield Finding(key, "note", f"{file} is not there yet", "model.build may make it")
-            else:
-                yield Finding(
-                    key, "problem", f"{file} is not there", "mount its folder, or make it"
-                )
+    if config.model.build is not None and not config.model.hf.exists():
+        yield Finding("model.hf", "note", "not there yet", "model.build makes it at the first run")
     yield from _gpus(config)
 
 
@@ -51,13 +45,18 @@ def _gpus(config: Config) -> Iterator[Finding]:
     fits = there % copy == 0 if config.parallel.dp is None else there == world
     if not fits:
         found = f"{nodes} nodes of {gpus} GPUs; parallel.* wants {world} ranks"
-        advice = "change --nodes, --gpus-per-node or parallel.*"
+        advice = f"change --nodes, --gpus-per-node or parallel.* (a policy takes {copy} GPUs)"
         yield Finding("ranks", "problem", found, advice)
         return
     yield Finding("ranks", "ok", f"one on each of {there} GPUs")
+    if not config.model.hf.exists():
+        return  # model.build has yet to make it
     hf = read_hf_config(config.model.hf)
     total = torch.cuda.get_device_properties(0).total_memory
-    engine = float(config.sglang.args.get("mem_fraction_static", 0.0)) * total
+    server = config.rollout.server
+    elsewhere = bool(server.urls or server.urls_file)
+    fraction = float(config.sglang.args.get("mem_fraction_static", 0.0))
+    engine = 0.0 if elsewhere else fraction * total
     wanted = estimate(config, hf, there).trainer + engine
     found = f"{wanted / GIB:.0f} of {total / GIB:.0f} GiB a GPU, estimated"
     if wanted > total:

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 
 from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
+from megatron_gpc.files import LAST, problems, sha256
 from megatron_gpc.mcore import checkpoint_folder as folders
 from megatron_gpc.mcore.checkpoint_state import content, load_weights, take_over
 from megatron_gpc.mcore.checkpoint_writer import RankWriter, Written, strategy
@@ -70,7 +71,7 @@ class Checkpoints:
             return folders.checkpoints(run_dir)
 
         for folder in reversed(_on_main(found, f"{run_dir}/checkpoints: cannot be used")):
-            wrong = folders.problems(folder, dist.get_rank(), dist.get_world_size())
+            wrong = problems(folder, dist.get_rank(), dist.get_world_size())
             if not (wrong := sorted({one for share in _gather(wrong) for one in share})):
                 return take_over(self.config, self.policy, folder)
             aside = _on_main(lambda f=folder: folders.set_aside(f), f"{folder}: cannot be renamed")
@@ -161,9 +162,9 @@ class Checkpoints:
                 )
                 save_config(CheckpointingConfig("torch_dist", 1), str(save.part))
                 sums = {}
-                for name in (".metadata", folders.LAST):
+                for name in (".metadata", LAST):
                     folders.bring_to_disk(save.part / name)
-                    sums[name] = folders.sha256(save.part / name)
+                    sums[name] = sha256(save.part / name)
                 for written in everyone:
                     sums |= written.sums
                 folders.publish(save.part, save.final, sums)

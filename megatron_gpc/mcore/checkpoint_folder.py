@@ -6,16 +6,14 @@ A folder that carries its final name, `step_NNNNNN`, is complete: it is written 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_gpc.files import SUMS
+
 PREFIX = "step_"
-SUMS = "SHA256SUMS"
-LAST = "metadata.json"
-"""The last line of SHA256SUMS, which is sorted: without it the file was cut."""
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -50,11 +48,6 @@ def remove_parts(run_dir: Path) -> None:
         shutil.rmtree(part)
 
 
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def bring_to_disk(path: Path) -> None:
     """fsync of a file's bytes, or of a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -72,32 +65,6 @@ def publish(part: Path, final: Path, sums: Mapping[str, str]) -> None:
     bring_to_disk(part)
     part.rename(final)
     bring_to_disk(final.parent)
-
-
-def problems(folder: Path, share: int, shares: int) -> list[str]:
-    """What is wrong with this share of a checkpoint's files; nothing where it is sound.
-
-    Args:
-        share: which one, 0 <= share < shares; all of them together see every file.
-    """
-    try:
-        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines()]
-    except FileNotFoundError:
-        return [f"{SUMS} is missing"]
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"{SUMS} cannot be read: {error}"]
-    if not lines or lines[-1][-1] != LAST or any(len(line) != 2 for line in lines):
-        return [f"{SUMS} is cut short or overwritten"]
-    found = []
-    for digest, name in lines[share::shares]:
-        try:
-            if sha256(folder / name) != digest:
-                found.append(f"{name} is not what was written (its SHA-256 differs)")
-        except FileNotFoundError:
-            found.append(f"{name} is missing")
-        except OSError as error:
-            found.append(f"{name} cannot be read: {error.strerror}")
-    return found
 
 
 def set_aside(folder: Path) -> Path:

@@ -28,8 +28,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_gpc.files import sha256
 from megatron_gpc.launch import die_with_parent
-from megatron_gpc.mcore.checkpoint_folder import bring_to_disk, sha256
+from megatron_gpc.mcore.checkpoint_folder import bring_to_disk
 from megatron_gpc.mcore.setup import is_main
 from megatron_gpc.stop import STOP_SIGNALS
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, TextIO
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.files import replace_text
 
 FILE_NAME = "metrics.jsonl"
 EVAL_NAME = "eval.jsonl"
@@ -130,6 +130,4 @@ def _open(file: Path, first_step: int) -> TextIO:
 def _drop_from(file: Path, first_step: int) -> None:
     """Rewrite the file without steps >= first_step; a reader sees the old file or the new one."""
     kept = [line for line, content in _read(file) if content["step"] < first_step]
-    new = file.with_name(file.name + ".tmp")
-    new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(new, file)
+    replace_text(file, "".join(line + "\n" for line in kept))

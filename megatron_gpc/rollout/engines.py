@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import socket
 import threading
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from megatron_gpc.launch import own_address
 from megatron_gpc.rollout.answers import (
     Generation,
     MalformedAnswer,
@@ -217,7 +217,7 @@ class Engines:
     def trainer_address(self) -> str:
         """Where engines find this process, for the group of sync=distributed."""
         here = all(urlsplit(engine.url).hostname in LOOPBACK for engine in self.engines)
-        return "127.0.0.1" if here else socket.gethostbyname(socket.gethostname())
+        return "127.0.0.1" if here else own_address()
 
     def await_alive(self) -> None:
         """Wait until one engine answers.

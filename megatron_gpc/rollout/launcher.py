@@ -112,7 +112,8 @@ class ServerProcess:
 
 def _before_it_runs() -> None:
     die_with_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # srun sends it to every process of a step
+    for one in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm sends them to every process of a step
+        signal.signal(one, signal.SIG_IGN)
 
 
 class EmbeddedServer(ServerProcess):

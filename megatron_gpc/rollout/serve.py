@@ -11,6 +11,8 @@ from pathlib import Path
 
 from megatron_gpc.config import Config
 from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.files import replace_text
+from megatron_gpc.launch import own_address
 from megatron_gpc.layout import hf_folder, is_converted
 from megatron_gpc.rollout.engine_start import Starter
 from megatron_gpc.rollout.engines import Engines
@@ -49,7 +51,9 @@ def serve(config: Config, stop: StopRequest) -> None:
         ) from None
     number = int(os.environ.get("SLURM_PROCID", "0"))
     nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    _await_file(hf_folder(config.model.hf) / "config.json", server.start_timeout_s, "model.hf")
+    model = hf_folder(config.model.hf) / "config.json"
+    if not _await_file(model, server.start_timeout_s, "model.hf", stop):
+        return
     log_dir = config.run_dir / "logs" / f"serve_{number}"
     starter = Starter(started_here, config.sglang, config.model.hf, log_dir, host=_address(nodes))
     with Engines(starter) as engines:
@@ -58,11 +62,9 @@ def serve(config: Config, stop: StopRequest) -> None:
         except ServerError as error:
             raise RunStopped(f"{socket.gethostname()}: {error}") from None
         urls = [engine.url for engine in engines.engines]
-        _publish(server.urls_file, urls, number, nodes, server.start_timeout_s)
+        _publish(server.urls_file, urls, number, nodes, server.start_timeout_s, stop)
         print(f"megatron-gpc: serving on {', '.join(urls)}", file=sys.stderr)
-        # Slurm sends a signal to every process of a job that is to end.  The trainer then saves,
-        # and needs samples to come to the end of its step; the batch script ends us afterwards.
-        while stop.received is None or "SLURM_STEP_ID" in os.environ:
+        while not _over(stop):
             if engines.exhausted():
                 raise RunStopped(
                     f"{socket.gethostname()}: no engine is left and "
@@ -71,41 +73,47 @@ def serve(config: Config, stop: StopRequest) -> None:
             time.sleep(POLL_S)
 
 
+def _over(stop: StopRequest) -> bool:
+    """Whether to end now that a stop was asked for.
+
+    Slurm sends a signal to every process of a job that is to end.  The trainer then saves, and
+    needs samples to come to the end of its step; the batch script ends us afterwards.
+    """
+    return stop.received is not None and "SLURM_STEP_ID" not in os.environ
+
+
 def _address(nodes: int) -> str:
-    """Where engines listen: on several nodes the address that this one's name stands for."""
-    return "127.0.0.1" if nodes == 1 and not _in_het_job() else socket.gethostbyname(_name())
+    """Where engines listen: on several nodes at this one's own address."""
+    return "127.0.0.1" if nodes == 1 and not _in_het_job() else own_address()
 
 
 def _in_het_job() -> bool:
     return "SLURM_HET_SIZE" in os.environ
 
 
-def _name() -> str:
-    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
-
-
-def _publish(file: Path, urls: list[str], number: int, nodes: int, timeout_s: float) -> None:
+def _publish(
+    file: Path, urls: list[str], number: int, nodes: int, timeout_s: float, stop: StopRequest
+) -> None:
     """Task 0 writes the list of all nodes' addresses when the last of them is there."""
     parts = [file.with_name(f"{file.name}.{n}") for n in range(nodes)]
-    _write(parts[number], urls)
+    replace_text(parts[number], "\n".join(urls) + "\n")
     if number > 0:
         return
     for part in parts:
-        _await_file(part, timeout_s, "rollout.server.urls_file")
-    _write(file, [part.read_text().strip() for part in parts])
+        if not _await_file(part, timeout_s, "rollout.server.urls_file", stop):
+            return
+    replace_text(file, "".join(part.read_text() for part in parts))
     for part in parts:
         part.unlink()
 
 
-def _write(file: Path, lines: list[str]) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text("\n".join(lines) + "\n")
-    part.replace(file)
-
-
-def _await_file(file: Path, timeout_s: float, key: str) -> None:
+def _await_file(file: Path, timeout_s: float, key: str, stop: StopRequest) -> bool:
+    """Whether it is there; it is not where a stop was asked for meanwhile."""
     deadline = time.monotonic() + timeout_s
     while not file.exists():
+        if _over(stop):
+            return False
         if time.monotonic() > deadline:
             raise UserError(f"{key}: {file} did not appear within {timeout_s:g} s")
         time.sleep(POLL_S)
+    return True

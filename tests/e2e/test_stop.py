@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from commands import launch, metrics, pids_using, rank_process
@@ -30,6 +32,12 @@ def test_a_run_that_was_asked_to_end_saves_and_continues_to_the_same_bytes(
     command = _command(arguments, run)
     process = launch(command)
     _await_step(run, 2)
+    process.send_signal(signal.SIGUSR2)  # where is everybody?
+    stacks = [run / "logs" / f"rank_{number}.stacks" for number in (0, 1)]
+    deadline = time.monotonic() + 30
+    while not all(file.exists() and "train.py" in file.read_text() for file in stacks):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
     rank = rank_process(process.pid, 1)  # one hears of it, all save
     assert rank is not None
     rank.send_signal(signal.SIGUSR1)
@@ -44,15 +52,20 @@ def test_a_run_that_was_asked_to_end_saves_and_continues_to_the_same_bytes(
     assert not unequal_files(checkpoints(run)[-1], checkpoints(undisturbed)[-1])
 
 
-def test_a_signal_while_ranks_are_still_starting_waits_for_them(arguments, tmp_path):
+def test_a_signal_before_there_are_ranks_waits_for_them(arguments, tmp_path):
     run = tmp_path / "run"
     process = launch(_command(arguments, run))
-    while rank_process(process.pid, 0) is None:
+    status = Path(f"/proc/{process.pid}/status")
+    while not _blocked(status.read_text()) & 1 << signal.SIGTERM - 1:
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == SAVED
     assert json.loads(marker(run).read_text()) == {"step": 0}
     assert not (run / "checkpoints").exists() and not pids_using(run)
+
+
+def _blocked(status: str) -> int:
+    return int(re.search(r"^SigBlk:\s*(\w+)", status, re.MULTILINE)[1], 16)
 
 
 def _command(arguments, run):

@@ -30,8 +30,11 @@ def file(name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", NODES)
-def test_a_recipe_is_accepted_and_uses_all_of_its_gpus(name, capsys):
-    assert main(["train", str(file(name)), f"model.hf={HERE / name}", "--dry-run"]) == 0
+def test_a_recipe_is_accepted_and_uses_all_of_its_gpus(name, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1=", "label": "2"}\n')
+    downloaded = [f"model.hf={HERE / name}", f"data.prompts={prompts}", f"eval.prompts={prompts}"]
+    assert main(["train", str(file(name)), *downloaded, "--dry-run"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     assert resolved["train"]["steps"] == 400
     config = load(file(name))
@@ -53,6 +56,15 @@ def test_trainer_and_engine_fit_a_gpu_with_room_to_spare(name):
     assert cache > 8 * config.rollout.max_response_tokens, "at least a group at full length"
 
 
+def test_what_a_recipe_still_needs_is_said(tmp_path, capsys):
+    name = "qwen2.5-7b"
+    command = ["train", str(file(name)), "--dry-run"]
+    assert main([*command, f"model.hf={tmp_path / 'absent'}"]) == 2
+    assert "model.hf" in (said := capsys.readouterr().err) and "docs/recipes.md" in said
+    assert main([*command, f"model.hf={HERE / name}", f"data.prompts={tmp_path / 'no.jsonl'}"]) == 2
+    assert "data.prompts" in (said := capsys.readouterr().err) and "no.jsonl is not there" in said
+
+
 def test_a_file_has_the_keys_of_what_it_extends_and_its_own_over_them(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "base.yaml").write_text(
@@ -65,6 +77,9 @@ def test_a_file_has_the_keys_of_what_it_extends_and_its_own_over_them(tmp_path):
     assert (config.train.steps, config.train.epochs) == (7, 4)
     assert config.run_dir == tmp_path / "run"
     assert config.model.hf == tmp_path / "sub" / "other"
+    (tmp_path / "base.yaml").write_text("train: {steps: none}\n")
+    with pytest.raises(UserError, match=r"base\.yaml: train\.steps: .*got 'none'"):
+        load(tmp_path / "sub" / "c.yaml")
     (tmp_path / "base.yaml").write_text("extends: sub/c.yaml\n")
     with pytest.raises(UserError, match="extends itself"):
         load(tmp_path / "sub" / "c.yaml")

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from arithmetic_fixtures import arguments, reference, start
+from arithmetic_fixtures import arguments, reference, reference_run, start
 from commands import ROOT
 
-__all__ = ["arguments", "reference", "start"]
+__all__ = ["arguments", "reference", "reference_run", "start"]
 
 MINI_SLURM = Path(__file__).parent / "mini-slurm"
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
@@ -43,7 +43,10 @@ class Cluster:
 
     def nodes(self, *command: str) -> None:
         """mini-slurm start, stop, fail NODE, heal NODE."""
-        subprocess.run([MINI_SLURM, *command], check=True, env=self.environment, timeout=180)
+        done = subprocess.run([MINI_SLURM, *command], env=self.environment, timeout=300)
+        if done.returncode == os.EX_UNAVAILABLE:
+            pytest.skip("Slurm's packages cannot be installed here")
+        done.check_returncode()
 
     def call(self, *command: str, check: bool = True) -> str:
         """A Slurm command's output."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +58,7 @@ def test_a_heterogeneous_job_serves_on_other_nodes_than_it_trains_on(
             "slurm/train_disaggregated.sbatch",
             *arguments(run, "parallel.tp=2", "train.steps=2")[1:],
         ),
-        A_TOKEN="not-to-be-kept",
+        A_TOKEN="on two lines\nnot-to-be-kept",
     )
     shown = cluster.wait(job)
     assert shown["JobState"] == "COMPLETED", log.read_text()
@@ -69,6 +68,15 @@ def test_a_heterogeneous_job_serves_on_other_nodes_than_it_trains_on(
     assert "10.213.77." in url and not url.startswith(f"http://10.213.77.{trains_on[-1]}:")
     # An engine that the network reaches answers only to the job's key.
     assert "not-to-be-kept" not in (run / "attempts" / f"{job}.0" / "environment").read_text()
+
+
+def test_the_smoke_job_passes(cluster, start, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    given = f"run_dir={run}", f"model.hf={start}", f"data.prompts={start}/train.jsonl"
+    job = cluster.submit(log, "slurm/smoke.sbatch", *given, "eval.prompts=null")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", log.read_text()
+    assert len(metrics(run)) == 2
+    assert "no problem found" in log.read_text()
 
 
 def test_two_jobs_on_one_node_do_not_meet(cluster, arguments, tmp_path):
@@ -159,7 +167,7 @@ def test_dry_run_shows_resources_and_the_resolved_configuration_and_makes_nothin
 
 
 def test_scripts_are_clean(tmp_path):
-    shellcheck = shutil.which("shellcheck") or str(Path(sys.prefix) / "bin" / "shellcheck")
+    shellcheck = str(Path(sys.prefix) / "bin" / "shellcheck")
     files = [
         *ROOT.glob("slurm/*.sbatch"),
         *ROOT.glob("slurm/*.sh"),

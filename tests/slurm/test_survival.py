@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import command_line, metrics
+from commands import ROOT, command_line, metrics
 from compare_runs import unequal_files, untimed
 
 from megatron_gpc.mcore.checkpoint_folder import checkpoints
@@ -47,6 +47,10 @@ def test_scancel_ends_cancelled_with_a_checkpoint(cluster, arguments, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     job = cluster.submit(log, "--nodes=2", *_job(arguments, run, "checkpoint.every=0"))
     cluster.wait(job, until=lambda: _steps(run) >= 2)
+    stacks = cluster.call(str(ROOT / "slurm" / "job.sh"), "stacks", job, str(run))
+    assert "train.py" in stacks and all(f"rank_{n}.stacks" in stacks for n in (0, 1))
+    seen = _steps(run)
+    cluster.wait(job, until=lambda: _steps(run) > seen)  # it goes on
     cluster.call("scancel", job)
     shown = cluster.wait(job)
     assert shown["JobState"] == "CANCELLED" and shown["Restarts"] == "0", log.read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gpc.files import problems, sha256
 from megatron_gpc.mcore import checkpoint_folder as folders
 
 FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "metadata.json")
@@ -18,13 +19,13 @@ def write(run_dir: Path, step: int) -> Path:
     part.mkdir(parents=True)
     for name in FILES:
         (part / name).write_bytes(os.urandom(100))
-    folders.publish(part, final, {name: folders.sha256(part / name) for name in FILES})
+    folders.publish(part, final, {name: sha256(part / name) for name in FILES})
     return final
 
 
-def problems(folder: Path, shares: int = 2) -> list[str]:
+def together(folder: Path, shares: int = 2) -> list[str]:
     return sorted(
-        {one for share in range(shares) for one in folders.problems(folder, share, shares)}
+        {one for share in range(shares) for one in problems(folder, share, shares)}
     )
 
 
@@ -36,10 +37,10 @@ def cut_sums(folder: Path, keep: int) -> None:
 @pytest.mark.parametrize("shares", [1, 2, 3, 8])
 def test_a_sound_checkpoint_has_no_problem_and_every_file_is_in_one_share(tmp_path, shares):
     folder = write(tmp_path, 1)
-    assert problems(folder, shares) == []
+    assert together(folder, shares) == []
     for name in FILES:
         (folder / name).write_text("spoiled")
-    found = [one for share in range(shares) for one in folders.problems(folder, share, shares)]
+    found = [one for share in range(shares) for one in problems(folder, share, shares)]
     assert sorted(one.split()[0] for one in found) == sorted(FILES)
 
 
@@ -61,7 +62,7 @@ def test_a_sound_checkpoint_has_no_problem_and_every_file_is_in_one_share(tmp_pa
 def test_every_damage_is_named(tmp_path, damage, says):
     folder = write(tmp_path, 1)
     damage(folder)
-    found = problems(folder)
+    found = together(folder)
     assert len(found) == len(says)
     for one, expected in zip(found, says, strict=True):
         assert one.startswith(expected)

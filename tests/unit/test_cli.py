@@ -38,6 +38,7 @@ def test_a_model_that_cannot_be_trained_is_refused_with_code_2(tmp_path, capsys,
 
 
 def test_models_that_can_be_trained_are_accepted(tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "label": 2}\n')
     for model in (MODEL, MOE):
         (tmp_path / "config.json").write_text(json.dumps(model))
         run_config(tmp_path, tmp_path)

@@ -133,6 +133,8 @@ def test_bad_overrides_are_refused_by_name(file, override, says):
         ("a: [", "not valid YAML"),
         ("run_dir: x\n", "model.hf: is required"),
         (MINIMAL + "clip: 3\n", "clip is a section"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "'seed' is given twice"),
+        (MINIMAL + "train:\n  steps: 1\n  steps: 2\n", "'steps' is given twice"),
     ],
 )
 def test_bad_files_are_refused(file, text, says):

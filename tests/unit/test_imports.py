@@ -11,11 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_gpc"
 BASE = {"types", "config", "config_types", "config_file", "errors", "layout"} | {
-    *("launch", "placement", "stop"),
+    *("files", "launch", "placement", "stop"),
 }
 MAY_IMPORT = {  # part -> parts of megatron_gpc that it may import, besides itself and BASE
     "types": set(),
     "errors": set(),
+    "files": set(),
     "config": set(),
     "config_types": set(),
     "config_file": set(),
