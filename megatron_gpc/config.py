@@ -359,6 +359,8 @@ class Config:
     start over."""
     timeout_s: PositiveFloat = 600.0
     """How long a rank waits for the others before the run ends with an error [s]."""
+    plots: bool = True
+    """Draw plots.png at the end, which takes seconds; `megatron-gpc plot` draws it at any time."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     sglang: SGLangConfig = dataclasses.field(default_factory=SGLangConfig)

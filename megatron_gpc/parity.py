@@ -22,7 +22,8 @@ from megatron_gpc.launch import run_ranks
 from megatron_gpc.layout import check_layout, read_hf_config, world_size
 from megatron_gpc.placement import Share
 from megatron_gpc.rollout.tokenizer import load_tokenizer
-from megatron_gpc.weights import HFReader, MegatronReader, family_of, places_of
+from megatron_gpc.weights import HFReader, family_of, places_of
+from megatron_gpc.weights.megatron_files import MegatronReader
 
 TEXTS = (
     "The sum of the first ten odd numbers is 100, because",

@@ -21,7 +21,6 @@ from megatron_gpc.guard import save_mini_batch
 from megatron_gpc.layout import hf_folder, is_converted, read_hf_config
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
-from megatron_gpc.metrics.plots import plot_run
 from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
 from megatron_gpc.rewards import verifier
@@ -31,21 +30,15 @@ from megatron_gpc.rollout.engines import Engines, WeightsNeeded
 from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, nucleus, right_P
 from megatron_gpc.rollout.pending import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
-from megatron_gpc.rollout.samples import SavedStep, check_groups, read_samples, write_samples
 from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
 from megatron_gpc.rollout.turns import Turns
 from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.rundir import lock
 from megatron_gpc.stop import mark
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
-from megatron_gpc.weights import (
-    HFReader,
-    MegatronReader,
-    carry_over,
-    family_of,
-    hf_tensors,
-    write_single,
-)
+from megatron_gpc.weights import HFReader, carry_over, family_of, write_single
+from megatron_gpc.weights.convert import hf_tensors
+from megatron_gpc.weights.megatron_files import MegatronReader
 
 
 class Rank0:
@@ -211,6 +204,8 @@ class Rank0:
             return None
         config = self.config.rollout
         if config.replay:
+            from megatron_gpc.rollout.samples import check_groups, read_samples  # pyarrow: 0.3 s
+
             saved = read_samples(config.replay, step)
             check_groups(saved, config)
             samples, positions, metrics = saved.samples, saved.positions, {}
@@ -228,6 +223,8 @@ class Rank0:
             **metrics,
         }
         if config.save_samples:
+            from megatron_gpc.rollout.samples import SavedStep, write_samples
+
             saved = SavedStep(samples, positions, advantages_N.tolist())
             write_samples(self.config.run_dir, step, saved)
         if config.overlong == "drop":
@@ -307,5 +304,8 @@ class Rank0:
         """Plot the run and print its table."""
         if self.active:
             self.console.close()
-            plot_run(self.config.run_dir)
+            if self.config.plots:
+                from megatron_gpc.metrics.plots import plot_run  # matplotlib: 1 s, and only here
+
+                plot_run(self.config.run_dir)
             print_table(summary_table(self.config.run_dir))

@@ -20,7 +20,9 @@ from megatron_gpc.metrics.runs import flatten, load_run
 from megatron_gpc.metrics.writer import FILE_NAME
 
 POLL_S = 0.5
-NO_MATTER = ("run_dir", "resume", "timeout_s", "rollout.server.", "checkpoint.", "guard.")
+NO_MATTER = (
+    *("run_dir", "resume", "timeout_s", "plots", "rollout.server.", "checkpoint.", "guard."),
+)
 """Keys and sections that may differ between a run that is there and the one that is asked for."""
 LAST_WORDS = 3000
 """Characters of a failed run's console that are shown."""

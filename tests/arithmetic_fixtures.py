@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import CONFIG, ROOT, command_line, metrics
@@ -38,6 +39,7 @@ def arguments(start) -> Callable[..., list[str]]:
             f"model.hf={start}",
             f"data.prompts={start}/train.jsonl",
             "eval.prompts=null",
+            "plots=false",
             "parallel.tp=1",
             "parallel.pp=1",
             "rollout.prompts_per_step=8",
@@ -51,10 +53,16 @@ def arguments(start) -> Callable[..., list[str]]:
     return make
 
 
-@pytest.fixture(scope="module")
-def reference(arguments, tmp_path_factory):
-    """Metrics of the first step of one process."""
+@pytest.fixture(scope="session")
+def reference_run(arguments, tmp_path_factory) -> Path:
+    """The folder of a run of one step and one process, with its plots."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    done = command_line(*arguments(run, "train.steps=1"))
+    done = command_line(*arguments(run, "train.steps=1", "plots=true"))
     assert done.returncode == 0, done.stderr
-    return metrics(run)[0]
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference(reference_run) -> dict[str, Any]:
+    """Metrics of the first step of one process."""
+    return metrics(reference_run)[0]

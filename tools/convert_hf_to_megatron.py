@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megatron_gpc.tool import DTYPES, progress, run
-from megatron_gpc.weights import hf_to_megatron
+from megatron_gpc.weights.convert import hf_to_megatron
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megatron_gpc.tool import DTYPES, positive, progress, run
-from megatron_gpc.weights import megatron_to_hf
+from megatron_gpc.weights.convert import megatron_to_hf
 
 
 def main() -> int:

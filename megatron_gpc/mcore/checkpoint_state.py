@@ -24,7 +24,8 @@ from megatron_gpc.mcore.model import PolicyModel
 from megatron_gpc.mcore.policy import Policy
 from megatron_gpc.mcore.setup import is_main, seed_generators
 from megatron_gpc.types import TrainState
-from megatron_gpc.weights import MegatronReader, Place
+from megatron_gpc.weights import Place
+from megatron_gpc.weights.megatron_files import MegatronReader
 
 _UNREADABLE = (
     *(OSError, RuntimeError, dist_checkpointing.core.CheckpointingException),

@@ -14,11 +14,10 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import os
 import sys
 import types
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,12 +54,10 @@ def install() -> None:
         return
     if hasattr(torch.Tensor.cuda, "megatron_gpc"):
         return
-    # @jit_fuser is torch.compile, which would want a C++ compiler on the user's machine and costs
-    # up to 2.5 s of start.  Goes when core makes compilation an option.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _patch_tensor_methods()
-    for name in _MODULES:
-        importlib.import_module(f"megatron.core.{name}")
+    with _no_compilation():
+        for name in _MODULES:
+            importlib.import_module(f"megatron.core.{name}")
     stand_in = _torch_for_cpu()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
@@ -74,6 +71,20 @@ def install() -> None:
         _patch_optimizer_state,
     ):
         patch()
+
+
+@contextmanager
+def _no_compilation() -> Iterator[None]:
+    """torch.compile leaves functions as they are for the time of the block.
+
+    @jit_fuser is torch.compile, which would want a C++ compiler on the user's machine and costs
+    every process a second of imports.  Goes when core makes compilation an option.
+    """
+    compile_, torch.compile = torch.compile, lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compile_
 
 
 def _core(name: str) -> Any:

@@ -1,15 +1,14 @@
 """Hugging Face tensors <-> Megatron parameters: one immutable table per model family.
 
 Reading order: table (one parameter), families (the tables), fields (config.json), hf_files (Hugging
-Face's files), places and megatron_files (megatron-core's), convert (from one to the other).
+Face's files), places and megatron_files (megatron-core's), convert (from one to the other).  The
+last two are imported by their own names: torch's checkpointing, which they need, takes a second.
 """
 
-from megatron_gpc.weights.convert import find_hf, hf_tensors, hf_to_megatron, megatron_to_hf
 from megatron_gpc.weights.families import FAMILIES, Family, family_of
 from megatron_gpc.weights.fields import ModelFields
 from megatron_gpc.weights.folders import carry_over
 from megatron_gpc.weights.hf_files import HFReader, write_hf, write_single
-from megatron_gpc.weights.megatron_files import MegatronReader
 from megatron_gpc.weights.places import Place, places_of
 from megatron_gpc.weights.table import (
     Param,
@@ -21,8 +20,7 @@ from megatron_gpc.weights.table import (
 )
 
 __all__ = [
-    "FAMILIES", "Family", "HFReader", "MegatronReader", "ModelFields", "Param", "Place",
-    "carry_over", "family_of", "find_hf", "hf_tensors", "hf_to_megatron", "megatron_to_hf",
+    "FAMILIES", "Family", "HFReader", "ModelFields", "Param", "Place", "carry_over", "family_of",
     "padded_vocab_size", "places_of", "shard", "to_hf", "to_megatron", "unshard", "write_hf",
     "write_single",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_gpc import config_file, layout
 from megatron_gpc.errors import UserError
+from megatron_gpc.files import SUMS, problems_of_all
 from megatron_gpc.weights.families import family_of
 from megatron_gpc.weights.folders import carry_over, new_folder
 from megatron_gpc.weights.hf_files import HFReader, cast, write_hf
@@ -80,6 +81,10 @@ def megatron_to_hf(
         UserError: as `hf_to_megatron`.
     """
     reader = MegatronReader(checkpoint)
+    if (checkpoint / SUMS).exists():  # of a run; converted ones have none
+        wrong = problems_of_all(checkpoint)
+        if wrong:
+            raise UserError(f"{checkpoint} is damaged: {'; '.join(wrong)}; take an older one")
     source = find_hf(checkpoint) if hf is None else layout.hf_folder(hf)
     if dtype is None and len(reader.dtypes()) == 1:  # config.json may say another
         (dtype,) = reader.dtypes()

@@ -301,7 +301,8 @@ def command(start: Path, steps: int, overrides: Sequence[str]) -> Callable[[Path
         return [
             *("train", str(CONFIG), f"run_dir={run_dir}", f"model.hf={start}"),
             *(f"data.prompts={start}/train.jsonl", f"eval.prompts={start}/heldout.jsonl"),
-            *("eval.samples=2", "eval.every=5", f"train.steps={steps}", "clip.schedule=od"),
+            *("eval.samples=2", "eval.every=5", "plots=false"),
+            *(f"train.steps={steps}", "clip.schedule=od"),
             *("parallel.tp=1", "parallel.pp=1", f"parallel.dp={RANKS}"),
             f"rollout.prompts_per_step={PROMPTS_PER_STEP}",
             "rollout.save_samples=true",

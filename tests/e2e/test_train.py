@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 from commands import CONFIG, ROOT, command_line, launch, metrics
 from compare_runs import untimed
 
+from megatron_gpc.cli import main
 from megatron_gpc.launch import free_port
 
 pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
@@ -25,7 +27,6 @@ ROUNDED = {"entropy": 1e-6, "loss": 1e-4, "grad_norm": 1e-4, "ratio_mean": 1e-5}
     [
         ["parallel.tp=2", "parallel.pp=2"],
         ["parallel.dp=2"],
-        ["train.micro_batch_size=64"],
         ["train.micro_batch_size=8"],
     ],
     ids=str,
@@ -107,16 +108,28 @@ def test_engines_and_policy_that_take_turns_give_the_same_run(arguments, tmp_pat
         (["parallel.tp=3"], "parallel.tp=3 does not divide"),
         (["parallel.vpp=2"], "needs parallel.pp > 1"),
         (["data.verifier=foo"], "there are: addition"),
-        (["model.hf=/nowhere", "model.build=null"], "no config.json"),
+        (["model.hf=/nowhere", "model.build=null"], "model.hf: /nowhere is not there"),
         (["megatron.transformer.num_layers=8"], "it follows from model.hf"),
-        (["data.prompts=/nowhere.jsonl"], "/nowhere.jsonl: cannot read prompts"),
+        (["data.prompts=/nowhere.jsonl"], "data.prompts: /nowhere.jsonl is not there"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else None,
 )
-def test_bad_input_ends_with_code_2_and_one_clear_line(arguments, tmp_path, overrides, says):
-    done = command_line(*arguments(tmp_path / "run", "train.steps=1", *overrides))
+def test_bad_input_ends_with_code_2_and_one_clear_line(
+    arguments, tmp_path, capsys, overrides, says
+):
+    assert main(arguments(tmp_path / "run", "train.steps=1", *overrides)) == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said and "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_cannot_be_used_end_with_code_2_and_no_traceback(arguments, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("no JSON\n")
+    run = tmp_path / "run"
+    done = command_line(*arguments(run, "train.steps=1", f"data.prompts={prompts}"))
     assert done.returncode == 2
-    assert says in done.stderr and "Traceback" not in done.stderr
+    assert f"{prompts}:1: not JSON" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_unreachable_server_ends_with_code_1_and_one_clear_line(arguments, tmp_path):
@@ -128,16 +141,15 @@ def test_an_unreachable_server_ends_with_code_1_and_one_clear_line(arguments, tm
     assert "Traceback" not in done.stderr
 
 
-def test_dry_run_prints_the_resolved_configuration_and_makes_nothing(arguments, tmp_path):
-    done = command_line(*arguments(tmp_path / "run", "clip.schedule=did"), "--dry-run")
-    assert done.returncode == 0
-    assert "schedule: did" in done.stdout and "eps_low: 0.2" in done.stdout
+def test_dry_run_prints_the_resolved_configuration_and_makes_nothing(arguments, tmp_path, capsys):
+    assert main([*arguments(tmp_path / "run", "clip.schedule=did"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "schedule: did" in said and "eps_low: 0.2" in said
     assert not (tmp_path / "run").exists()
 
 
 def test_the_example_configuration_needs_no_model_to_be_read():
-    done = command_line("train", str(CONFIG), "model.hf=/nowhere/start", "--dry-run")
-    assert done.returncode == 0, done.stderr
+    assert main(["train", str(CONFIG), "model.hf=/nowhere/start", "--dry-run"]) == 0
 
 
 def test_two_runs_never_share_a_folder(arguments, tmp_path):
@@ -158,13 +170,15 @@ def test_two_runs_never_share_a_folder(arguments, tmp_path):
         first.wait(10)
 
 
-def test_plot_draws_one_run_and_overlays_two(arguments, reference, tmp_path):
-    for seed in (1, 2):
-        run = tmp_path / f"seed{seed}"
-        assert command_line(*arguments(run, "train.steps=1", f"seed={seed}")).returncode == 0
+def test_plot_draws_one_run_and_overlays_two(reference_run, tmp_path, capsys):
+    assert (reference_run / "plots.png").stat().st_size > 10_000, "drawn at the run's end"
+    other = tmp_path / "other"
+    shutil.copytree(reference_run, other)
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("schedule: id", "schedule: static"))
     out = tmp_path / "both.png"
-    done = command_line("plot", str(tmp_path / "seed1"), str(tmp_path / "seed2"), "--out", str(out))
+    done = command_line("plot", str(reference_run), str(other), "--out", str(out))
     assert done.returncode == 0 and out.stat().st_size > 10_000
-    assert (tmp_path / "seed1" / "plots.png").stat().st_size > 10_000
-    missing = command_line("plot", str(tmp_path / "nothing"))
-    assert missing.returncode == 2 and "no such file" in missing.stderr
+    assert "id" in done.stdout and "static" in done.stdout
+    assert main(["plot", str(tmp_path / "nothing")]) == 2
+    assert "no such file" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tool_scripts import CARRIED
 from transformers import PreTrainedTokenizerFast
 
-from megatron_gpc.weights import family_of, hf_to_megatron, write_hf
+from megatron_gpc.weights import family_of, write_hf
+from megatron_gpc.weights.convert import hf_to_megatron
 
 
 @pytest.fixture

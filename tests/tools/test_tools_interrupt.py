@@ -10,7 +10,7 @@ import pytest
 from tiny_models import names
 from tool_scripts import call, start
 
-from megatron_gpc.weights import hf_to_megatron
+from megatron_gpc.weights.convert import hf_to_megatron
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tiny_models import MODELS, Checkpoints, content, make_model, same
 
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.rundir import prepare
-from megatron_gpc.weights import hf_to_megatron, megatron_to_hf
+from megatron_gpc.weights.convert import hf_to_megatron, megatron_to_hf
 
 LARGEST = 2e-5
 """Logits are of size 1 to 10 in fp32; measured differences are below 1e-5."""

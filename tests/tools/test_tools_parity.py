@@ -11,7 +11,8 @@ from tool_scripts import call
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.parity import TEXTS, compare, prompts
-from megatron_gpc.weights import hf_to_megatron, write_hf
+from megatron_gpc.weights import write_hf
+from megatron_gpc.weights.convert import hf_to_megatron
 
 
 @pytest.fixture

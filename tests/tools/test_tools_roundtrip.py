@@ -15,17 +15,10 @@ from tiny_models import Checkpoint, Checkpoints, content, names, same
 from tool_scripts import CARRIED, start
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.weights import (
-    HFReader,
-    MegatronReader,
-    family_of,
-    hf_to_megatron,
-    megatron_to_hf,
-    places_of,
-    to_megatron,
-)
+from megatron_gpc.weights import HFReader, family_of, places_of, to_megatron
+from megatron_gpc.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_gpc.weights.hf_files import INDEX, SINGLE
-from megatron_gpc.weights.megatron_files import write_megatron
+from megatron_gpc.weights.megatron_files import MegatronReader, write_megatron
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000], ids=["one file", "several"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from commands import CONFIG, command_line, metrics
 from tiny_models import content, names
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def test_hugging_face_to_megatron_to_training_to_hugging_face(
-    with_tokenizer: Path, tmp_path: Path
+    with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     converted, run_dir = tmp_path / "converted", tmp_path / "run"
     assert call("convert_hf_to_megatron", "--hf", with_tokenizer, "--out", converted) == 0
@@ -38,3 +39,12 @@ def test_hugging_face_to_megatron_to_training_to_hugging_face(
     assert all(torch.equal(after[name], served[name]) for name in after)
     assert AutoModelForCausalLM.from_pretrained(back).config.vocab_size == 256
     assert AutoTokenizer.from_pretrained(back)("100=")["input_ids"]
+
+    file = max(saved.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    spoiled = bytearray(file.read_bytes())
+    spoiled[len(spoiled) // 2] ^= 1  # one bit, where only a checksum can tell
+    file.write_bytes(spoiled)
+    capsys.readouterr()
+    assert call("convert_megatron_to_hf", "--checkpoint", saved, "--out", tmp_path / "no") == 2
+    assert f"{file.name} is not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
