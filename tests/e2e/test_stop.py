@@ -15,6 +15,7 @@ from compare_runs import unequal_files, untimed
 from megatron_gpc.mcore.checkpoint_folder import checkpoints
 from megatron_gpc.stop import SAVED, marker
 
+pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
 STEPS = 6
 
 
@@ -41,7 +42,7 @@ def test_a_run_that_was_asked_to_end_saves_and_continues_to_the_same_bytes(
     rank = rank_process(process.pid, 1)  # one hears of it, all save
     assert rank is not None
     rank.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == SAVED
+    assert process.wait(120) == SAVED
     step = json.loads(marker(run).read_text())["step"]
     assert 2 <= step < STEPS and len(metrics(run)) == step
     assert [one.name for one in checkpoints(run)] == [f"step_{step:06d}"]

@@ -22,9 +22,10 @@ ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "TEST_SLURM" not in os.environ:
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(900))  # Slurm takes its time
+            if "TEST_SLURM" not in os.environ:
                 item.add_marker(pytest.mark.skip(reason="make test-slurm"))
 
 
@@ -73,7 +74,7 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def wait(
-        self, job: str, timeout_s: float = 240, until: Callable[[], bool] | None = None
+        self, job: str, timeout_s: float = 400, until: Callable[[], bool] | None = None
     ) -> dict[str, str]:
         """Wait until the job has ended, or something is so; what scontrol says then."""
         deadline = time.monotonic() + timeout_s

@@ -63,7 +63,7 @@ def test_a_time_limit_and_preemption_lead_back_to_the_same_bytes(
     cluster, arguments, undisturbed, tmp_path
 ):
     run, log = tmp_path / "run", tmp_path / "log"
-    limits = ("--partition=low", "--nodes=2", "--time=2", "--signal=B:USR1@75")
+    limits = ("--partition=low", "--nodes=2", "--time=3", "--signal=B:USR1@60")
     job = cluster.submit(log, *limits, *_job(arguments, run))
     # Slurm may send the signal up to a minute early, or the run end before it: have it wait.
     cluster.wait(job, until=lambda: _steps(run) >= 2)
@@ -145,7 +145,7 @@ def test_a_node_that_fails_in_mid_run_costs_only_what_was_not_saved(
     )
     cluster.nodes("fail", victim)
     try:
-        shown = cluster.wait(job, timeout_s=290)
+        shown = cluster.wait(job)
         assert shown["JobState"] == "COMPLETED" and shown["Restarts"] == "1", log.read_text()
         assert victim not in _hostnames(cluster, shown["NodeList"])
     finally:
