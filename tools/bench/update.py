@@ -39,6 +39,7 @@ from megatron_gpc.batching import mini_batches, pack
 from megatron_gpc.config_file import load
 from megatron_gpc.launch import run_ranks
 from megatron_gpc.metrics.reduce import Sums
+from megatron_gpc.placement import Share
 from megatron_gpc.types import Bounds, Prompt, RolloutBatch, Sample
 from megatron_gpc.weights import family_of
 
@@ -196,7 +197,7 @@ def main() -> int:
             "--tokens",
             f"{arguments.tokens}",
         ]
-        if code := run_ranks(given, 1, folder, module="tools.bench.update"):
+        if code := run_ranks(given, Share.alone(1), folder, module="tools.bench.update"):
             return code
         found = json.loads((folder / "found.json").read_text())
     table = Table(
