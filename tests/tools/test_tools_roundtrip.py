@@ -125,11 +125,11 @@ def test_dtypes_may_differ_between_parameters_but_not_between_layers_of_one(
 MEMORY = """
 import re, sys
 from pathlib import Path
-from megatron_gpc import weights
+from megatron_gpc.weights import convert
 status = Path("/proc/self/status")
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1]) * 1024
 before = peak()
-getattr(weights, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
+getattr(convert, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
 print(peak() - before)
 """  # VmHWM and not getrusage's, which a child inherits from the process that started it
 
