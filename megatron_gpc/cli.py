@@ -207,13 +207,13 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     gpus = torch.cuda.device_count()
     if adopt_rank(config.parallel, gpus):
         if os.environ["RANK"] == "0":
-            held = prepare(config)  # noqa: F841 - until this process ends
+            lock = prepare(config)  # noqa: F841 - until this process ends
             _check(config)
         return _train_rank(config)
     share = my_share(config.parallel, gpus)
     command = ["train", str(arguments.config), *arguments.overrides]  # rank 0 prepares
     if share.ranks == share.world:
-        held = prepare(config)  # noqa: F841 - until this process ends
+        lock = prepare(config)  # noqa: F841 - until this process ends
         _check(config)  # again: model.build may just have made the model
         command = ["rank", str(config.run_dir / "config.yaml")]
     passed_on = (*STOP_SIGNALS, STACKS_SIGNAL)
@@ -232,7 +232,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     stop = StopRequest()
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # `job.sh stacks` sends it to all of a job
+    from megatron_gpc.launch import STACKS_SIGNAL
+
+    signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # `job.sh stacks` sends it to all of a job
     from megatron_gpc.rollout.serve import serve
 
     serve(load(arguments.config, arguments.overrides), stop)

@@ -168,7 +168,7 @@ preflight() {
   shift
   if [[ ${GPC_PREFLIGHT:-1} == 0 ]]; then return; fi
   say "preflight"
-  (step ${where[@]+"${where[@]}"} -- "${GPC[@]}" doctor "$@") ||
+  (step "${where[@]}" -- "${GPC[@]}" doctor "$@") ||
     die "preflight failed: the lines above name the node and what to do (GPC_PREFLIGHT=0 goes on without)"
 }
 

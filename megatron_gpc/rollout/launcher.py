@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import httpx
 
-from megatron_gpc.launch import die_with_parent, free_port, own_search_path
+from megatron_gpc.launch import STACKS_SIGNAL, die_with_parent, free_port, own_search_path
 from megatron_gpc.rollout.answers import RolloutError
 
 STOP_TIMEOUT_S = 5.0
@@ -112,7 +112,7 @@ class ServerProcess:
 
 def _before_it_runs() -> None:
     die_with_parent()
-    for one in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm sends them to every process of a step
+    for one in (signal.SIGUSR1, STACKS_SIGNAL):  # Slurm sends them to every process of a step
         signal.signal(one, signal.SIG_IGN)
 
 

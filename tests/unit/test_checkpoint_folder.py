@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gpc.files import problems, sha256
+from megatron_gpc.files import problems, problems_of_all, sha256
 from megatron_gpc.mcore import checkpoint_folder as folders
 
 FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "metadata.json")
@@ -23,12 +23,6 @@ def write(run_dir: Path, step: int) -> Path:
     return final
 
 
-def together(folder: Path, shares: int = 2) -> list[str]:
-    return sorted(
-        {one for share in range(shares) for one in problems(folder, share, shares)}
-    )
-
-
 def cut_sums(folder: Path, keep: int) -> None:
     lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
     (folder / "SHA256SUMS").write_text("".join(lines[:keep]))
@@ -37,7 +31,7 @@ def cut_sums(folder: Path, keep: int) -> None:
 @pytest.mark.parametrize("shares", [1, 2, 3, 8])
 def test_a_sound_checkpoint_has_no_problem_and_every_file_is_in_one_share(tmp_path, shares):
     folder = write(tmp_path, 1)
-    assert together(folder, shares) == []
+    assert [one for share in range(shares) for one in problems(folder, share, shares)] == []
     for name in FILES:
         (folder / name).write_text("spoiled")
     found = [one for share in range(shares) for one in problems(folder, share, shares)]
@@ -62,7 +56,7 @@ def test_a_sound_checkpoint_has_no_problem_and_every_file_is_in_one_share(tmp_pa
 def test_every_damage_is_named(tmp_path, damage, says):
     folder = write(tmp_path, 1)
     damage(folder)
-    found = together(folder)
+    found = sorted(problems_of_all(folder))
     assert len(found) == len(says)
     for one, expected in zip(found, says, strict=True):
         assert one.startswith(expected)

@@ -131,6 +131,7 @@ def test_bad_overrides_are_refused_by_name(file, override, says):
     [
         ("- a\n", "expected a mapping"),
         ("a: [", "not valid YAML"),
+        ("? [a]\n: b\n", "not valid YAML"),
         ("run_dir: x\n", "model.hf: is required"),
         (MINIMAL + "clip: 3\n", "clip is a section"),
         (MINIMAL + "seed: 1\nseed: 2\n", "'seed' is given twice"),
