@@ -24,8 +24,10 @@ from megatron_gpc.stop import SAVED, held
 
 LAST_WORDS_S = 3.0
 """After the first failure: how long the other ranks may take to say what they saw and end [s]."""
-STACKS_S = 0.5
+STACKS_S = 5.0
 """How long ranks may take to write their stacks [s]."""
+QUIET_S = 0.5
+"""Stacks that did not grow for so long are whole [s]."""
 STACKS_SIGNAL = signal.SIGUSR2
 """Has a rank write the stacks of its threads to its `stacks_file` and go on."""
 POLL_S = 0.02
@@ -208,8 +210,9 @@ class Rank:
     def where(self) -> str:
         """The line that its main thread was at in the end, and whether it was stopped."""
         if self.stacks.exists():  # threads newest first, each with the innermost call first
-            main_thread = self.stacks.read_text().rpartition("(most recent call first):")[2]
-            frames = _FRAME.findall(main_thread)[:1]
+            threads = self.stacks.read_text().split("(most recent call first):")
+            # A watchdog that ends a rank while it writes on request leaves a last part empty.
+            frames = next(filter(None, map(_FRAME.findall, reversed(threads))), [])[:1]
         else:
             frames = _FRAME.findall(self.said()[1])[-1:]
         place = "".join("{}:{} in {}".format(*frame) for frame in frames) or "unknown"
@@ -252,10 +255,22 @@ def _end(ranks: Sequence[Rank]) -> None:
         rank.process.send_signal(STACKS_SIGNAL)
         rank.process.send_signal(signal.SIGCONT)
     if running:
-        time.sleep(STACKS_S)
+        _await_stacks(running)
     for rank in running:
         rank.process.kill()  # SIGTERM would ask it to save, which it cannot do without its peers
         rank.process.wait()
+
+
+def _await_stacks(ranks: Sequence[Rank]) -> None:
+    """Wait until all that have begun to watch themselves have written where they are."""
+    deadline, before = time.monotonic() + STACKS_S, None
+    while time.monotonic() < deadline:
+        files = [rank.stacks for rank in ranks if rank.process.poll() is None]
+        sizes = [file.stat().st_size for file in files if file.exists()]
+        if sizes == before and 0 not in sizes:
+            return
+        before = sizes
+        time.sleep(QUIET_S)
 
 
 def _report(first: Rank, ranks: Sequence[Rank]) -> None:

@@ -277,7 +277,8 @@ def test_engines_take_turns_with_the_policy_and_none_starts_in_its_turn(start, m
 
 async def late_request(engine: Engine) -> asyncio.Task[Generation]:
     """A generation that is under way, of 900 tokens."""
-    task = asyncio.create_task(engine.client.generate([5], {"max_new_tokens": 900}))
+    asked = {"max_new_tokens": 900, "ignore_eos": True}
+    task = asyncio.create_task(engine.client.generate([5], asked))
     while (await engine.client.server_info())["internal_states"][0]["num_running_reqs"] == 0:
         assert not task.done()
     return task
