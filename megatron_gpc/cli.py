@@ -185,6 +185,9 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from megatron_gpc.launch import STACKS_SIGNAL
+
+    signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there are ranks that have stacks
     with held(STOP_SIGNALS):  # until there are ranks that can hear of them
         return _start_or_be_a_rank(arguments)
 

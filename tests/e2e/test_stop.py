@@ -59,6 +59,7 @@ def test_a_signal_before_there_are_ranks_waits_for_them(arguments, tmp_path):
     status = Path(f"/proc/{process.pid}/status")
     while not _blocked(status.read_text()) & 1 << signal.SIGTERM - 1:
         assert process.poll() is None
+    process.send_signal(signal.SIGUSR2)  # where is everybody?  Nowhere yet.
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == SAVED
     assert json.loads(marker(run).read_text()) == {"step": 0}
