@@ -1,34 +1,17 @@
-"""The example's starting point, built once a session."""
+"""The example's starting point, and short runs from it."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import CONFIG, ROOT, command_line, metrics
+from commands import CONFIG, command_line, metrics
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory) -> Path:
-    """examples/arithmetic/build.py's output: checkpoint, tokenizer, prompts."""
-    folder = tmp_path_factory.mktemp("arithmetic") / "start"
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    subprocess.run(
-        [sys.executable, ROOT / "examples" / "arithmetic" / "build.py", folder],
-        check=True,
-        env=environment,
-        timeout=840,
-    )
-    return folder
-
-
-@pytest.fixture(scope="session")
-def arguments(start) -> Callable[..., list[str]]:
+def arguments(warm_start) -> Callable[..., list[str]]:
     """arguments(run_dir, *overrides): of `megatron-gpc train` for a short run of the example."""
 
     def make(run_dir: Path, *overrides: str) -> list[str]:
@@ -36,8 +19,8 @@ def arguments(start) -> Callable[..., list[str]]:
             "train",
             str(CONFIG),
             f"run_dir={run_dir}",
-            f"model.hf={start}",
-            f"data.prompts={start}/train.jsonl",
+            f"model.hf={warm_start}",
+            f"data.prompts={warm_start}/train.jsonl",
             "eval.prompts=null",
             "plots=false",
             "parallel.tp=1",

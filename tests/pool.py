@@ -1,4 +1,4 @@
-"""A pool of gloo workers per world size, so that torch and megatron are imported once a process.
+"""A pool of gloo workers per world size, forked from one process that has imported megatron.
 
 A test sends a function (by name: it is pickled) and gets every rank's result back, or the first
 traceback.  Deadlines everywhere: a rank that hangs fails the test and takes its pool with it.
@@ -10,20 +10,38 @@ import gc
 import multiprocessing as mp
 import os
 import queue
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
+
+import pytest
+
+from megatron_gpc.launch import die_with_parent
 
 START_TIMEOUT_S = 120.0
 MAX_TASKS = 40
 
 
+def _context(cuda: bool) -> BaseContext:
+    """How ranks are started: forked from a process that is started once, if without a GPU."""
+    if cuda:  # a process that has looked at a GPU must not fork
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["pool_imports"])
+    with pytest.MonkeyPatch.context() as patch:  # it is not told of sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
+
+
 def _serve(rank: int, world: int, cuda: bool, store: str, inbox: Any, outbox: Any) -> None:
+    die_with_parent()
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world))
-    if not cuda:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from datetime import timedelta
 
     import torch
@@ -87,7 +105,7 @@ class Pool:
     def __init__(self, world: int, cuda: bool = False):
         self.world = world
         self.tasks = 0
-        context = mp.get_context("spawn")
+        context = _context(cuda)
         self.folder = tempfile.TemporaryDirectory()
         store = os.path.join(self.folder.name, "store")
         self.outbox = context.Queue()

@@ -8,7 +8,7 @@ from chaos import DISK_BYTES, Event, campaign, full_disk, plan, small_disk
 pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
 
 
-def test_kills_and_a_damaged_checkpoint_leave_no_trace(start, tmp_path):
+def test_kills_and_a_damaged_checkpoint_leave_no_trace(warm_start, tmp_path):
     events = [
         Event("server", "begin", 0.3, steps=2),
         Event("launcher", "begin", 0.1, steps=6, flip=True),
@@ -16,7 +16,7 @@ def test_kills_and_a_damaged_checkpoint_leave_no_trace(start, tmp_path):
     ]
     said: list[str] = []
     background = ["checkpoint.asynchronous=true"]
-    assert campaign(start, tmp_path, events, 12, 0, background, said.append) == []
+    assert campaign(warm_start, tmp_path, events, 12, 0, background, said.append) == []
     assert "1 damaged checkpoints" in said[-1], said
 
 

@@ -30,8 +30,8 @@ def study(start: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.timeout(600)  # four runs, on a machine that may have other work
-def test_each_region_alone_moves_entropy_as_the_paper_says(start, tmp_path):
-    done = study(start, tmp_path)
+def test_each_region_alone_moves_entropy_as_the_paper_says(warm_start, tmp_path):
+    done = study(warm_start, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for arm, sign in (("e1", -1), ("e2", 1), ("e3", 1), ("e4", -1)):
         lines = metrics(tmp_path / f"{arm}-0")
@@ -54,9 +54,9 @@ def test_each_region_alone_moves_entropy_as_the_paper_says(start, tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 3 and ".png" not in html
 
-    again = study(start, tmp_path)
+    again = study(warm_start, tmp_path)
     assert again.returncode == 0 and "0 runs of 0 steps to make, 4 are there" in again.stdout
-    other = study(start, tmp_path, "optim.beta1=0.8")
+    other = study(warm_start, tmp_path, "optim.beta1=0.8")
     assert other.returncode == 2 and "another configuration" in other.stderr
 
 

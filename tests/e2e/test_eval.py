@@ -11,9 +11,9 @@ pytestmark = pytest.mark.timeout(900)  # the first test builds the example's sta
 
 
 def test_a_saved_checkpoint_gets_the_numbers_that_training_gave_its_weights(
-    arguments, start, tmp_path
+    arguments, warm_start, tmp_path
 ):
-    run_dir, held_out = tmp_path / "run", f"eval.prompts={start}/heldout.jsonl"
+    run_dir, held_out = tmp_path / "run", f"eval.prompts={warm_start}/heldout.jsonl"
     given = arguments(run_dir, "parallel.tp=2", "train.steps=1", held_out, "eval.samples=8")
     done = command_line(*given)
     assert done.returncode == 0, done.stderr
@@ -35,11 +35,11 @@ def test_a_saved_checkpoint_gets_the_numbers_that_training_gave_its_weights(
     assert left == {"step_000001.json", "logs"}, "the folder for the engines is gone"
 
 
-def test_a_hugging_face_folder_is_evaluated_with_its_own_sampling(start, tmp_path):
+def test_a_hugging_face_folder_is_evaluated_with_its_own_sampling(warm_start, tmp_path):
     out = tmp_path / "found.json"
     done = command_line(
-        *("eval", str(CONFIG), f"model.hf={start}", f"run_dir={tmp_path}/run"),
-        *(f"eval.prompts={start}/heldout.jsonl", "eval.samples=4", "eval.pass_k=[4,2]"),
+        *("eval", str(CONFIG), f"model.hf={warm_start}", f"run_dir={tmp_path}/run"),
+        *(f"eval.prompts={warm_start}/heldout.jsonl", "eval.samples=4", "eval.pass_k=[4,2]"),
         *("eval.top_k=1", "eval.max_response_tokens=9", "--out", str(out)),
     )
     assert done.returncode == 0, done.stderr

@@ -40,9 +40,9 @@ def test_updates_that_are_not_finite_are_saved_and_too_many_end_the_run(argument
 
 
 @pytest.fixture
-def server(start, tmp_path):
+def server(warm_start, tmp_path):
     """Up before the run, so that the run's own start is short."""
-    with EmbeddedServer(start, tmp_path / "server.log") as server:
+    with EmbeddedServer(warm_start, tmp_path / "server.log") as server:
         yield server.url
 
 

@@ -71,12 +71,12 @@ def _servers(launcher: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def exported(start, tmp_path_factory):
+def exported(warm_start, tmp_path_factory):
     """A Hugging Face folder as tools/ export it."""
     folder = tmp_path_factory.mktemp("exported")
     megatron, out = folder / "megatron", folder / "hf"
     for tool, source, made in (
-        ("convert_hf_to_megatron.py", ("--hf", start), megatron),
+        ("convert_hf_to_megatron.py", ("--hf", warm_start), megatron),
         ("convert_megatron_to_hf.py", ("--checkpoint", megatron), out),
     ):
         script = ROOT / "tools" / tool

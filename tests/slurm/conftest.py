@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from arithmetic_fixtures import arguments, reference, reference_run, start
+from arithmetic_fixtures import arguments, reference, reference_run
 from commands import ROOT
 
-__all__ = ["arguments", "reference", "reference_run", "start"]
+__all__ = ["arguments", "reference", "reference_run"]
 
 MINI_SLURM = Path(__file__).parent / "mini-slurm"
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}

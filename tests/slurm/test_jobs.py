@@ -70,9 +70,9 @@ def test_a_heterogeneous_job_serves_on_other_nodes_than_it_trains_on(
     assert "not-to-be-kept" not in (run / "attempts" / f"{job}.0" / "environment").read_text()
 
 
-def test_the_smoke_job_passes(cluster, start, tmp_path):
+def test_the_smoke_job_passes(cluster, warm_start, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    given = f"run_dir={run}", f"model.hf={start}", f"data.prompts={start}/train.jsonl"
+    given = f"run_dir={run}", f"model.hf={warm_start}", f"data.prompts={warm_start}/train.jsonl"
     job = cluster.submit(log, "slurm/smoke.sbatch", *given, "eval.prompts=null")
     assert cluster.wait(job)["JobState"] == "COMPLETED", log.read_text()
     assert len(metrics(run)) == 2
@@ -119,7 +119,7 @@ def test_a_port_that_is_taken_is_passed_over(tmp_path):
 
 
 def test_a_users_way_from_a_hugging_face_folder_and_back_with_sbatch_alone(
-    cluster, arguments, start, tmp_path
+    cluster, arguments, warm_start, tmp_path
 ):
     def submit(*command: str) -> str:
         log = tmp_path / f"{len(cluster.jobs)}.log"
@@ -129,7 +129,8 @@ def test_a_users_way_from_a_hugging_face_folder_and_back_with_sbatch_alone(
         return log.read_text()
 
     converted, run, exported = (tmp_path / name for name in ("converted", "run", "exported"))
-    submit("slurm/convert.sbatch", "hf_to_megatron", "--hf", str(start), "--out", str(converted))
+    here = "--hf", str(warm_start), "--out", str(converted)
+    submit("slurm/convert.sbatch", "hf_to_megatron", *here)
     submit(
         *("slurm/train.sbatch", *arguments(run, "train.steps=2", f"model.hf={converted}")[1:]),
     )
@@ -144,7 +145,7 @@ def test_a_users_way_from_a_hugging_face_folder_and_back_with_sbatch_alone(
     out = tmp_path / "eval.json"
     submit(
         *("slurm/eval.sbatch", *arguments(run, f"model.hf={exported}")[1:]),
-        *(f"eval.prompts={start}/heldout.jsonl", "eval.samples=4", "--out", str(out)),
+        *(f"eval.prompts={warm_start}/heldout.jsonl", "eval.samples=4", "--out", str(out)),
     )
     assert 0 <= json.loads(out.read_text())["mean"] <= 1
 
