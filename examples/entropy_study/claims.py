@@ -118,6 +118,10 @@ def _move(arm: str, text: str, begin: float, end: float, sign: int) -> Claim:
     return Claim("c", text, (arm,), value, sign)
 
 
+def _oscillates(arm: str, text: str) -> Claim:
+    return Claim("c", text, (arm,), lambda s: switches(s[arm]) - 1, +1)
+
+
 def _held_out(run: Run) -> float:
     return at_end(run, "eval_reward")
 
@@ -140,13 +144,8 @@ CLAIMS = (
     _move("did", "DID: entropy falls over the first quarter", 0.0, 0.25, -1),
     _move("did", "DID: entropy rises over the second quarter", 0.25, 0.5, +1),
     _move("did", "DID: entropy falls over phase 2", 0.5, 1.0, -1),
-    Claim(
-        "c",
-        "OD: the controller switches more than once",
-        ("od",),
-        lambda s: switches(s["od"]) - 1,
-        1,
-    ),
+    _oscillates("od", "OD: the controller switches more than once"),
+    _oscillates("od-0.5", "OD with a floor of 0.5: the controller switches more than once"),
     *(
         _less(
             "d",

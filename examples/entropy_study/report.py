@@ -48,6 +48,7 @@ TITLES = {
     "id": "ID",
     "did": "DID",
     "od": "OD",
+    "od-0.5": "OD, floor 0.5",
     "id-0.3": "ID, split 0.3",
     "id-0.4": "ID, split 0.4",
     "id-0.6": "ID, split 0.6",
@@ -65,7 +66,7 @@ PARTS = (  # file, title, arms, panels
         {"entropy": OUTCOME["entropy"], "reward": OUTCOME["reward"]},
     ),
     ("b_thresholds", "(b) Hi(p) and Lo(p) alone", ("static", "clip-higher", "hi", "lo"), OUTCOME),
-    ("c_schedules", "(c) Schedules", ("static", "id", "did", "od"), OUTCOME),
+    ("c_schedules", "(c) Schedules", ("static", "id", "did", "od", "od-0.5"), OUTCOME),
     ("d_split", "(d) Phase split of ID", ("id-0.3", "id-0.4", "id", "id-0.6"), OUTCOME),
 )
 CSS = """body{font:16px/1.5 sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#333}

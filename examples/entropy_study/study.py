@@ -43,6 +43,7 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "id": ("clip.schedule=id", MEASURED),
     "did": ("clip.schedule=did",),
     "od": ("clip.schedule=od",),
+    "od-0.5": ("clip.schedule=od", "clip.od_floor=0.5"),  # the default, 0.2, is not reached so soon
     "id-0.3": ("clip.schedule=id", "clip.phase_split=0.3"),
     "id-0.4": ("clip.schedule=id", "clip.phase_split=0.4"),
     "id-0.6": ("clip.schedule=id", "clip.phase_split=0.6"),

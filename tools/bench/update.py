@@ -1,11 +1,11 @@
 """What thresholds by probability and diagnostics cost: ratios of step times, in one run.
 
-    python tools/bench/update.py [--layers 4] [--hidden 256] [--vocab 8192] [--rounds 15]
+    python tools/bench/update.py [--layers 4] [--hidden 256] [--vocab 8192] [--rounds 40]
 
 A step is scoring a rollout and updating on it, mini-batch by mini-batch; sampling is left out, with
-which all ratios would be nearer to 1.  The ways take turns, so that what else the machine does
-hits them alike, and without a GPU it is the process's CPU time that is taken.  What counts are the
-ratios of each round; the table has their medians.
+which all ratios would be nearer to 1.  The ways take turns in drawn order, so that what else the
+machine does hits them alike, and without a GPU it is the process's CPU time that is taken.  What
+counts are the ratios of each round; the table has their median and its 95 % interval.
 
     PPO         the textbook's clip with constants, and no region diagnostics
     GPC         thresholds by probability (ID's first step), and no region diagnostics
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -149,9 +151,9 @@ def measure(folder: Path, rounds: int, tokens: int) -> dict[str, list[float]]:
             "change": lambda: step(GPC, change=True),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
+        draw = Random(0)
         for number in range(rounds + 1):
-            order = list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]
-            for name in order:
+            for name in draw.sample(list(ways), len(ways)):
                 taken = ways[name]()
                 if number:  # the first round warms up
                     seconds[name].append(taken)
@@ -166,13 +168,19 @@ def rank(folder: Path, rounds: int, tokens: int) -> int:
     return 0
 
 
+def interval(ordered: list[float]) -> str:
+    """95 % interval of the median, from the binomial distribution's normal approximation."""
+    out = math.floor((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2)
+    return f"{ordered[out]:.4f} - {ordered[-1 - out]:.4f}" if out >= 0 else ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=32, help="of a response")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=8, help="of a response")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
@@ -204,15 +212,15 @@ def main() -> int:
         title=f"{arguments.layers} layers, hidden {arguments.hidden}, V = {arguments.vocab:,}; "
         f"{GROUPS * GROUP * arguments.tokens:,} response tokens, 4 updates"
     )
-    for heading in ("", "median step [s]", "ratio", "over"):
+    for heading in ("", "median step [s]", "ratio", "95 %", "over"):
         table.add_column(heading, justify="right" if heading else "left")
     before = None
     for way, seconds in found.items():
-        ratio = ""
+        ratio = around = ""
         if before:
-            ratios = [a / b for a, b in zip(seconds, found[before], strict=True)]
-            ratio = f"{statistics.median(ratios):.4f}"
-        table.add_row(way, f"{statistics.median(seconds):.4f}", ratio, before or "")
+            ratios = sorted(a / b for a, b in zip(seconds, found[before], strict=True))
+            ratio, around = f"{statistics.median(ratios):.4f}", interval(ratios)
+        table.add_row(way, f"{statistics.median(seconds):.4f}", ratio, around, before or "")
         before = way
     Console(width=100).print(table)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
