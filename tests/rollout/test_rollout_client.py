@@ -57,6 +57,7 @@ def scripted(reply: Callable[[int, Any], Reply]) -> Iterator[tuple[str, list[Any
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    server.handle_error = lambda *unused: None  # clients that give up leave broken pipes
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
