@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from chaos import DISK_BYTES, Event, campaign, full_disk, plan, small_disk
 
-pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 
 
 def test_kills_and_a_damaged_checkpoint_leave_no_trace(warm_start, tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 from commands import CONFIG, command_line
 
-pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 
 
 def test_a_saved_checkpoint_gets_the_numbers_that_training_gave_its_weights(

@@ -15,7 +15,7 @@ from megatron_gpc.launch import run_ranks, stacks_file
 from megatron_gpc.placement import Share
 from megatron_gpc.rollout.launcher import EmbeddedServer
 
-pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 
 
 def test_updates_that_are_not_finite_are_saved_and_too_many_end_the_run(arguments, tmp_path):

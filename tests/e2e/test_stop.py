@@ -15,7 +15,7 @@ from compare_runs import unequal_files, untimed
 from megatron_gpc.mcore.checkpoint_folder import checkpoints
 from megatron_gpc.stop import SAVED, marker
 
-pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 STEPS = 6
 
 

@@ -14,7 +14,7 @@ from compare_runs import untimed
 from megatron_gpc.cli import main
 from megatron_gpc.launch import free_port
 
-pytestmark = pytest.mark.timeout(900)  # the first test builds the example's start
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 
 # What a step gives before its first update is exact to fp32 rounding; later updates see weights
 # that Adam has moved by rounding of near-zero gradients.
@@ -71,13 +71,19 @@ def test_torchrun_starts_the_same_run(arguments, reference, tmp_path):
     assert step["reward"] == reference["reward"]
 
 
-def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(
-    arguments, tmp_path, capsys
+def test_samples_from_weights_sent_as_tensors_are_the_same_and_trained_on_again_to_the_last_bit(
+    arguments, reference, tmp_path, capsys
 ):
     first, again = tmp_path / "first", tmp_path / "again"
     steps = "train.steps=2"
-    done = command_line(*arguments(first, steps, "rollout.save_samples=true"))
+    sent = "rollout.server.sync=tensor"
+    done = command_line(*arguments(first, steps, sent, "rollout.save_samples=true"))
     assert done.returncode == 0, done.stderr
+    one, two = metrics(first)
+    assert one["entropy"] == reference["entropy"]
+    assert two["weight_version"] == 1
+    for step in (one, two):
+        assert step["logp_gap_max"] < 1e-4, "server and trainer have the same weights"
     done = command_line(*arguments(again, steps, f"rollout.replay={first}", "eval.every=1"))
     assert done.returncode == 0, done.stderr
     steps_of_both = (untimed(run / "metrics.jsonl") for run in (first, again))
@@ -91,19 +97,12 @@ def test_saved_samples_are_shown_and_trained_on_again_to_the_last_bit(
     assert refused.returncode == 2 and "no samples of step 3" in refused.stderr
 
 
-def test_weights_sent_as_tensors_give_the_same_run_also_where_engines_take_turns_with_the_policy(
-    arguments, reference, tmp_path
-):
+def test_engines_and_policy_that_take_turns_give_the_same_run(arguments, tmp_path):
     runs = [tmp_path / "beside", tmp_path / "turns"]
     for run, colocated in zip(runs, ("false", "true"), strict=True):
         given = arguments(run, "train.steps=2", "rollout.server.sync=tensor", "parallel.dp=2")
         done = command_line(*given, f"rollout.server.colocated={colocated}")
         assert done.returncode == 0, done.stderr
-    first, second = metrics(runs[0])
-    assert first["entropy"] == pytest.approx(reference["entropy"], rel=1e-6)
-    assert second["weight_version"] == 1
-    for step in (first, second):
-        assert step["logp_gap_max"] < 1e-4, "server and trainer have the same weights"
     assert untimed(runs[0] / "metrics.jsonl") == untimed(runs[1] / "metrics.jsonl")
     log = (runs[1] / "logs" / "server.log").read_text().splitlines()
     turn = ["released kv_cache weights", "resumed weights", "resumed kv_cache"]
