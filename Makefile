@@ -67,7 +67,7 @@ bench: .venv/.installed
 	$(BIN)/python tools/bench/update.py
 
 layouts: .venv/.installed
-	$(BIN)/python tests/dist/layouts.py
+	PYTHONPATH=tests:. $(BIN)/python tests/ranks/layouts.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ calculate_per_token_loss=True):
 
    whatever the layout, and a rank or micro-batch without response tokens adds 0 to both.
 
-tests/dist/test_layouts.py holds every layout to a float64 gradient of the loss in one process.
+tests/ranks/test_layouts.py holds every layout to a float64 gradient of the loss in one process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layouts on GPUs: in fp32 to the tolerances of tests/dist, in bf16 with transformer-engine."""
+"""Layouts on GPUs: in fp32 to the tolerances of tests/ranks, in bf16 with transformer-engine."""
 
 from __future__ import annotations
 

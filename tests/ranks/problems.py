@@ -1,7 +1,7 @@
 """What layouts are compared on: models, a rollout of very unequal lengths, the float64 reference.
 
-The reference knows nothing of our code but the table of weights: transformers' model in float64, one
-sequence at a time, and the loss as it stands in the paper.  (transformers computes norms, rotary
+The reference knows nothing of our code but the table of weights: transformers' model in float64,
+one sequence at a time, and the loss as the paper has it.  (transformers computes norms, rotary
 embeddings and the router's softmax in fp32 whatever the model's type.)
 """
 
@@ -158,7 +158,7 @@ def _reference(
 def _gradient(
     model: transformers.PreTrainedModel, hf: Path, folder: Path
 ) -> dict[str, torch.Tensor]:
-    """The gradients, saved like weights: so they get a checkpoint's names, and the table applies."""
+    """The gradients, saved like weights: they get a checkpoint's names, and the table applies."""
     with torch.no_grad():
         for parameter in model.parameters():
             gradient = parameter.grad

@@ -78,7 +78,7 @@ def test_weights_come_back_as_the_hugging_face_bytes(problems, pool, tmp_path, l
 def test_bf16_weights_keep_fp32_statistics_and_agree_within_bf16_rounding(
     problems, references, pool, tmp_path
 ):
-    """Log-probs are computed in fp32 from bf16 logits: 8 bits of mantissa at |logit| up to about 8."""
+    """Log-probs are computed in fp32 from bf16 logits: 8 bits of mantissa at |logit| up to 8."""
     layout = Layout(4, (TP2, PP2), ("dense",))
     result = measure(pool, layout, problems, tmp_path, "model.dtype=bfloat16")[0]["dense"]
     reference = references["dense"]

@@ -12,7 +12,6 @@ from layouts import (
     TP2,
     VPP2,
     Layout,
-    clip_decisions,
     differences,
     hold_to,
     measure,

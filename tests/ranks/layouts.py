@@ -1,18 +1,15 @@
 """The layouts that are compared, and how: for the tests, and for `make layouts` as a program.
 
-python tests/dist/layouts.py          prints the table of docs/layouts.md
+PYTHONPATH=tests:. python tests/ranks/layouts.py      prints the table of docs/layouts.md
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import ranks
 import torch
