@@ -13,10 +13,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_gpc.config_types import (
+    Arguments,
     Counts,
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
+    Part,
     PositiveFloat,
     PositiveInt,
     Regions,
@@ -245,10 +247,13 @@ class OptimConfig:
 class ClipConfig:
     """Flexible entropy control (arXiv 2602.09782): how far the importance ratio may move."""
 
-    schedule: Literal["static", "hi", "lo", "id", "did", "od"] = "id"
+    schedule: typing.Annotated[str, Part("static", "hi", "lo", "id", "did", "od")] = "id"
     """`static`: [1 - eps_low, 1 + eps_high] throughout (PPO, GRPO; DAPO with eps_high 0.28);
     `hi` and `lo`: Hi(p) above or Lo(p) below throughout, the other side standard; `id`: entropy up,
-    then down; `did`: down, up, down; `od`: oscillation that decays."""
+    then down; `did`: down, up, down; `od`: oscillation that decays.  Or your own, as
+    `package.module:name` or `path/to/file.py:name` (docs/extend.md)."""
+    schedule_arguments: Arguments = dataclasses.field(default_factory=dict)
+    """Passed to a schedule of your own by keyword."""
     eps_low: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Standard lower threshold (eps_std in the paper)."""
     eps_high: PositiveFloat = 0.2

@@ -15,6 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_gpc.config import Config
+from megatron_gpc.config_types import Part
 from megatron_gpc.errors import UserError
 
 
@@ -155,6 +156,7 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
     """Absolute, and still a link where it is one: an environment's interpreter is, to another's."""
     valid = keys()
     is_path = {key for key, kind in valid.items() if kind is Path or Path in typing.get_args(kind)}
+    is_part = {key for key, kind in valid.items() if _names_parts(kind)}
 
     def resolve(value: str) -> str:
         try:
@@ -164,10 +166,25 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
         except (RuntimeError, ValueError) as error:  # ~nobody; a NUL
             raise UserError(f"{value!r} cannot be a path: {error}") from None
 
-    return {
-        key: resolve(value) if key in is_path and isinstance(value, str) else value
-        for key, value in flat.items()
-    }
+    def resolve_part(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve_part(item) for item in value]
+        file, colon, name = str(value).rpartition(":")
+        is_file = isinstance(value, str) and file.endswith(".py")
+        return resolve(file) + colon + name if is_file else value
+
+    resolved = dict(flat)
+    for key, value in flat.items():
+        if key in is_path and isinstance(value, str):
+            resolved[key] = resolve(value)
+        elif key in is_part:
+            resolved[key] = resolve_part(value)
+    return resolved
+
+
+def _names_parts(kind: Any) -> bool:
+    """Whether values of this type are names of parts, or lists of them."""
+    return isinstance(kind, Part) or any(map(_names_parts, typing.get_args(kind)))
 
 
 def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 import urllib.parse
 from typing import Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.dataclasses import dataclass
+from pydantic_core import CoreSchema, core_schema
 
 PositiveInt = typing.Annotated[int, Field(ge=1)]
 NonNegativeInt = typing.Annotated[int, Field(ge=0)]
@@ -39,6 +41,44 @@ Urls = typing.Annotated[tuple[Url, ...], _one_or_list]
 Region = Literal["e1", "e2", "e3", "e4"]
 Counts = typing.Annotated[tuple[PositiveInt, ...], _one_or_list]
 Regions = typing.Annotated[tuple[Region, ...], AfterValidator(_not_empty), _one_or_list]
+
+
+class Part:
+    """Annotates a key that names a part of the run: a built-in one, or the user's own.
+
+    The user's own is `package.module:name` or `path/to/file.py:name` (parts.py imports it); the
+    path is made absolute when the configuration is read.
+    """
+
+    def __init__(self, *built_in: str):
+        self.built_in = built_in
+
+    def __get_pydantic_core_schema__(
+        self, source: type[str], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def check(self, name: str) -> str:
+        """The name, if it can be one; whether it exists is found out by parts.find."""
+        module, colon, attribute = name.rpartition(":")
+        if not colon and name.endswith(".py"):
+            raise ValueError(f"which part of the file? expected {name}:NAME")
+        if name in self.built_in or (
+            colon
+            and all(map(str.isidentifier, attribute.split(".")))
+            and (module.endswith(".py") or all(map(str.isidentifier, module.split("."))))
+        ):
+            return name
+        near = difflib.get_close_matches(name, self.built_in, n=1)
+        raise ValueError(
+            (f"did you mean {near[0]!r}? " if near else "")
+            + f"expected {', '.join(self.built_in)}, or a part of your own as "
+            "package.module:name or path/to/file.py:name"
+        )
+
+
+Arguments = dict[str, typing.Any]
+"""Passed to a part by keyword."""
 
 T = typing.TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The two exceptions that users see without a traceback."""
+"""The exceptions that users see: the first two without a traceback, the third with one."""
 
 
 class UserError(ValueError):
@@ -13,4 +13,11 @@ class RunStopped(RuntimeError):
     """A run that ends itself for a reason that needs no traceback, on every rank at once.
 
     The command line prints the message and exits with code 1.
+    """
+
+
+class PartError(RuntimeError):
+    """A part that the user brought (reward, loss, schedule, sink) failed while the run went on.
+
+    The message names the part; the cause is its own exception, so the traceback shows both.
     """

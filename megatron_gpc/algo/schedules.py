@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from megatron_gpc import parts
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.config import ClipConfig
 from megatron_gpc.types import Bounds
@@ -135,6 +136,18 @@ class OscillatorySchedule:
         self.initial_entropy = state["initial_entropy"]
 
 
+SCHEDULES = dict.fromkeys(("static", "hi", "lo", "id", "did"), PhaseSchedule) | {
+    "od": OscillatorySchedule
+}
+
+
 def make_schedule(clip: ClipConfig, steps: int) -> Schedule:
-    """The configured schedule over `steps` training steps."""
-    return (OscillatorySchedule if clip.schedule == "od" else PhaseSchedule)(clip, steps)
+    """The configured schedule over `steps` training steps: a built-in one or the user's own.
+
+    Raises:
+        UserError: it cannot be imported, or cannot be called with (clip, steps) and the arguments.
+    """
+    key, name, arguments = "clip.schedule", clip.schedule, clip.schedule_arguments
+    make = parts.find(key, name, SCHEDULES)
+    parts.check_call(key, name, make, ("clip", "steps"), arguments)
+    return make(clip, steps, **arguments)

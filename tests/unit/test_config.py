@@ -83,6 +83,22 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_to_the_folder(
     assert config.run_dir == other / "here"
 
 
+def test_files_of_own_parts_are_paths_too(file, tmp_path, monkeypatch):
+    own = "{schedule: mine/clip.py:Steep, schedule_arguments: {rate: 2}}"
+    file.write_text(file.read_text() + f"clip: {own}\n")
+    monkeypatch.chdir(tmp_path.parent)
+    config = load(file)
+    assert config.clip.schedule == f"{tmp_path}/mine/clip.py:Steep"
+    assert config.clip.schedule_arguments == {"rate": 2}
+    assert load(file, ["clip.schedule=a.py:B.c"]).clip.schedule == f"{tmp_path.parent}/a.py:B.c"
+    assert load(file, ["clip.schedule=pack.module:f"]).clip.schedule == "pack.module:f"
+    assert load(file, ["clip.schedule_arguments.rate=3"]).clip.schedule_arguments == {"rate": 3}
+    again = tmp_path / "run" / "config.yaml"
+    again.parent.mkdir()
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
 def test_an_environments_interpreter_stays_its_own(file, tmp_path):
     """It is a link to the one that the environment was made with."""
     python = tmp_path / "env" / "bin" / "python"
@@ -103,8 +119,14 @@ def test_configuration_cannot_be_changed(file):
         ("eps_low=0.1", "did you mean 'clip.eps_low'"),
         (
             "clip.schedule=foo",
-            "clip.schedule: input should be 'static', 'hi', 'lo', 'id', 'did' or 'od', got 'foo'",
+            "clip.schedule: expected static, hi, lo, id, did, od, or a part of your own as "
+            "package.module:name or path/to/file.py:name, got 'foo'",
         ),
+        ("clip.schedule=statik", "clip.schedule: did you mean 'static'? expected static, hi, lo"),
+        ("clip.schedule=mine.py", "which part of the file? expected mine.py:NAME"),
+        ("clip.schedule=mine.py:1", "clip.schedule: expected static"),
+        ("clip.schedule=my-package:f", "clip.schedule: expected static"),
+        ("clip.schedule_arguments=3", "clip.schedule_arguments: input should be a valid dict"),
         ("parallel.tp=0", "parallel.tp: input should be greater than or equal to 1"),
         ("parallel.tp=two", "parallel.tp: input should be a valid integer"),
         ("parallel=2", "parallel is a section"),

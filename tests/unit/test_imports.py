@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_gpc"
 BASE = {"types", "config", "config_types", "config_file", "errors", "layout"} | {
-    *("files", "launch", "placement", "stop"),
+    *("files", "launch", "parts", "placement", "stop"),
 }
 MAY_IMPORT = {  # part -> parts of megatron_gpc that it may import, besides itself and BASE
     "types": set(),
@@ -21,6 +21,7 @@ MAY_IMPORT = {  # part -> parts of megatron_gpc that it may import, besides itse
     "config_types": set(),
     "config_file": set(),
     "layout": set(),
+    "parts": set(),
     "algo": set(),
     "kernels": set(),
     "rewards": set(),
@@ -78,6 +79,6 @@ def test_only_mcore_imports_megatron():
 def test_config_types_and_the_command_line_import_no_torch():
     code = (
         "import sys; import megatron_gpc.config, megatron_gpc.types, megatron_gpc.cli, "
-        "megatron_gpc.layout; sys.exit('torch' in sys.modules)"
+        "megatron_gpc.layout, megatron_gpc.parts; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
