@@ -11,9 +11,9 @@ from pathlib import Path
 
 from megatron_gpc import __version__
 from megatron_gpc.config import Config
-from megatron_gpc.config_file import dump, load, warnings
+from megatron_gpc.config.file import dump, load, warnings
 from megatron_gpc.errors import RunStopped, UserError
-from megatron_gpc.stop import SAVED, STOP_SIGNALS, StopRequest, held
+from megatron_gpc.run.stop import SAVED, STOP_SIGNALS, StopRequest, held
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +185,7 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megatron_gpc.launch import STACKS_SIGNAL
+    from megatron_gpc.run.launch import STACKS_SIGNAL
 
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there are ranks that have stacks
     with held(STOP_SIGNALS):  # until there are ranks that can hear of them
@@ -196,9 +196,9 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)  # mistakes are told before this import:
     import torch
 
-    from megatron_gpc.launch import STACKS_SIGNAL, run_ranks
-    from megatron_gpc.placement import adopt_rank, my_share
-    from megatron_gpc.rundir import prepare
+    from megatron_gpc.run.folder import prepare
+    from megatron_gpc.run.launch import STACKS_SIGNAL, run_ranks
+    from megatron_gpc.run.placement import adopt_rank, my_share
 
     _check(config)
     if os.environ.get("RANK", "0") == "0":
@@ -235,10 +235,10 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     stop = StopRequest()
-    from megatron_gpc.launch import STACKS_SIGNAL
+    from megatron_gpc.run.launch import STACKS_SIGNAL
 
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # `job.sh stacks` sends it to all of a job
-    from megatron_gpc.rollout.serve import serve
+    from megatron_gpc.engines.serve import serve
 
     serve(load(arguments.config, arguments.overrides), stop)
     return 0
@@ -253,8 +253,8 @@ def _train_rank(config: Config) -> int:
     from megatron_gpc.mcore import cpu
 
     cpu.install()  # before the first megatron import
-    from megatron_gpc.guard import recorded
-    from megatron_gpc.rollout.answers import RolloutError
+    from megatron_gpc.engines.answers import RolloutError
+    from megatron_gpc.run.watchdog import recorded
     from megatron_gpc.train import train
 
     @recorded
@@ -273,10 +273,11 @@ def _check(config: Config) -> None:
     """Refuse what cannot work before any process starts."""
     import torch
 
-    from megatron_gpc.layout import check_layout, read_hf_config
+    from megatron_gpc.config.layout import check_layout
     from megatron_gpc.metrics.pass_at_k import pass_ks
     from megatron_gpc.rewards import verifier
     from megatron_gpc.weights import family_of
+    from megatron_gpc.weights.folders import read_hf_config
 
     to_be_built = config.model.build is not None and not config.model.hf.exists()
     if not to_be_built and not config.model.hf.is_dir():
@@ -309,10 +310,10 @@ def _check_prompts(config: Config) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it has made is removed
     config = load(arguments.config, arguments.overrides)
+    from megatron_gpc.engines.answers import RolloutError
     from megatron_gpc.evaluate import evaluate
     from megatron_gpc.metrics.tables import evaluation_table, print_table
-    from megatron_gpc.rollout.answers import RolloutError
-    from megatron_gpc.rundir import build_model
+    from megatron_gpc.run.folder import build_model
 
     if arguments.checkpoint is None:
         build_model(config)

@@ -19,16 +19,14 @@ import torch
 from rich.progress import track
 
 from megatron_gpc.config import Config
+from megatron_gpc.engines.fleet import Engines
+from megatron_gpc.engines.starter import Starter
 from megatron_gpc.errors import UserError
-from megatron_gpc.files import replace_text
-from megatron_gpc.layout import is_converted, read_hf_config
-from megatron_gpc.mcore.checkpoint_folder import checkpoints
+from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector
-from megatron_gpc.rollout.engine_start import Starter
-from megatron_gpc.rollout.engines import Engines
-from megatron_gpc.rollout.held_out import (
+from megatron_gpc.rollout.evaluation import (
     as_evaluated,
     distinct_right,
     groups_of,
@@ -37,9 +35,11 @@ from megatron_gpc.rollout.held_out import (
 )
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
+from megatron_gpc.run.files import replace_text
 from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights import HFReader, family_of
 from megatron_gpc.weights.convert import megatron_to_hf
+from megatron_gpc.weights.folders import is_converted, read_hf_config
 
 PART = 2048
 """Samples asked for at a time, about; between parts the bar moves."""

@@ -17,27 +17,27 @@ import torch
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
-from megatron_gpc.guard import save_mini_batch
-from megatron_gpc.layout import hf_folder, is_converted, read_hf_config
+from megatron_gpc.engines.colocation import Turns
+from megatron_gpc.engines.fleet import Engines, WeightsNeeded
+from megatron_gpc.engines.starter import Starter
+from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector
-from megatron_gpc.rollout.engine_start import Starter
-from megatron_gpc.rollout.engines import Engines, WeightsNeeded
-from megatron_gpc.rollout.held_out import as_evaluated, distinct_right, nucleus, right_P
-from megatron_gpc.rollout.pending import Pending
+from megatron_gpc.rollout.evaluation import as_evaluated, distinct_right, nucleus, right_P
+from megatron_gpc.rollout.prefetch import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
-from megatron_gpc.rollout.turns import Turns
-from megatron_gpc.rollout.weight_sync import make_sync
-from megatron_gpc.rundir import lock
-from megatron_gpc.stop import mark
+from megatron_gpc.run.folder import lock
+from megatron_gpc.run.stop import mark
+from megatron_gpc.run.watchdog import save_mini_batch
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
 from megatron_gpc.weights import HFReader, carry_over, family_of, write_single
 from megatron_gpc.weights.convert import hf_tensors
+from megatron_gpc.weights.folders import hf_folder, is_converted, read_hf_config
 from megatron_gpc.weights.megatron_files import MegatronReader
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from megatron_gpc.config import Config
-from megatron_gpc.config_file import dump, load
+from megatron_gpc.config.file import dump, load
 from megatron_gpc.errors import RunStopped, UserError
-from megatron_gpc.launch import die_with_parent
 from megatron_gpc.metrics.runs import flatten, load_run
 from megatron_gpc.metrics.writer import FILE_NAME
+from megatron_gpc.run.launch import die_with_parent
 
 POLL_S = 0.5
 NO_MATTER = (

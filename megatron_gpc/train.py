@@ -10,10 +10,8 @@ from megatron_gpc.algo.correction import correction_weights
 from megatron_gpc.algo.schedules import make_schedule
 from megatron_gpc.batching import mini_batches
 from megatron_gpc.config import Config
-from megatron_gpc.guard import SkippedUpdates, Watchdog
 from megatron_gpc.handover import Handover
-from megatron_gpc.layout import is_converted, read_hf_config
-from megatron_gpc.mcore.checkpoint import Checkpoints, load_weights
+from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints, load_weights
 from megatron_gpc.mcore.entropy_change import EntropyChange
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
 from megatron_gpc.mcore.setup import device, from_main, is_main, on_any_rank, process_groups
@@ -21,9 +19,11 @@ from megatron_gpc.mcore.weights import Exporter, load_hf
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.metrics.step import Clock, batch_metrics, bounds_metrics
 from megatron_gpc.rank0 import Rank0
-from megatron_gpc.stop import StopRequest
+from megatron_gpc.run.stop import StopRequest
+from megatron_gpc.run.watchdog import SkippedUpdates, Watchdog
 from megatron_gpc.types import TrainState
 from megatron_gpc.weights import Param, family_of, places_of
+from megatron_gpc.weights.folders import is_converted, read_hf_config
 
 
 def train(config: Config, stop: StopRequest) -> bool:

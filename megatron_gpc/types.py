@@ -192,7 +192,7 @@ class TrainState:
     step: int = 0
     """Finished training steps; the next one is step + 1."""
     sampling: dict[str, Any] = field(default_factory=dict)
-    """State of prompts and rollouts (rollout/pending.py); on rank 0, and empty before step 1."""
+    """State of prompts and rollouts (rollout/prefetch.py); on rank 0, and empty before step 1."""
     controller: dict[str, Any] = field(default_factory=dict)
     """State of the clip schedule (OD: s and H_init; empty for the others)."""
     skipped: list[str] = field(default_factory=list)

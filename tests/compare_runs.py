@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_gpc.mcore.checkpoint_folder import checkpoints
+from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.rollout.samples import read_samples, saved_steps
 
 MAY_DIFFER = {".metadata", "SHA256SUMS"}

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from megatron_gpc.rollout.launcher import SGLangServer
+from megatron_gpc.engines.process import SGLangServer
 
 PYTHON = os.environ.get("SGLANG_PYTHON")
 """Interpreter of its environment; None where it is not installed."""

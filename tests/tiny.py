@@ -11,7 +11,7 @@ import torch
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
-from megatron_gpc.config_file import load
+from megatron_gpc.config.file import load
 from megatron_gpc.types import Prompt, RolloutBatch, Sample
 
 VOCAB = 100  # no multiple of 128: rows of padding exist at every tp
@@ -79,6 +79,4 @@ def random_batch(
             spans = (("0", 0, len(response)),)
             samples.append(Sample(prompt, i, response, logprobs, "", "stop", spans, reward))
     rewards_N = torch.tensor([s.reward for s in samples])
-    return pack(
-        samples, group_advantages(rewards_N, torch.arange(len(samples)) // group, "std")
-    )
+    return pack(samples, group_advantages(rewards_N, torch.arange(len(samples)) // group, "std"))

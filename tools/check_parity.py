@@ -16,11 +16,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_gpc.commands.parity import RanksFailed, measure, prompts
+from megatron_gpc.commands.script import positive, run
 from megatron_gpc.config import ParallelConfig
-from megatron_gpc.layout import read_hf_config
-from megatron_gpc.parity import RanksFailed, measure, prompts
-from megatron_gpc.tool import positive, run
 from megatron_gpc.weights import family_of
+from megatron_gpc.weights.folders import read_hf_config
 
 TOLERANCE = 1e-3
 """On log-probabilities in float32: rounding stays below it in deep models too; a wrong weight,

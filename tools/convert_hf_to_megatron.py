@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_gpc.tool import DTYPES, progress, run
+from megatron_gpc.commands.script import DTYPES, progress, run
 from megatron_gpc.weights.convert import hf_to_megatron
 
 

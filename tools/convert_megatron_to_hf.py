@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_gpc.tool import DTYPES, positive, progress, run
+from megatron_gpc.commands.script import DTYPES, positive, progress, run
 from megatron_gpc.weights.convert import megatron_to_hf
 
 

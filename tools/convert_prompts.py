@@ -21,10 +21,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from megatron_gpc.commands.script import run
 from megatron_gpc.errors import UserError
-from megatron_gpc.files import replace_text
 from megatron_gpc.rollout.prompts import is_messages
-from megatron_gpc.tool import run
+from megatron_gpc.run.files import replace_text
 
 ROWS = 4096
 """Read at a time."""

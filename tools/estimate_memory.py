@@ -1,4 +1,4 @@
-"""How much GPU memory a configuration takes, by bookkeeping (megatron_gpc/memory.py).
+"""How much GPU memory a configuration takes, by bookkeeping (megatron_gpc/doctor/memory.py).
 
     python tools/estimate_memory.py examples/qwen3-32b/config.yaml --model tests/recipes/qwen3-32b
 
@@ -13,10 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_gpc.config_file import load
-from megatron_gpc.layout import read_hf_config, world_size
-from megatron_gpc.memory import estimate, lines
-from megatron_gpc.tool import positive, run
+from megatron_gpc.commands.script import positive, run
+from megatron_gpc.config.file import load
+from megatron_gpc.config.layout import world_size
+from megatron_gpc.doctor.memory import estimate, lines
+from megatron_gpc.weights.folders import read_hf_config
 
 
 def main() -> int:

@@ -19,11 +19,11 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from megatron_gpc.config_file import load
+from megatron_gpc.config.file import load
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.metrics.plots import plot_runs
 from megatron_gpc.metrics.tables import compare_table, print_table
-from megatron_gpc.rundir import build_model
+from megatron_gpc.run.folder import build_model
 from megatron_gpc.side_by_side import run_side_by_side
 
 HERE = Path(__file__).parent

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from report import write_report
 
-from megatron_gpc.config_file import load
+from megatron_gpc.config.file import load
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.metrics.runs import load_run
-from megatron_gpc.rundir import build_model
+from megatron_gpc.run.folder import build_model
 from megatron_gpc.side_by_side import run_side_by_side
 
 ROOT = Path(__file__).parents[2]

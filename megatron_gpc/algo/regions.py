@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_gpc.config_types import Region
+from megatron_gpc.config.types import Region
 from megatron_gpc.types import TokenStats
 
 REGIONS: tuple[Region, ...] = ("e1", "e2", "e3", "e4")

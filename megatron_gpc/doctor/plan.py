@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from megatron_gpc.config import Config
+from megatron_gpc.config.layout import model_parallel_size, world_size
 from megatron_gpc.doctor.finding import Finding
+from megatron_gpc.doctor.memory import GIB, estimate
 from megatron_gpc.errors import UserError
-from megatron_gpc.layout import model_parallel_size, read_hf_config, world_size
-from megatron_gpc.memory import GIB, estimate
+from megatron_gpc.weights.folders import read_hf_config
 
 
 def plan(config: Config, check: Callable[[Config], None]) -> Iterator[Finding]:

@@ -51,7 +51,7 @@ from megatron_gpc.algo.policy_loss import PolicyLoss, policy_loss
 from megatron_gpc.algo.regions import REGIONS, RegionSums, keep_regions, region_masks, region_sums
 from megatron_gpc.batching import context_part, micro_batches, multiples
 from megatron_gpc.config import Config
-from megatron_gpc.config_types import Region
+from megatron_gpc.config.types import Region
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
 from megatron_gpc.mcore.setup import device, on_any_rank, sum_over_ranks

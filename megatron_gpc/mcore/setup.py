@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_gpc.config import Config
-from megatron_gpc.layout import check_world
+from megatron_gpc.config.layout import check_world
 
 
 @contextmanager

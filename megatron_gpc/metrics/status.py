@@ -11,7 +11,7 @@ import yaml
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.writer import FILE_NAME, read_metrics
-from megatron_gpc.stop import marker
+from megatron_gpc.run.stop import marker
 
 SPARE_S = 60.0
 """What is added to step and checkpoint before a time limit [s]."""

@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any, TextIO
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.files import replace_text
+from megatron_gpc.run.files import replace_text
 
 FILE_NAME = "metrics.jsonl"
 EVAL_NAME = "eval.jsonl"

@@ -24,7 +24,7 @@ import time
 from typing import Any
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.launch import own_search_path
+from megatron_gpc.run.launch import own_search_path
 
 DEADLINE_S = 5.0
 """How long one comparison may take."""

@@ -22,10 +22,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_gpc.config import Config, RolloutConfig
+from megatron_gpc.engines.answers import Generation
+from megatron_gpc.engines.client import Request
+from megatron_gpc.engines.fleet import Engines
 from megatron_gpc.rewards import Verifier
-from megatron_gpc.rollout.answers import Generation
-from megatron_gpc.rollout.client import Request
-from megatron_gpc.rollout.engines import Engines
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.types import Prompt, Sample
 

@@ -19,8 +19,10 @@ from megatron_gpc.weights.table import (
     unshard,
 )
 
+# fmt: off
 __all__ = [
     "FAMILIES", "Family", "HFReader", "ModelFields", "Param", "Place", "carry_over", "family_of",
     "padded_vocab_size", "places_of", "shard", "to_hf", "to_megatron", "unshard", "write_hf",
     "write_single",
 ]
+# fmt: on

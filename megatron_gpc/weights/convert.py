@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gpc import config_file, layout
+from megatron_gpc.config import file as config_file
 from megatron_gpc.errors import UserError
-from megatron_gpc.files import SUMS, problems_of_all
+from megatron_gpc.run.files import SUMS, problems_of_all
 from megatron_gpc.weights.families import family_of
-from megatron_gpc.weights.folders import carry_over, new_folder
+from megatron_gpc.weights.folders import carry_over, hf_folder, new_folder, read_hf_config
 from megatron_gpc.weights.hf_files import HFReader, cast, write_hf
 from megatron_gpc.weights.megatron_files import MegatronReader, write_megatron
 from megatron_gpc.weights.places import Place, places_of
@@ -42,7 +42,7 @@ def hf_to_megatron(
         UserError: unsupported or damaged input (reads headers first, so most of it is found before
             anything is written), or an output that cannot be written.
     """
-    hf_config = layout.read_hf_config(hf)
+    hf_config = read_hf_config(hf)
     family = family_of(hf_config)
     params, fields = family.params(hf_config), family.model_fields(hf_config)
     reader = HFReader(hf)
@@ -53,7 +53,7 @@ def hf_to_megatron(
 
     with new_folder(out) as partial:
         (partial / "hf").mkdir()
-        carry_over(layout.hf_folder(hf), partial / "hf", dtype)
+        carry_over(hf_folder(hf), partial / "hf", dtype)
         found = track(places_of(params, fields))
         write_megatron(partial, ((place, whole(place.param)) for place in found))
     return fields.notes
@@ -85,7 +85,7 @@ def megatron_to_hf(
         wrong = problems_of_all(checkpoint)
         if wrong:
             raise UserError(f"{checkpoint} is damaged: {'; '.join(wrong)}; take an older one")
-    source = find_hf(checkpoint) if hf is None else layout.hf_folder(hf)
+    source = find_hf(checkpoint) if hf is None else hf_folder(hf)
     if dtype is None and len(reader.dtypes()) == 1:  # config.json may say another
         (dtype,) = reader.dtypes()
     write_hf(
@@ -110,7 +110,7 @@ def hf_tensors(
     Raises:
         UserError: the checkpoint is damaged, or is not of that model.
     """
-    hf_config = layout.read_hf_config(hf)
+    hf_config = read_hf_config(hf)
     family = family_of(hf_config)
     found = places_of(family.params(hf_config), family.model_fields(hf_config))
     reader.check(found)
@@ -138,7 +138,7 @@ def find_hf(checkpoint: Path) -> Path:
             f"{checkpoint} has no hf folder and does not lie in a run's folder, so nothing says "
             "which model it is; give its Hugging Face folder with --hf"
         )
-    hf = layout.hf_folder(config_file.load(run_config).model.hf)
+    hf = hf_folder(config_file.load(run_config).model.hf)
     if not (hf / "config.json").is_file():
         raise UserError(
             f"{run_config} says model.hf: {hf}, which is there no more; give the model's Hugging "

@@ -39,6 +39,8 @@ class Rule:
     """Setting of config.json that must be false for the parameter to exist."""
 
 
+# fmt: off
+# A rule a line or two: the tables are read as tables.
 def _mlp(where: Where, megatron: str, hf: str, width: str) -> tuple[Rule, Rule]:
     """A gated feed-forward block of `width`."""
     return (
@@ -89,6 +91,7 @@ _SHARED_EXPERT = (
     Rule("moe", f"{_MLP}.shared_experts.gate_weight", (f"{_HF}.mlp.shared_expert_gate.weight",),
          ("one hidden",)),
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,11 @@ class Family:
             for rule in self._present(config, "layer", "moe" if is_sparse else "dense"):
                 found.append(_param(rule, sizes, tp, layer))
             if is_sparse:
-                found.extend(_param(rule, sizes, tp, layer, expert)
-                             for expert in range(sizes["experts"])
-                             for rule in self._present(config, "expert"))
+                found.extend(
+                    _param(rule, sizes, tp, layer, expert)
+                    for expert in range(sizes["experts"])
+                    for rule in self._present(config, "expert")
+                )
         return tuple(found)
 
     def model_fields(self, hf_config: Mapping[str, Any]) -> ModelFields:
@@ -150,8 +155,9 @@ class Family:
             "gated_linear_unit": True,
             "activation_func": "silu",
             "add_bias_linear": False,
-            "add_qkv_bias": any(r.megatron.endswith("qkv.bias")
-                                for r in self._present(config, "layer")),
+            "add_qkv_bias": any(
+                r.megatron.endswith("qkv.bias") for r in self._present(config, "layer")
+            ),
             "qk_layernorm": qk_layernorm,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
@@ -160,16 +166,23 @@ class Family:
             transformer |= self._expert_fields(config, sizes)
         notes = ()
         if config.get("attention_dropout", 0.0):
-            notes = (f"attention_dropout={config['attention_dropout']} of config.json is not "
-                     "applied: the policy is trained as it is sampled, without dropout",)
+            notes = (
+                f"attention_dropout={config['attention_dropout']} of config.json is not "
+                "applied: the policy is trained as it is sampled, without dropout",
+            )
         return ModelFields(
             transformer=transformer,
-            gpt={"share_embeddings_and_output_weights": fields.flag(config, "tie_word_embeddings"),
-                 **rotary},
+            gpt={
+                "share_embeddings_and_output_weights": fields.flag(config, "tie_word_embeddings"),
+                **rotary,
+            },
             vocab_size=sizes["vocab"],
             max_position_embeddings=fields.whole_number(config, "max_position_embeddings"),
-            qk_layernorm=qk_layernorm, dtype=config.get("dtype"), config_attributes=attributes,
-            notes=notes)
+            qk_layernorm=qk_layernorm,
+            dtype=config.get("dtype"),
+            config_attributes=attributes,
+            notes=notes,
+        )
 
     def copies(self, hf_config: Mapping[str, Any]) -> dict[str, str]:
         """HF tensors that a checkpoint may hold a second time -> the tensor they must equal.
@@ -177,8 +190,11 @@ class Family:
         Tied models have no output layer of their own, but some tools write `lm_head.weight` anyway.
         """
         config = self._settings(hf_config)
-        absent = [rule for rule in self.rules
-                  if rule.unless == "tie_word_embeddings" and config[rule.unless]]
+        absent = [
+            rule
+            for rule in self.rules
+            if rule.unless == "tie_word_embeddings" and config[rule.unless]
+        ]
         return {rule.hf[0]: "model.embed_tokens.weight" for rule in absent}
 
     def _sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
@@ -193,21 +209,34 @@ class Family:
         if "num_key_value_heads" in config:
             groups = fields.whole_number(config, "num_key_value_heads")
         if heads % groups:
-            raise UserError(f"config.json: num_key_value_heads={groups} does not divide "
-                            f"num_attention_heads={heads}")
+            raise UserError(
+                f"config.json: num_key_value_heads={groups} does not divide "
+                f"num_attention_heads={heads}"
+            )
         if "head_dim" in config:
             head_dim = fields.whole_number(config, "head_dim")
         elif hidden % heads:
-            raise UserError(f"config.json: num_attention_heads={heads} does not divide "
-                            f"hidden_size={hidden}")
+            raise UserError(
+                f"config.json: num_attention_heads={heads} does not divide hidden_size={hidden}"
+            )
         else:
             head_dim = hidden // heads
-        sizes = {"hidden": hidden, "head_dim": head_dim, "groups": groups, "q": heads * head_dim,
-                 "kv": groups * head_dim, "ffn": fields.whole_number(config, "intermediate_size"),
-                 "vocab": fields.whole_number(config, "vocab_size"), "one": 1}
+        sizes = {
+            "hidden": hidden,
+            "head_dim": head_dim,
+            "groups": groups,
+            "q": heads * head_dim,
+            "kv": groups * head_dim,
+            "ffn": fields.whole_number(config, "intermediate_size"),
+            "vocab": fields.whole_number(config, "vocab_size"),
+            "one": 1,
+        }
         words = {word for rule in self.rules for shape in rule.shapes for word in shape.split()}
-        for word, key in (("experts", "num_experts"), ("expert_ffn", "moe_intermediate_size"),
-                          ("shared_ffn", "shared_expert_intermediate_size")):
+        for word, key in (
+            ("experts", "num_experts"),
+            ("expert_ffn", "moe_intermediate_size"),
+            ("shared_ffn", "shared_expert_intermediate_size"),
+        ):
             if word in words:
                 sizes[word] = fields.whole_number(config, key)
         return sizes
@@ -234,14 +263,20 @@ class Family:
         return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
     def _expert_fields(self, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-        topk, normalised = (fields.whole_number(config, "num_experts_per_tok"),
-                            fields.flag(config, "norm_topk_prob"))
+        topk, normalised = (
+            fields.whole_number(config, "num_experts_per_tok"),
+            fields.flag(config, "norm_topk_prob"),
+        )
         if topk > sizes["experts"]:
-            raise UserError(f"config.json: num_experts_per_tok={topk} is more than "
-                            f"num_experts={sizes['experts']}")
+            raise UserError(
+                f"config.json: num_experts_per_tok={topk} is more than "
+                f"num_experts={sizes['experts']}"
+            )
         if topk == 1 and normalised:
-            raise UserError("config.json: num_experts_per_tok=1 with norm_topk_prob=true is not "
-                            "supported: every weight is 1 and the router gets no gradient")
+            raise UserError(
+                "config.json: num_experts_per_tok=1 with norm_topk_prob=true is not "
+                "supported: every weight is 1 and the router gets no gradient"
+            )
         sparse = self._sparse_layers(config)
         found = {
             "num_moe_experts": sizes["experts"],
@@ -263,8 +298,13 @@ class Family:
         return found
 
 
-def _param(rule: Rule, sizes: Mapping[str, int], tp: int, layer: int | None = None,
-           expert: int | None = None) -> Param:
+def _param(
+    rule: Rule,
+    sizes: Mapping[str, int],
+    tp: int,
+    layer: int | None = None,
+    expert: int | None = None,
+) -> Param:
     hf_shapes = tuple(tuple(sizes[word] for word in shape.split()) for shape in rule.shapes)
     rows = sum(shape[0] for shape in hf_shapes)
     if rule.kind == "vocab":
@@ -272,31 +312,69 @@ def _param(rule: Rule, sizes: Mapping[str, int], tp: int, layer: int | None = No
     return Param(
         megatron=rule.megatron.format(layer=layer, expert=expert),
         hf=tuple(name.format(layer=layer, expert=expert) for name in rule.hf),
-        hf_shapes=hf_shapes, shape=(rows, *hf_shapes[0][1:]), kind=rule.kind,
-        split_dim=rule.split_dim, layer=layer, expert=expert,
-        groups=sizes["groups"] if rule.kind == "qkv" else None)
+        hf_shapes=hf_shapes,
+        shape=(rows, *hf_shapes[0][1:]),
+        kind=rule.kind,
+        split_dim=rule.split_dim,
+        layer=layer,
+        expert=expert,
+        groups=sizes["groups"] if rule.kind == "qkv" else None,
+    )
 
 
-def _family(model_type: str, *rules: Rule, defaults: Mapping[str, Any] = MappingProxyType({}),
-            fixed: Mapping[str, Any] = MappingProxyType({})) -> Family:
+def _family(
+    model_type: str,
+    *rules: Rule,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+) -> Family:
     common = {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
-    return Family(model_type, rules, MappingProxyType({**common, **defaults}),
-                  MappingProxyType({"hidden_act": "silu", **fixed}))
+    return Family(
+        model_type,
+        rules,
+        MappingProxyType({**common, **defaults}),
+        MappingProxyType({"hidden_act": "silu", **fixed}),
+    )
 
 
 _MOE_DEFAULTS = {"decoder_sparse_step": 1, "mlp_only_layers": (), "norm_topk_prob": False}
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in (
-    # Qwen2, Qwen2.5, Qwen2.5-Math, Qwen2.5-Coder
-    _family("qwen2", *_BODY, _QKV_BIAS, *_DENSE),
-    _family("qwen3", *_BODY, *_QK_NORM, *_DENSE,
-            defaults={"head_dim": 128}, fixed={"attention_bias": False}),
-    # Qwen1.5-MoE, Qwen2-57B-A14B
-    _family("qwen2_moe", *_BODY, _qkv("bias", "", when="qkv_bias"), *_DENSE, *_MOE,
-            *_SHARED_EXPERT, defaults={**_MOE_DEFAULTS, "qkv_bias": True}),
-    _family("qwen3_moe", *_BODY, *_QK_NORM, *_DENSE, *_MOE,
-            defaults=_MOE_DEFAULTS, fixed={"attention_bias": False}),
-)})
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        family.model_type: family
+        for family in (
+            # Qwen2, Qwen2.5, Qwen2.5-Math, Qwen2.5-Coder
+            _family("qwen2", *_BODY, _QKV_BIAS, *_DENSE),
+            _family(
+                "qwen3",
+                *_BODY,
+                *_QK_NORM,
+                *_DENSE,
+                defaults={"head_dim": 128},
+                fixed={"attention_bias": False},
+            ),
+            # Qwen1.5-MoE, Qwen2-57B-A14B
+            _family(
+                "qwen2_moe",
+                *_BODY,
+                _qkv("bias", "", when="qkv_bias"),
+                *_DENSE,
+                *_MOE,
+                *_SHARED_EXPERT,
+                defaults={**_MOE_DEFAULTS, "qkv_bias": True},
+            ),
+            _family(
+                "qwen3_moe",
+                *_BODY,
+                *_QK_NORM,
+                *_DENSE,
+                *_MOE,
+                defaults=_MOE_DEFAULTS,
+                fixed={"attention_bias": False},
+            ),
+        )
+    }
+)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -307,6 +385,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     """
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
-        raise UserError(f"config.json: model_type={model_type!r} is not supported; supported are "
-                        f"{', '.join(FAMILIES)}")
+        raise UserError(
+            f"config.json: model_type={model_type!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}"
+        )
     return FAMILIES[model_type]

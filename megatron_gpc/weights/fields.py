@@ -19,8 +19,16 @@ _RENAMED = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
 _ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
-    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
-             "mscale_all_dim", "attention_factor", "truncate"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "truncate",
+    },
 }
 """Rope types that megatron-core computes as transformers does, and what each may set."""
 
@@ -120,14 +128,18 @@ def refuse_unsupported(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> N
     if config.get("use_sliding_window", False):
         raise UserError(
             "config.json: use_sliding_window=true is not supported; set it to false if every "
-            f"sequence is shorter than sliding_window={config.get('sliding_window')}")
+            f"sequence is shorter than sliding_window={config.get('sliding_window')}"
+        )
     other = sorted({str(kind) for kind in items(config, "layer_types")} - {"full_attention"})
     if other:
-        raise UserError(f"config.json: layer_types {', '.join(other)} not supported, only "
-                        "full_attention")
+        raise UserError(
+            f"config.json: layer_types {', '.join(other)} not supported, only full_attention"
+        )
     if "quantization_config" in config:
-        raise UserError("config.json: quantization_config: quantized checkpoints are not "
-                        "supported; start from the bfloat16 one")
+        raise UserError(
+            "config.json: quantization_config: quantized checkpoints are not "
+            "supported; start from the bfloat16 one"
+        )
 
 
 def rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,20 +152,23 @@ def rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if given is None:
         given = config.get("rope_scaling") or {}
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
-        raise UserError("config.json: rope_parameters must be one set of values for all layers, "
-                        f"got {given!r}")
+        raise UserError(
+            f"config.json: rope_parameters must be one set of values for all layers, got {given!r}"
+        )
     settings = {key: value for key, value in given.items() if value is not None}
     theta = number({"rope_theta": config.get("rope_theta"), **settings}, "rope_theta")
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in _ROPE_KEYS:
-        raise UserError(f"config.json: rope type {kind!r} is not supported, only "
-                        f"{', '.join(_ROPE_KEYS)}")
+        raise UserError(
+            f"config.json: rope type {kind!r} is not supported, only {', '.join(_ROPE_KEYS)}"
+        )
     if settings.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor is not supported, only 1.0")
     unknown = sorted(set(settings) - _ROPE_KEYS[kind] - {"rope_theta", "rope_type", "type"})
     if unknown:
-        raise UserError(f"config.json: rope setting {unknown[0]} is not supported for rope type "
-                        f"{kind!r}")
+        raise UserError(
+            f"config.json: rope setting {unknown[0]} is not supported for rope type {kind!r}"
+        )
     gpt = {"position_embedding_type": "rope", "rotary_base": theta, "rotary_percent": 1.0}
     if kind == "linear":
         gpt["seq_len_interpolation_factor"] = number(settings, "factor")
@@ -182,7 +197,8 @@ def _yarn(settings: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
     return {
         "yarn_rotary_scaling_factor": factor,
         "yarn_original_max_position_embeddings": settings.get(
-            "original_max_position_embeddings", max_positions),
+            "original_max_position_embeddings", max_positions
+        ),
         "yarn_beta_fast": settings.get("beta_fast", 32.0),
         "yarn_beta_slow": settings.get("beta_slow", 1.0),
         "yarn_mscale": mscale,

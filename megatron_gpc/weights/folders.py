@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,3 +75,34 @@ def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> 
         if config.get(key) != name:
             text = json.dumps({**config, key: name}, indent=2)
             (folder / "config.json").write_text(text + "\n")
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether it is a converted checkpoint (weights/convert.py) and not a Hugging Face folder."""
+    return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
+
+
+def hf_folder(folder: Path) -> Path:
+    """Where a model's configuration and tokenizer lie: of a converted checkpoint in its `hf/`."""
+    return folder / "hf" if is_converted(folder) else folder
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face checkpoint, or of a converted one.
+
+    Raises:
+        UserError: the folder or the file is missing or unreadable.
+    """
+    file = hf_folder(folder) / "config.json"
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a Hugging Face checkpoint (no config.json) and not a converted one; "
+            "give the folder of one"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return content

@@ -108,31 +108,49 @@ class HFReader:
             UserError: missing, surplus or misshapen tensors, by name and file.
         """
         copies = copies or {}
-        expected = {name: (shape, param.megatron) for param in params
-                    for name, shape in zip(param.hf, param.hf_shapes, strict=True)}
-        missing = [f"{name} (for {expected[name][1]})" for name in expected
-                   if name not in self.entries]
+        expected = {
+            name: (shape, param.megatron)
+            for param in params
+            for name, shape in zip(param.hf, param.hf_shapes, strict=True)
+        }
+        missing = [
+            f"{name} (for {expected[name][1]})" for name in expected if name not in self.entries
+        ]
         if missing:
             raise UserError(f"{self.folder} lacks {_some(missing)}")
-        surplus = [f"{name} in {entry.file.name}" for name, entry in self.entries.items()
-                   if name not in expected and name not in copies]
+        surplus = [
+            f"{name} in {entry.file.name}"
+            for name, entry in self.entries.items()
+            if name not in expected and name not in copies
+        ]
         if surplus:
-            raise UserError(f"{self.folder} has tensors that its config.json leaves no place for: "
-                            f"{_some(surplus)}")
+            raise UserError(
+                f"{self.folder} has tensors that its config.json leaves no place for: "
+                f"{_some(surplus)}"
+            )
         for name, (shape, _) in expected.items():
             entry = self.entries[name]
             if entry.shape != shape:
-                raise UserError(f"{name} in {entry.file} has shape {list(entry.shape)}, but "
-                                f"config.json says {list(shape)}")
+                raise UserError(
+                    f"{name} in {entry.file} has shape {list(entry.shape)}, but "
+                    f"config.json says {list(shape)}"
+                )
         for name, original in copies.items():
             if name in self.entries and not torch.equal(self.get(name), self.get(original)):
                 raise UserError(
                     f"{name} in {self.entries[name].file} differs from {original}, but config.json "
-                    "ties them; set tie_word_embeddings to false to keep both")
+                    "ties them; set tie_word_embeddings to false to keep both"
+                )
 
 
-def write_hf(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, source: Path,
-             dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000) -> None:
+def write_hf(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """Write a checkpoint folder that `from_pretrained` and SGLang load as it is.
 
     It appears whole or not at all (`folders.new_folder`).
@@ -190,8 +208,10 @@ class _Shard:
     def fits(self, name: str, tensor: Tensor) -> bool:
         """Whether the header has room for the tensor, and the data an aligned place."""
         text = self._entry(name, tensor)
-        return (self.json_bytes + len(text) + 2 <= self.header_bytes
-                and self.data_bytes % tensor.itemsize == 0)
+        return (
+            self.json_bytes + len(text) + 2 <= self.header_bytes
+            and self.data_bytes % tensor.itemsize == 0
+        )
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a contiguous CPU tensor.
@@ -204,8 +224,9 @@ class _Shard:
         try:
             self.file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
         except OSError as error:
-            raise UserError(f"{self.file.name}: cannot write tensor {name}: "
-                            f"{error.strerror}") from None
+            raise UserError(
+                f"{self.file.name}: cannot write tensor {name}: {error.strerror}"
+            ) from None
         self.entries.append(self._entry(name, tensor))
         self.json_bytes += len(self.entries[-1]) + 2
         self.data_bytes += tensor.nbytes
@@ -219,13 +240,20 @@ class _Shard:
         self.file.flush()
 
     def _entry(self, name: str, tensor: Tensor) -> str:
-        value = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                 "data_offsets": [self.data_bytes, self.data_bytes + tensor.nbytes]}
+        value = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self.data_bytes, self.data_bytes + tensor.nbytes],
+        }
         return f"{json.dumps(name)}: {json.dumps(value)}"
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None,
-                  max_shard_bytes: int) -> None:
+def _write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+) -> None:
     """Files of at most max_shard_bytes, then the index if there is more than one."""
     shard_of: dict[str, int] = {}
     total_bytes = count = 0
@@ -235,8 +263,11 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
             if name in shard_of:
                 raise UserError(f"tensor {name} comes twice")
             tensor = _plain(name, tensor, dtype)
-            if shard is None or not shard.fits(name, tensor) or (
-                    shard.data_bytes and shard.data_bytes + tensor.nbytes > max_shard_bytes):
+            if (
+                shard is None
+                or not shard.fits(name, tensor)
+                or (shard.data_bytes and shard.data_bytes + tensor.nbytes > max_shard_bytes)
+            ):
                 if shard is not None:
                     _settle(shard)
                 stack.close()
@@ -250,13 +281,18 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         if shard is None:
             raise UserError(f"{folder}: no tensors to write")
         _settle(shard)
-    names = [SINGLE] if count == 1 else [
-        f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = (
+        [SINGLE]
+        if count == 1
+        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    )
     for i, name in enumerate(names, start=1):
         (folder / f"{i}.partial").rename(folder / name)
     if count > 1:
-        index = {"metadata": {"total_size": total_bytes},
-                 "weight_map": {name: names[i - 1] for name, i in sorted(shard_of.items())}}
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": {name: names[i - 1] for name, i in sorted(shard_of.items())},
+        }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -277,8 +313,10 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     made = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and not _finite(made) and _finite(tensor):
-        raise UserError(f"{name} has numbers as large as {tensor.abs().max().item():.3g}, which "
-                        f"{dtype} cannot represent; choose float32 or bfloat16")
+        raise UserError(
+            f"{name} has numbers as large as {tensor.abs().max().item():.3g}, which "
+            f"{dtype} cannot represent; choose float32 or bfloat16"
+        )
     return made
 
 
@@ -317,31 +355,38 @@ def _read_header(file: Path, where: Mapping[str, str] | None) -> dict[str, Entry
             header = json.loads(stream.read(length))
     except FileNotFoundError:
         if where is None:
-            raise UserError(f"{file.parent} has neither {SINGLE} nor {INDEX}; only safetensors "
-                            "checkpoints are read") from None
+            raise UserError(
+                f"{file.parent} has neither {SINGLE} nor {INDEX}; only safetensors "
+                "checkpoints are read"
+            ) from None
         first = next(name for name, shard in where.items() if shard == file.name)
-        raise UserError(f"{file.parent / INDEX} names {file.name} (for {first}), "
-                        "which is absent") from None
+        raise UserError(
+            f"{file.parent / INDEX} names {file.name} (for {first}), which is absent"
+        ) from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: truncated or not a safetensors file ({error}); fetch it "
-                        "again") from None
+        raise UserError(
+            f"{file}: truncated or not a safetensors file ({error}); fetch it again"
+        ) from None
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{name} in {file} is {entry['dtype']}; only {', '.join(DTYPES)} are "
-                            "supported")
+            raise UserError(
+                f"{name} in {file} is {entry['dtype']}; only {', '.join(DTYPES)} are supported"
+            )
         begin, end = entry["data_offsets"]
-        found[name] = Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]),
-                            8 + length + begin, end - begin)
+        found[name] = Entry(
+            file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin
+        )
     return found
 
 
 def _compare_with_index(file: Path, found: Mapping[str, Entry], where: Mapping[str, str]) -> None:
     absent = [name for name, shard in where.items() if shard == file.name and name not in found]
     if absent:
-        raise UserError(f"{file.parent / INDEX} says that {file.name} holds {_some(absent)}, "
-                        "which it does not")
+        raise UserError(
+            f"{file.parent / INDEX} says that {file.name} holds {_some(absent)}, which it does not"
+        )
     elsewhere = [name for name in found if where.get(name) != file.name]
     if elsewhere:
         raise UserError(f"{file} holds {_some(elsewhere)}, which {INDEX} does not place there")

@@ -81,9 +81,11 @@ def to_megatron(param: Param, hf_tensors: Sequence[Tensor]) -> Tensor:
     for name, tensor, shape in zip(param.hf, hf_tensors, param.hf_shapes, strict=True):
         _check_shape(name, tensor, shape)
         if tensor.dtype != hf_tensors[0].dtype:
-            raise UserError(f"{name} is {tensor.dtype}, but {param.hf[0]} is "
-                            f"{hf_tensors[0].dtype}; both become part of {param.megatron} and must "
-                            "have one dtype")
+            raise UserError(
+                f"{name} is {tensor.dtype}, but {param.hf[0]} is "
+                f"{hf_tensors[0].dtype}; both become part of {param.megatron} and must "
+                "have one dtype"
+            )
     if param.kind == "copy":
         return hf_tensors[0]
     if param.kind == "gate_up":
@@ -134,8 +136,10 @@ def shard(param: Param, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
     halves = _halves(param)
     size = whole.shape[param.split_dim] // halves
     if size % tp_size:
-        raise UserError(f"{param.megatron}: tensor parallelism {tp_size} does not divide its "
-                        f"dimension {param.split_dim} of {size}")
+        raise UserError(
+            f"{param.megatron}: tensor parallelism {tp_size} does not divide its "
+            f"dimension {param.split_dim} of {size}"
+        )
     split = whole.unflatten(param.split_dim, (halves, tp_size, -1))
     return split.select(param.split_dim + 1, tp_rank).flatten(param.split_dim, param.split_dim + 1)
 

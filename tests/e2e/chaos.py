@@ -31,8 +31,8 @@ import psutil
 from commands import CONFIG, ROOT, launch, pids_using, rank_process
 from compare_runs import differences
 
-from megatron_gpc.launch import die_with_parent
-from megatron_gpc.mcore.checkpoint_folder import checkpoints, damaged
+from megatron_gpc.mcore.checkpoint.folder import checkpoints, damaged
+from megatron_gpc.run.launch import die_with_parent
 
 RANKS = 2
 PROMPTS_PER_STEP = 8
@@ -261,7 +261,7 @@ def server_process(launcher: int, _: int) -> psutil.Process | None:
     """The rollout server of a run; None where there is none (yet)."""
     for process in psutil.Process(launcher).children(recursive=True):
         try:
-            if "megatron_gpc.rollout.server" in process.cmdline():
+            if "megatron_gpc.server.app" in process.cmdline():
                 return process
         except psutil.NoSuchProcess:
             continue  # it ended while we looked

@@ -11,9 +11,9 @@ import pytest
 import torch
 from commands import ROOT, command_line, launch, metrics, pids_using, rank_process
 
-from megatron_gpc.launch import run_ranks, stacks_file
-from megatron_gpc.placement import Share
-from megatron_gpc.rollout.launcher import EmbeddedServer
+from megatron_gpc.engines.process import EmbeddedServer
+from megatron_gpc.run.launch import run_ranks, stacks_file
+from megatron_gpc.run.placement import Share
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 

@@ -12,8 +12,8 @@ import pytest
 from commands import launch, metrics, pids_using, rank_process
 from compare_runs import unequal_files, untimed
 
-from megatron_gpc.mcore.checkpoint_folder import checkpoints
-from megatron_gpc.stop import SAVED, marker
+from megatron_gpc.mcore.checkpoint.folder import checkpoints
+from megatron_gpc.run.stop import SAVED, marker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 STEPS = 6

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_gpc import config as cfg
 from megatron_gpc.algo.schedules import make_schedule
-from megatron_gpc.config_file import dump
+from megatron_gpc.config.file import dump
 
 
 def _lines(clip: cfg.ClipConfig, steps: int, made: int, seed: int) -> list[dict[str, float]]:

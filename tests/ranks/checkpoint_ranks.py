@@ -61,7 +61,7 @@ def save_and_go_on(config: Config) -> dict[str, Any]:
 
     In the background, the process that writes is held up until the updates are done.
     """
-    from megatron_gpc.mcore.checkpoint import Checkpoints
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
 
     with policy_of(config) as (policy, _):
         checkpoints = Checkpoints(config, policy)
@@ -84,7 +84,7 @@ def save_and_go_on(config: Config) -> dict[str, Any]:
 
 def resume_and_go_on(config: Config) -> dict[str, Any]:
     """The same two updates and random numbers, from the newest checkpoint."""
-    from megatron_gpc.mcore.checkpoint import Checkpoints
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
 
     with policy_of(config) as (policy, _):
         start = draw()
@@ -96,7 +96,7 @@ def resume_and_go_on(config: Config) -> dict[str, Any]:
 
 
 def drawn_after_resuming(config: Config) -> dict[str, float]:
-    from megatron_gpc.mcore.checkpoint import Checkpoints
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
 
     with policy_of(config) as (policy, _):
         draw()
@@ -106,7 +106,7 @@ def drawn_after_resuming(config: Config) -> dict[str, float]:
 
 def save_at(config: Config, steps: list[int]) -> list[str]:
     """Save after each of these steps; what the run's folder of checkpoints holds at the end."""
-    from megatron_gpc.mcore.checkpoint import Checkpoints
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
 
     with policy_of(config) as (policy, _):
         checkpoints = Checkpoints(config, policy)
@@ -123,7 +123,7 @@ def failed_save(config: Config, trouble: str) -> tuple[str, int]:
         trouble: "kill" (rank 1's process is killed), "hang" (it stands still), "finish" (rank 0
             cannot write the last file) or "" (the disk's own).
     """
-    from megatron_gpc.mcore.checkpoint import Checkpoints
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
 
     with policy_of(config) as (policy, _):
         checkpoints = Checkpoints(config, policy)
@@ -152,7 +152,7 @@ def cause_trouble(part: Path, trouble: str) -> None:
 
 def resumed(config: Config) -> tuple[int | str, str]:
     """(step that is resumed or what is refused, what is printed on stderr)."""
-    from megatron_gpc.mcore.checkpoint import Checkpoints
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
 
     said = io.StringIO()
     with policy_of(config) as (policy, _), contextlib.redirect_stderr(said):

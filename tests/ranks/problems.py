@@ -18,9 +18,9 @@ from tiny import random_batch
 from tiny_models import make_model
 
 from megatron_gpc.algo.clipping import affine_bounds
-from megatron_gpc.layout import read_hf_config
 from megatron_gpc.types import RolloutBatch
 from megatron_gpc.weights import family_of, to_megatron
+from megatron_gpc.weights.folders import read_hf_config
 
 # ID's first step: Hi(p) = 0.5 - p/4 above, Lo(p) = 0.3 - 0.13 p below
 HI, LO = (-0.25, 0.5), (-0.13, 0.3)

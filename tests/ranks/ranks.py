@@ -32,10 +32,10 @@ def groups(config: Config) -> Iterator[None]:
 
 def start(config: Config) -> tuple[Any, Any]:
     """A Policy with the weights of model.hf, and the model's table."""
-    from megatron_gpc.layout import read_hf_config
     from megatron_gpc.mcore.policy import Policy
     from megatron_gpc.mcore.weights import load_hf
     from megatron_gpc.weights import family_of
+    from megatron_gpc.weights.folders import read_hf_config
 
     hf = read_hf_config(config.model.hf)
     family = family_of(hf)

@@ -12,10 +12,11 @@ import yaml
 from commands import ROOT
 
 from megatron_gpc.cli import main
-from megatron_gpc.config_file import load
+from megatron_gpc.config.file import load
+from megatron_gpc.config.layout import world_size
+from megatron_gpc.doctor.memory import GIB, estimate
 from megatron_gpc.errors import UserError
-from megatron_gpc.layout import read_hf_config, world_size
-from megatron_gpc.memory import GIB, estimate
+from megatron_gpc.weights.folders import read_hf_config
 
 NODES = {"qwen2.5-math-7b": 1, "qwen2.5-7b": 1, "qwen3-8b": 2, "qwen3-32b": 8, "qwen3-30b-a3b": 4}
 PARAMETERS = {  # as published [10^9]

@@ -14,7 +14,7 @@ import sglang_cpu
 from rollout_models import build_model
 from transformers import Qwen2ForCausalLM
 
-from megatron_gpc.rollout.launcher import EmbeddedServer
+from megatron_gpc.engines.process import EmbeddedServer
 
 
 @pytest.fixture(scope="session")
@@ -61,5 +61,7 @@ def http(server_url: str, model_a: Path) -> Iterator[httpx.Client]:
         yield client
         client.post("/abort_request", json={"abort_all": True})
         client.post("/continue_generation", json={})
-        client.post("/update_weights_from_disk",
-                    json={"model_path": str(model_a), "weight_version": "default"})
+        client.post(
+            "/update_weights_from_disk",
+            json={"model_path": str(model_a), "weight_version": "default"},
+        )

@@ -25,31 +25,47 @@ def build_model(folder: Path, seed: int, tied: bool = False) -> Path:
     """A Qwen2 of 2 layers with random weights, and a tokenizer whose tokens are the 256 bytes."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=None, eos_token_id=EOS,
-        pad_token_id=256)
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=256,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<pad>": 256, "<eos>": EOS}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
     return folder
 
 
-def logprobs(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int],
-             temperature: float = 1.0) -> torch.Tensor:
+def logprobs(
+    model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int], temperature: float = 1.0
+) -> torch.Tensor:
     """[len(tokens)] fp32 log-probs of a response, by one forward pass without any cache."""
     with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1:-1].float()
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
     logp = torch.log_softmax(logits / temperature, dim=-1)
     return logp.gather(-1, torch.tensor(list(tokens))[:, None]).squeeze(-1)
 
 
-def logprobs_over_old_cache(old: PreTrainedModel, new: PreTrainedModel, prompt: Sequence[int],
-                            tokens: Sequence[int], boundary: int) -> torch.Tensor:
+def logprobs_over_old_cache(
+    old: PreTrainedModel,
+    new: PreTrainedModel,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    boundary: int,
+) -> torch.Tensor:
     """Log-probs of tokens[boundary:] under `new`, where `old` made the keys and values before.
 
     The last token that `old` drew has not been through a model yet when the weights change.
@@ -60,7 +76,7 @@ def logprobs_over_old_cache(old: PreTrainedModel, new: PreTrainedModel, prompt: 
     with torch.no_grad():
         old(ids[:, :seen], past_key_values=cache, use_cache=True)
         logits = new(ids[:, seen:-1], past_key_values=cache, use_cache=True).logits[0].float()
-    return torch.log_softmax(logits, -1).gather(-1, ids[0, seen + 1:, None]).squeeze(-1)
+    return torch.log_softmax(logits, -1).gather(-1, ids[0, seen + 1 :, None]).squeeze(-1)
 
 
 def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
@@ -68,4 +84,4 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[in
     ids = torch.tensor([list(prompt)])
     settings = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=[-1])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    return out[0, len(prompt):].tolist()
+    return out[0, len(prompt) :].tolist()

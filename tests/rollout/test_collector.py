@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from tiny import run_config
 
 from megatron_gpc.config import RolloutConfig
-from megatron_gpc.rollout.answers import Generation, RequestRefused
+from megatron_gpc.engines.answers import Generation, RequestRefused
+from megatron_gpc.engines.colocation import Turns
+from megatron_gpc.engines.fleet import WATCH_S, Engine, Engines, WeightsNeeded
+from megatron_gpc.engines.starter import Starter
+from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.rollout.collector import (
     Collector,
     overlong_penalty,
     sample_seed,
 )
-from megatron_gpc.rollout.engine_start import Starter
-from megatron_gpc.rollout.engines import WATCH_S, Engine, Engines, WeightsNeeded
-from megatron_gpc.rollout.held_out import distinct_right
-from megatron_gpc.rollout.pending import Pending
+from megatron_gpc.rollout.evaluation import distinct_right
+from megatron_gpc.rollout.prefetch import Pending
 from megatron_gpc.rollout.prompts import PromptSource
-from megatron_gpc.rollout.turns import Turns
-from megatron_gpc.rollout.weight_sync import make_sync
 from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights import carry_over
 

@@ -6,10 +6,10 @@ import pytest
 from tiny import run_config
 
 from megatron_gpc.cli import main
-from megatron_gpc.config_file import load
+from megatron_gpc.config.file import load
 from megatron_gpc.evaluate import results
 from megatron_gpc.metrics.pass_at_k import pass_ks
-from megatron_gpc.rollout.held_out import as_evaluated
+from megatron_gpc.rollout.evaluation import as_evaluated
 from megatron_gpc.types import Prompt, Sample
 
 

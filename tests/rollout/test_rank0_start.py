@@ -12,9 +12,9 @@ from damage import cut
 from tiny import run_config
 
 from megatron_gpc.config import Config
+from megatron_gpc.engines.answers import RolloutError
 from megatron_gpc.errors import UserError
 from megatron_gpc.rank0 import Rank0
-from megatron_gpc.rollout.answers import RolloutError
 from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.types import TrainState
 from megatron_gpc.weights.hf_files import SINGLE

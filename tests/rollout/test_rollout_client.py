@@ -20,19 +20,25 @@ import pytest
 import torch
 from rollout_models import VOCAB, logprobs
 
+from megatron_gpc.engines.answers import MalformedAnswer, RequestRefused, ServerUnavailable
+from megatron_gpc.engines.client import Request, SGLangClient
 from megatron_gpc.errors import UserError
-from megatron_gpc.rollout.answers import MalformedAnswer, RequestRefused, ServerUnavailable
-from megatron_gpc.rollout.client import Request, SGLangClient
 
 Reply = tuple[int, Any]
 """Status and body; a str is sent as it is, anything else as JSON."""
 
 
 def good_answer(tokens: list[int], version: str = "1") -> dict[str, Any]:
-    return {"text": "", "output_ids": tokens, "meta_info": {
-        "finish_reason": {"type": "length", "length": len(tokens)}, "weight_version": version,
-        "output_token_logprobs": [[-0.5, token, None] for token in tokens],
-        "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}]}}
+    return {
+        "text": "",
+        "output_ids": tokens,
+        "meta_info": {
+            "finish_reason": {"type": "length", "length": len(tokens)},
+            "weight_version": version,
+            "output_token_logprobs": [[-0.5, token, None] for token in tokens],
+            "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
+        },
+    }
 
 
 @contextmanager
@@ -67,11 +73,24 @@ def scripted(reply: Callable[[int, Any], Reply]) -> Iterator[tuple[str, list[Any
         server.server_close()
 
 
-def call(url: str, work: Callable[[SGLangClient], Any], *, timeout_s: float = 20.0,
-         retries: int = 0, max_in_flight: int = 256, **options: Any) -> Any:
+def call(
+    url: str,
+    work: Callable[[SGLangClient], Any],
+    *,
+    timeout_s: float = 20.0,
+    retries: int = 0,
+    max_in_flight: int = 256,
+    **options: Any,
+) -> Any:
     async def main() -> Any:
-        async with SGLangClient(url, timeout_s=timeout_s, retries=retries, vocab_size=VOCAB,
-                                max_in_flight=max_in_flight, **options) as client:
+        async with SGLangClient(
+            url,
+            timeout_s=timeout_s,
+            retries=retries,
+            vocab_size=VOCAB,
+            max_in_flight=max_in_flight,
+            **options,
+        ) as client:
             return await work(client)
 
     return asyncio.run(main())
@@ -83,9 +102,12 @@ def generate(client: SGLangClient) -> Any:
 
 # ---- a broken server ----
 
+
 def test_503_is_retried_under_another_request_id():
     with scripted(lambda i, body: (503, {}) if i == 1 else (200, [good_answer([1, 2])])) as (
-            url, bodies):
+        url,
+        bodies,
+    ):
         generation = call(url, generate, retries=2)
     assert generation.token_ids == (1, 2) and generation.logprobs == (-0.5, -0.5)
     assert generation.finish_reason == "length" and generation.weight_versions == (("1", 0, 2),)
@@ -94,8 +116,10 @@ def test_503_is_retried_under_another_request_id():
 
 
 def test_an_error_of_the_servers_own_is_reported_after_the_last_retry():
-    with (scripted(lambda i, body: (500, {"error": {"message": "out of memory"}})) as (url, bodies),
-          pytest.raises(ServerUnavailable, match="attempt 2 of 2.*500 out of memory")):
+    with (
+        scripted(lambda i, body: (500, {"error": {"message": "out of memory"}})) as (url, bodies),
+        pytest.raises(ServerUnavailable, match="attempt 2 of 2.*500 out of memory"),
+    ):
         call(url, generate, retries=1)
     assert len(bodies) == 2
 
@@ -118,8 +142,13 @@ def test_a_server_that_comes_up_late_is_waited_for():
 
 @pytest.mark.parametrize("status", [400, 404, 422])
 def test_4xx_is_not_retried_and_carries_the_servers_words(status):
-    with (scripted(lambda i, body: (status, {"error": {"message": "no such thing"}})) as (
-            url, bodies), pytest.raises(RequestRefused, match="no such thing") as refused):
+    with (
+        scripted(lambda i, body: (status, {"error": {"message": "no such thing"}})) as (
+            url,
+            bodies,
+        ),
+        pytest.raises(RequestRefused, match="no such thing") as refused,
+    ):
         call(url, generate, retries=3)
     assert len(bodies) == 1 and refused.value.status == status
 
@@ -145,36 +174,51 @@ def _spoilt(**meta: Any) -> list[Any]:
     return [answer]
 
 
-@pytest.mark.parametrize(("answer", "problem"), [
-    ([{"text": "", "output_ids": [1]}], "meta_info"),
-    ([{"text": "", "output_ids": [1], "meta_info": {"finish_reason": {"type": "stop"},
-                                                    "weight_version": "1"}}],
-     "output_token_logprobs"),
-    (_spoilt(output_token_logprobs=[[-0.5, 1, None]]), "1 log-probs do not belong to 2 tokens"),
-    (_spoilt(output_token_logprobs=[[-0.5, 1, None], [-0.5, 3, None]]), "do not belong"),
-    (_spoilt(output_token_logprobs=[[-0.5, 1, None], [float("nan"), 2, None]]), "log-prob nan"),
-    (_spoilt(output_token_logprobs=[[-0.5, 1, None], [None, 2, None]]), "log-prob None"),
-    (_spoilt(output_token_logprobs=[[0.01, 1, None], [-0.5, 2, None]]), "log-prob 0.01"),
-    (_spoilt(finish_reason={"type": "magic"}), "magic"),
-    (_spoilt(weight_versions=[{"version": "1", "start": 0, "end": 1}]), "do not cover"),
-    (_spoilt(weight_versions=[{"version": "1", "start": 1, "end": 2}]), "do not cover"),
-    ([good_answer([])], "no tokens"),
-    ([good_answer([1, VOCAB])], f"token {VOCAB} is not in the vocabulary"),
-    ([good_answer([1, -1])], "token -1"),
-    ([good_answer([1, 2, 3])], "more than the 2 allowed"),
-    ([], "expected 1 answers"), ({"text": ""}, "expected 1 answers"), ("<html>", "not JSON"),
-])
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ([{"text": "", "output_ids": [1]}], "meta_info"),
+        (
+            [
+                {
+                    "text": "",
+                    "output_ids": [1],
+                    "meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "1"},
+                }
+            ],
+            "output_token_logprobs",
+        ),
+        (_spoilt(output_token_logprobs=[[-0.5, 1, None]]), "1 log-probs do not belong to 2 tokens"),
+        (_spoilt(output_token_logprobs=[[-0.5, 1, None], [-0.5, 3, None]]), "do not belong"),
+        (_spoilt(output_token_logprobs=[[-0.5, 1, None], [float("nan"), 2, None]]), "log-prob nan"),
+        (_spoilt(output_token_logprobs=[[-0.5, 1, None], [None, 2, None]]), "log-prob None"),
+        (_spoilt(output_token_logprobs=[[0.01, 1, None], [-0.5, 2, None]]), "log-prob 0.01"),
+        (_spoilt(finish_reason={"type": "magic"}), "magic"),
+        (_spoilt(weight_versions=[{"version": "1", "start": 0, "end": 1}]), "do not cover"),
+        (_spoilt(weight_versions=[{"version": "1", "start": 1, "end": 2}]), "do not cover"),
+        ([good_answer([])], "no tokens"),
+        ([good_answer([1, VOCAB])], f"token {VOCAB} is not in the vocabulary"),
+        ([good_answer([1, -1])], "token -1"),
+        ([good_answer([1, 2, 3])], "more than the 2 allowed"),
+        ([], "expected 1 answers"),
+        ({"text": ""}, "expected 1 answers"),
+        ("<html>", "not JSON"),
+    ],
+)
 def test_an_impossible_answer_is_asked_for_again_then_refused(answer, problem):
-    with (scripted(lambda i, body: (200, answer)) as (url, bodies),
-          pytest.raises(MalformedAnswer, match=problem) as refused):
+    with (
+        scripted(lambda i, body: (200, answer)) as (url, bodies),
+        pytest.raises(MalformedAnswer, match=problem) as refused,
+    ):
         call(url, generate, retries=1)
     assert len(bodies) == 2
     assert "sample-7" in str(refused.value) or problem == "not JSON"
 
 
 def test_a_good_answer_after_an_impossible_one_is_taken():
-    with scripted(lambda i, body: (200, _spoilt(finish_reason=None) if i == 1
-                                   else [good_answer([1, 2])])) as (url, _):
+    with scripted(
+        lambda i, body: (200, _spoilt(finish_reason=None) if i == 1 else [good_answer([1, 2])])
+    ) as (url, _):
         assert call(url, generate, retries=1).token_ids == (1, 2)
 
 
@@ -209,7 +253,9 @@ def test_many_requests_keep_their_order_and_the_bound_on_samples_in_flight():
 def test_what_may_be_in_flight_together_goes_in_one_post():
     requests = [Request([i], {"max_new_tokens": 2}) for i in range(30)]
     with scripted(lambda i, body: (200, [good_answer(ids) for ids in body["input_ids"]])) as (
-            url, bodies):
+        url,
+        bodies,
+    ):
         call(url, lambda client: client.generate_many(requests), max_in_flight=30)
     assert len(bodies) == 1
 
@@ -221,8 +267,10 @@ def test_an_older_server_without_update_sessions_is_served_all_the_same():
 
 
 def test_a_failed_update_is_an_error_even_with_status_200():
-    with (scripted(lambda i, body: (200, {"success": False, "message": "no room"})) as (url, _),
-          pytest.raises(RequestRefused, match="no room")):
+    with (
+        scripted(lambda i, body: (200, {"success": False, "message": "no room"})) as (url, _),
+        pytest.raises(RequestRefused, match="no room"),
+    ):
         call(url, lambda client: client.update_weights_from_disk("somewhere", "2"))
 
 
@@ -232,29 +280,36 @@ def test_n_is_refused_before_anything_is_sent():
 
 
 def test_the_module_does_not_import_torch():
-    code = "import sys, megatron_gpc.rollout.client; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_gpc.engines.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 # ---- a real server ----
 
+
 def test_a_router_is_asked_for_one_sample_a_post_and_gives_the_same(http):
     requests = [Request([10, 7], {"max_new_tokens": 9, "sampling_seed": i}) for i in range(3)]
-    one, other = (call(str(http.base_url), lambda client: client.generate_many(requests), **options)
-                  for options in ({}, {"batched": False}))
+    one, other = (
+        call(str(http.base_url), lambda client: client.generate_many(requests), **options)
+        for options in ({}, {"batched": False})
+    )
     assert [g.token_ids for g in one] == [g.token_ids for g in other]
 
 
 def test_samples_of_a_real_server_pass_every_check(http, reference_a):
-    requests = [Request([10 + i // 4, 7], {"max_new_tokens": 20, "sampling_seed": i})
-                for i in range(40)]
+    requests = [
+        Request([10 + i // 4, 7], {"max_new_tokens": 20, "sampling_seed": i}) for i in range(40)
+    ]
     generations = call(str(http.base_url), lambda client: client.generate_many(requests))
     for request, generation in zip(requests, generations, strict=True):
         assert generation.finish_reason in ("stop", "length")
         assert generation.weight_version == "default"
         torch.testing.assert_close(
             torch.tensor(generation.logprobs),
-            logprobs(reference_a, request.input_ids, generation.token_ids), atol=5e-5, rtol=0)
+            logprobs(reference_a, request.input_ids, generation.token_ids),
+            atol=5e-5,
+            rtol=0,
+        )
 
 
 def test_weights_sent_in_parts_are_the_ones_sampled_from(http, reference_b):
@@ -270,16 +325,20 @@ def test_weights_sent_in_parts_are_the_ones_sampled_from(http, reference_b):
 
     generation = call(str(http.base_url), work)
     assert {version for version, _, _ in generation.weight_versions} == {"whole"}
-    torch.testing.assert_close(torch.tensor(generation.logprobs),
-                               logprobs(reference_b, [5, 6], generation.token_ids),
-                               atol=5e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(generation.logprobs),
+        logprobs(reference_b, [5, 6], generation.token_ids),
+        atol=5e-5,
+        rtol=0,
+    )
 
 
 def test_pause_update_continue_abort(http, model_b):
     async def work(client: SGLangClient) -> Any:
         assert await client.health()
-        running = asyncio.create_task(client.generate(
-            [5], {"max_new_tokens": 1000, "ignore_eos": True}, rid="long"))
+        running = asyncio.create_task(
+            client.generate([5], {"max_new_tokens": 1000, "ignore_eos": True}, rid="long")
+        )
         await asyncio.sleep(0.15)
         await client.pause("in_place")
         assert not await client.health()
@@ -300,14 +359,22 @@ def test_pause_update_continue_abort(http, model_b):
 
 def test_a_bad_path_is_refused_and_named(http, tmp_path):
     with pytest.raises(RequestRefused, match="nowhere"):
-        call(str(http.base_url), lambda client: client.update_weights_from_disk(
-            str(tmp_path / "nowhere"), "2"), retries=3)
+        call(
+            str(http.base_url),
+            lambda client: client.update_weights_from_disk(str(tmp_path / "nowhere"), "2"),
+            retries=3,
+        )
 
 
 def test_requests_of_a_client_that_gave_up_leave_the_batch(http):
     with pytest.raises(ServerUnavailable, match="no answer within"):
-        call(str(http.base_url), lambda client: client.generate_many(
-            [Request([5], {"max_new_tokens": 1000, "ignore_eos": True})] * 64), timeout_s=0.3)
+        call(
+            str(http.base_url),
+            lambda client: client.generate_many(
+                [Request([5], {"max_new_tokens": 1000, "ignore_eos": True})] * 64
+            ),
+            timeout_s=0.3,
+        )
     deadline = time.monotonic() + 5
     while http.post("/flush_cache").status_code != 200:  # it is refused while anything runs
         assert time.monotonic() < deadline

@@ -13,10 +13,10 @@ from rollout_models import VOCAB, greedy, logprobs
 from transformers import Qwen2ForCausalLM
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.rollout import engine as engine_module
-from megatron_gpc.rollout.engine import Engine, EngineEnded
-from megatron_gpc.rollout.sampling import SamplingParams
-from megatron_gpc.rollout.sequence import Request, Result
+from megatron_gpc.server import generator as engine_module
+from megatron_gpc.server.generator import Engine, EngineEnded
+from megatron_gpc.server.sampling import SamplingParams
+from megatron_gpc.server.sequence import Request, Result
 
 TIMEOUT_S = 30
 PROMPT = (84, 104, 101, 32)
@@ -40,21 +40,28 @@ def mixed_requests(count: int) -> list[Request]:
     rng = random.Random(0)
     prompts = [tuple(rng.choices(range(VOCAB), k=rng.randint(1, 60))) for _ in range(count // 2)]
     draws = [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.9}, {"top_k": 5}]
-    return [Request(str(i), rng.choice(prompts),
-                    SamplingParams(max_new_tokens=rng.randint(1, 70), sampling_seed=i,
-                                   ignore_eos=True, **draws[i % 4]))
-            for i in range(count)]
+    return [
+        Request(
+            str(i),
+            rng.choice(prompts),
+            SamplingParams(
+                max_new_tokens=rng.randint(1, 70), sampling_seed=i, ignore_eos=True, **draws[i % 4]
+            ),
+        )
+        for i in range(count)
+    ]
 
 
 def test_a_sample_is_the_same_alone_and_in_changing_company(engine, reference_a):
     """24 rows, 120 sequences that come in sevens: rows are merged, moved, dropped and reused."""
     requests = mixed_requests(120)
-    futures = [engine.submit(requests[i:i + 7]) for i in range(0, 120, 7)]
+    futures = [engine.submit(requests[i : i + 7]) for i in range(0, 120, 7)]
     together = [result for future in futures for result in future.result(TIMEOUT_S)]
     for request, result in zip(requests, together, strict=True):
         assert len(result.token_ids) == request.params.max_new_tokens
-        expected = logprobs(reference_a, request.input_ids, result.token_ids,
-                            request.params.temperature or 1.0)
+        expected = logprobs(
+            reference_a, request.input_ids, result.token_ids, request.params.temperature or 1.0
+        )
         torch.testing.assert_close(torch.tensor(result.logprobs), expected, atol=5e-5, rtol=0)
     for request, result in list(zip(requests, together, strict=True))[::5]:
         assert run(engine, request)[0].token_ids == result.token_ids
@@ -79,9 +86,18 @@ def test_one_seed_gives_n_different_samples_again_and_again(engine):
 def test_min_new_tokens_holds_stop_tokens_back(engine, reference_a):
     stop = greedy(reference_a, PROMPT, 1)[0]
     early, late = (
-        run(engine, Request("r", PROMPT, SamplingParams(
-            temperature=0.0, max_new_tokens=40, min_new_tokens=least, stop_token_ids=(stop,))))[0]
-        for least in (0, 7))
+        run(
+            engine,
+            Request(
+                "r",
+                PROMPT,
+                SamplingParams(
+                    temperature=0.0, max_new_tokens=40, min_new_tokens=least, stop_token_ids=(stop,)
+                ),
+            ),
+        )[0]
+        for least in (0, 7)
+    )
     assert early.token_ids == (stop,) and early.finish == {"type": "stop", "matched": stop}
     assert len(late.token_ids) >= 7 and stop not in late.token_ids[:7]
 
@@ -92,10 +108,16 @@ def test_a_stop_token_at_the_limit_counts_as_length_like_sglang(engine, referenc
     assert run(engine, Request("r", PROMPT, params))[0].finish == {"type": "length", "length": 1}
 
 
-@pytest.mark.parametrize(("prompt", "params", "message"), [
-    ((), {}, "must not be empty"), ((VOCAB,), {}, "vocabulary"), ((-1,), {}, "vocabulary"),
-    ((5,), {"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
-    ((5,) * 1000, {"max_new_tokens": 25}, "context length")])
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ((), {}, "must not be empty"),
+        ((VOCAB,), {}, "vocabulary"),
+        ((-1,), {}, "vocabulary"),
+        ((5,), {"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
+        ((5,) * 1000, {"max_new_tokens": 25}, "context length"),
+    ],
+)
 def test_bad_request_is_refused_before_it_is_queued(engine, prompt, params, message):
     with pytest.raises(UserError, match=message):
         engine.submit([Request("r", prompt, SamplingParams(**params))])
@@ -144,16 +166,17 @@ def test_released_memory_is_gone_and_old_weights_do_not_come_back(model_a, refer
     engine.release({"weights", "kv_cache"}).result(TIMEOUT_S)
     assert sum(p.untyped_storage().nbytes() for p in engine._model.parameters()) == 0
     for refused in (
-            lambda: engine.submit([request]),
-            lambda: engine.release({"weights"}).result(TIMEOUT_S),
-            lambda: engine.update_from_folder(model_a, "1").result(TIMEOUT_S)):
+        lambda: engine.submit([request]),
+        lambda: engine.release({"weights"}).result(TIMEOUT_S),
+        lambda: engine.update_from_folder(model_a, "1").result(TIMEOUT_S),
+    ):
         with pytest.raises(UserError):
             refused()
     engine.restore({"weights"}).result(TIMEOUT_S)
     assert all(p.isnan().all() for p in engine._model.parameters())
     named = list(reference_a.state_dict().items())
     for i in range(0, len(named), 5):  # in parts, as they come
-        engine.update_from_tensors(named[i:i + 5], "1").result(TIMEOUT_S)
+        engine.update_from_tensors(named[i : i + 5], "1").result(TIMEOUT_S)
     with pytest.raises(UserError, match="kv_cache are released"):
         engine.submit([request])
     engine.restore({"kv_cache"}).result(TIMEOUT_S)
@@ -186,14 +209,20 @@ def test_output_that_is_not_finite_fails_its_request_and_nothing_else(engine, mo
 
 
 def test_a_refused_update_keeps_weights_and_version(engine, reference_a, tmp_path):
-    for update in (engine.update_from_folder(tmp_path, "bad"),
-                   engine.update_from_tensors([("model.norm.weight", torch.zeros(3))], "bad")):
+    for update in (
+        engine.update_from_folder(tmp_path, "bad"),
+        engine.update_from_tensors([("model.norm.weight", torch.zeros(3))], "bad"),
+    ):
         with pytest.raises(UserError):
             update.result(TIMEOUT_S)
     result = run(engine, Request("r", PROMPT, SamplingParams(max_new_tokens=5)))[0]
     assert result.weight_version == "default"
-    torch.testing.assert_close(torch.tensor(result.logprobs),
-                               logprobs(reference_a, PROMPT, result.token_ids), atol=5e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(result.logprobs),
+        logprobs(reference_a, PROMPT, result.token_ids),
+        atol=5e-5,
+        rtol=0,
+    )
 
 
 def test_a_tied_model_follows_its_embedding(model_tied):
@@ -204,8 +233,12 @@ def test_a_tied_model_follows_its_embedding(model_tied):
     engine.update_from_tensors([("model.embed_tokens.weight", new)], "1").result(TIMEOUT_S)
     result = run(engine, Request("r", PROMPT, SamplingParams(max_new_tokens=12)))[0]
     engine.close()
-    torch.testing.assert_close(torch.tensor(result.logprobs),
-                               logprobs(reference, PROMPT, result.token_ids), atol=5e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(result.logprobs),
+        logprobs(reference, PROMPT, result.token_ids),
+        atol=5e-5,
+        rtol=0,
+    )
 
 
 def test_requests_in_flight_fail_when_the_engine_is_closed(model_a):
@@ -221,8 +254,10 @@ def test_requests_in_flight_fail_when_the_engine_is_closed(model_a):
 def test_decoding_is_fast(model_a):
     """256 samples of 8 tokens take some 30 ms on one core; this guards the order of magnitude."""
     engine = Engine(model_a)
-    requests = [Request(str(i), (i // 8, 7, 8), SamplingParams(max_new_tokens=8, ignore_eos=True))
-                for i in range(256)]
+    requests = [
+        Request(str(i), (i // 8, 7, 8), SamplingParams(max_new_tokens=8, ignore_eos=True))
+        for i in range(256)
+    ]
     seconds = []
     for _ in range(4):
         started = time.perf_counter()

@@ -12,9 +12,9 @@ import httpx
 import pytest
 from tiny import run_config
 
-from megatron_gpc.launch import free_port
-from megatron_gpc.rollout.engine_start import Starter
-from megatron_gpc.rollout.launcher import EmbeddedServer
+from megatron_gpc.engines.process import EmbeddedServer
+from megatron_gpc.engines.starter import Starter
+from megatron_gpc.run.launch import free_port
 
 
 def gone(pid: int, within_s: float) -> bool:
@@ -42,10 +42,12 @@ def test_the_server_lives_as_long_as_the_with_block(model_a, tmp_path):
 
 
 def test_the_server_dies_with_its_parent_even_on_sigkill(model_a, tmp_path):
-    code = ("import sys, time\nfrom pathlib import Path\n"
-            "from megatron_gpc.rollout.launcher import EmbeddedServer\n"
-            f"server = EmbeddedServer(Path({str(model_a)!r}), Path({str(tmp_path / 'log')!r}))\n"
-            "print(server.pid, flush=True)\ntime.sleep(60)\n")
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from megatron_gpc.engines.process import EmbeddedServer\n"
+        f"server = EmbeddedServer(Path({str(model_a)!r}), Path({str(tmp_path / 'log')!r}))\n"
+        "print(server.pid, flush=True)\ntime.sleep(60)\n"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         pid = int(parent.stdout.readline())

@@ -14,9 +14,9 @@ from rollout_models import build_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from megatron_gpc.engines.client import pack_tensors
 from megatron_gpc.errors import UserError
-from megatron_gpc.rollout.client import pack_tensors
-from megatron_gpc.rollout.loading import load_folder, unpack_tensors, with_tensors
+from megatron_gpc.server.loading import load_folder, unpack_tensors, with_tensors
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -27,8 +27,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def test_tensors_survive_the_wire():
-    sent = [("a", torch.randn(3, 4).T), ("b", torch.randn(5).bfloat16()),
-            ("c", torch.arange(6)[2:4])]
+    sent = [
+        ("a", torch.randn(3, 4).T),
+        ("b", torch.randn(5).bfloat16()),
+        ("c", torch.arange(6)[2:4]),
+    ]
     packed = pack_tensors(sent)
     received = unpack_tensors(packed)
     assert [name for name, _ in received] == ["a", "b", "c"]
@@ -51,14 +54,23 @@ class _Call:
         return self.call
 
 
-@pytest.mark.parametrize("content", [
-    pickle.dumps([("a", _Call(os.mkdir, "pwned"))]),
-    pickle.dumps([("a", _Call(torch.load, "pwned"))]),
-    pickle.dumps([("a", _Call(torch.storage._load_from_bytes,
-                              pickle.dumps(_Call(os.mkdir, "pwned"))))]),
-    pickle.dumps({"a": 1}), pickle.dumps([("a", 1)]), b"no pickle", b""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps([("a", _Call(os.mkdir, "pwned"))]),
+        pickle.dumps([("a", _Call(torch.load, "pwned"))]),
+        pickle.dumps(
+            [("a", _Call(torch.storage._load_from_bytes, pickle.dumps(_Call(os.mkdir, "pwned"))))]
+        ),
+        pickle.dumps({"a": 1}),
+        pickle.dumps([("a", 1)]),
+        b"no pickle",
+        b"",
+    ],
+)
 def test_a_pickle_of_anything_but_tensors_is_refused_and_runs_nothing(
-        content, tmp_path, monkeypatch):
+    content, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="serialized_named_tensors"):
         unpack_tensors(base64.b64encode(content).decode())
@@ -129,9 +141,17 @@ def test_an_untied_model_takes_embedding_and_head_apart(model_a):
 def test_a_mixture_of_experts_is_updated_by_its_checkpoint_names(tmp_path):
     """transformers keeps experts as one tensor in memory, checkpoints have one a matrix."""
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_experts=4,
-        num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8)
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     for name in ("old", "new"):
         Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / name)
     state = load_file(tmp_path / "new" / "model.safetensors")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.rollout.sampling import SamplingParams, draw, uniforms
+from megatron_gpc.server.sampling import SamplingParams, draw, uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 
@@ -27,9 +27,18 @@ def test_frequencies_are_the_temperature_scaled_probabilities(temperature):
     torch.testing.assert_close(logp, expected.log()[tokens])
 
 
-@pytest.mark.parametrize(("cut", "kept"), [
-    ({"top_k": 2}, 2), ({"top_k": 1}, 1), ({"top_k": 99}, 5),
-    ({"top_p": 0.5}, 1), ({"top_p": 0.7}, 2), ({"top_p": 0.9}, 3), ({"top_p": 0.9, "top_k": 2}, 2)])
+@pytest.mark.parametrize(
+    ("cut", "kept"),
+    [
+        ({"top_k": 2}, 2),
+        ({"top_k": 1}, 1),
+        ({"top_k": 99}, 5),
+        ({"top_p": 0.5}, 1),
+        ({"top_p": 0.7}, 2),
+        ({"top_p": 0.9}, 3),
+        ({"top_p": 0.9, "top_k": 2}, 2),
+    ],
+)
 def test_top_k_and_top_p_cut_the_tail_but_not_the_logprobs(cut, kept):
     """softmax(LOGITS) is 0.64, 0.23, 0.09, 0.03, 0.01; the token that passes top_p is kept."""
     tokens, logp = draws(10_000, **cut)
@@ -66,13 +75,24 @@ def test_uniforms_follow_from_seed_index_and_position_alone():
     assert long.min() >= 0 and long.max() < 1 and abs(long.mean() - 0.5) < 0.05
 
 
-@pytest.mark.parametrize(("values", "named"), [
-    ({"temperature": float("nan")}, "temperature"), ({"temperature": "hot"}, "temperature"),
-    ({"top_p": 0.0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_k": 0}, "top_k"),
-    ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 1.5}, "max_new_tokens"),
-    ({"max_new_tokens": 2, "min_new_tokens": 3}, "min_new_tokens"), ({"n": 0}, "n must"),
-    ({"stop_token_ids": [1, "x"]}, "stop_token_ids"), ({"sampling_seed": -1}, "sampling_seed"),
-    ({"ignore_eos": 1}, "ignore_eos"), ({"stop": "."}, "'stop'")])
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"max_new_tokens": 2, "min_new_tokens": 3}, "min_new_tokens"),
+        ({"n": 0}, "n must"),
+        ({"stop_token_ids": [1, "x"]}, "stop_token_ids"),
+        ({"sampling_seed": -1}, "sampling_seed"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"stop": "."}, "'stop'"),
+    ],
+)
 def test_bad_parameter_is_refused_by_name(values, named):
     with pytest.raises(UserError, match=named):
         SamplingParams.parse(values)

@@ -21,15 +21,26 @@ import torch.distributed as dist
 from rollout_models import CONTEXT, EOS, greedy, logprobs, logprobs_over_old_cache
 from transformers import Qwen2ForCausalLM
 
-from megatron_gpc.rollout.weight_group import join_group, leave_group
+from megatron_gpc.engines.weight_group import join_group, leave_group
 
 pytestmark = pytest.mark.timeout(900)  # SGLang's start, beside other work
 PROMPT = [84, 104, 101, 32]
 ANSWER_KEYS = {"text", "output_ids", "meta_info"}
 META_KEYS = {
-    "id", "finish_reason", "prompt_tokens", "weight_version", "num_retractions", "reasoning_tokens",
-    "completion_tokens", "cached_tokens", "weight_versions", "cached_tokens_details", "dp_rank",
-    "e2e_latency", "response_sent_to_client_ts"}
+    "id",
+    "finish_reason",
+    "prompt_tokens",
+    "weight_version",
+    "num_retractions",
+    "reasoning_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "weight_versions",
+    "cached_tokens_details",
+    "dp_rank",
+    "e2e_latency",
+    "response_sent_to_client_ts",
+}
 LOGPROB_KEYS = {"input_token_logprobs", "output_token_logprobs", "output_token_logprobs_length"}
 GREEDY = {"temperature": 0, "ignore_eos": True}
 LONG = GREEDY | {"max_new_tokens": 600}
@@ -87,6 +98,7 @@ def in_decode(http: httpx.Client) -> int:
 
 # ---- shapes ----
 
+
 def test_answer_has_sglangs_keys_with_and_without_logprobs(http):
     params = GREEDY | {"max_new_tokens": 3}
     plain = generate(http, input_ids=PROMPT, sampling_params=params)
@@ -104,8 +116,12 @@ def test_answer_has_sglangs_keys_with_and_without_logprobs(http):
 
 def test_batch_keeps_order_and_takes_parameters_of_each_prompt(http):
     answers = generate(
-        http, input_ids=[[84, 104], [101, 32, 5]], rid=["one", "two"], return_logprob=[True, False],
-        sampling_params=[GREEDY | {"max_new_tokens": 3}, GREEDY | {"max_new_tokens": 4}])
+        http,
+        input_ids=[[84, 104], [101, 32, 5]],
+        rid=["one", "two"],
+        return_logprob=[True, False],
+        sampling_params=[GREEDY | {"max_new_tokens": 3}, GREEDY | {"max_new_tokens": 4}],
+    )
     assert [len(answer["output_ids"]) for answer in answers] == [3, 4]
     assert [answer["meta_info"]["prompt_tokens"] for answer in answers] == [2, 3]
     assert [answer["meta_info"]["id"] for answer in answers] == ["one", "two"]
@@ -126,14 +142,21 @@ def test_text_prompt_is_tokenized_and_text_answer_detokenized(http):
     assert isinstance(by_text["text"], str) and by_text["text"]
 
 
-@pytest.mark.parametrize(("body", "message"), [
-    ({"sampling_params": {}}, "Either text, input_ids or input_embeds should be provided."),
-    ({"input_ids": [5], "sampling_params": {"temperature": -1}},
-     "temperature must be a non-negative finite number, got -1."),
-    ({"input_ids": [5] * (CONTEXT + 76)},
-     "The input (1100 tokens) is longer than the model's context length (1024 tokens)."),
-    ({"input_ids": []}, None),
-])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"sampling_params": {}}, "Either text, input_ids or input_embeds should be provided."),
+        (
+            {"input_ids": [5], "sampling_params": {"temperature": -1}},
+            "temperature must be a non-negative finite number, got -1.",
+        ),
+        (
+            {"input_ids": [5] * (CONTEXT + 76)},
+            "The input (1100 tokens) is longer than the model's context length (1024 tokens).",
+        ),
+        ({"input_ids": []}, None),
+    ],
+)
 def test_bad_request_is_400_with_a_message(http, body, message):
     response = http.post("/generate", json=body)
     assert response.status_code == 400
@@ -152,8 +175,14 @@ def test_state_endpoints_answer(http):
         assert (response.status_code, response.text) == (200, ""), path
     for path in ("/model_info", "/get_model_info"):
         info = http.get(path).json()
-        assert {"model_path", "tokenizer_path", "is_generation", "weight_version",
-                "model_type", "architectures"} <= set(info), path
+        assert {
+            "model_path",
+            "tokenizer_path",
+            "is_generation",
+            "weight_version",
+            "model_type",
+            "architectures",
+        } <= set(info), path
         assert info["architectures"] == ["Qwen2ForCausalLM"] and info["is_generation"] is True
     info = http.get("/server_info").json()
     assert {"model_path", "dtype", "tp_size", "version", "internal_states"} <= set(info)
@@ -165,46 +194,65 @@ def test_state_endpoints_answer(http):
 
 # ---- numbers ----
 
+
 @pytest.mark.parametrize("prompt", [[7], PROMPT, list(range(40))])
 def test_greedy_tokens_and_logprobs_are_transformers(http, reference_a, prompt):
-    answer = generate(http, input_ids=prompt, return_logprob=True,
-                      sampling_params=GREEDY | {"max_new_tokens": 24})
+    answer = generate(
+        http, input_ids=prompt, return_logprob=True, sampling_params=GREEDY | {"max_new_tokens": 24}
+    )
     tokens, found = ids_and_logprobs(answer)
     assert tokens == greedy(reference_a, prompt, 24)
     torch.testing.assert_close(found, logprobs(reference_a, prompt, tokens), atol=5e-5, rtol=0)
 
 
 def test_sampled_logprobs_are_temperature_scaled_and_not_renormalised(http, reference_a):
-    params = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_new_tokens": 24,
-              "ignore_eos": True, "sampling_seed": 5}
+    params = {
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "max_new_tokens": 24,
+        "ignore_eos": True,
+        "sampling_seed": 5,
+    }
     answer = generate(http, input_ids=PROMPT, sampling_params=params, return_logprob=True)
     tokens, found = ids_and_logprobs(answer)
     torch.testing.assert_close(
-        found, logprobs(reference_a, PROMPT, tokens, temperature=0.7), atol=5e-5, rtol=0)
+        found, logprobs(reference_a, PROMPT, tokens, temperature=0.7), atol=5e-5, rtol=0
+    )
 
 
 def test_top_k_1_is_greedy_and_sampling_without_a_seed_varies(http, reference_a):
     params = {"temperature": 1.0, "ignore_eos": True, "max_new_tokens": 12}
     tokens = generate(http, input_ids=PROMPT, sampling_params=params | {"top_k": 1})["output_ids"]
     assert tokens == greedy(reference_a, PROMPT, 12)
-    free = {tuple(generate(http, input_ids=PROMPT, sampling_params=params)["output_ids"])
-            for _ in range(3)}
+    free = {
+        tuple(generate(http, input_ids=PROMPT, sampling_params=params)["output_ids"])
+        for _ in range(3)
+    }
     assert len(free) == 3
 
 
 # ---- ends ----
 
+
 def test_stop_token_ends_the_sample_is_returned_and_is_not_in_the_text(http, reference_a):
     tokens = greedy(reference_a, PROMPT, 12)
     stop = next(token for token in tokens if token < 256)
     cut = tokens.index(stop) + 1
-    answer = generate(http, input_ids=PROMPT, return_logprob=True, sampling_params={
-        "temperature": 0, "max_new_tokens": 12, "stop_token_ids": [stop]})
+    answer = generate(
+        http,
+        input_ids=PROMPT,
+        return_logprob=True,
+        sampling_params={"temperature": 0, "max_new_tokens": 12, "stop_token_ids": [stop]},
+    )
     assert answer["output_ids"] == tokens[:cut]
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
     assert answer["meta_info"]["output_token_logprobs_length"] == cut
-    limited = generate(http, input_ids=PROMPT, sampling_params={
-        "temperature": 0, "max_new_tokens": max(cut - 1, 1), "ignore_eos": True})
+    limited = generate(
+        http,
+        input_ids=PROMPT,
+        sampling_params={"temperature": 0, "max_new_tokens": max(cut - 1, 1), "ignore_eos": True},
+    )
     if cut > 1:
         assert answer["text"] == limited["text"]
 
@@ -222,9 +270,11 @@ def test_the_models_end_token_ends_the_sample(http):
 
 # ---- pause, continue, abort ----
 
+
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_weights_updated_during_a_pause_make_the_tokens_after_it(
-        http, model_b, reference_a, reference_b, mode):
+    http, model_b, reference_a, reference_b, mode
+):
     wait = in_background(http, input_ids=PROMPT, sampling_params=LONG, return_logprob=True)
     paused = post_ok(http, "/pause_generation", mode=mode)
     assert paused == {"message": "Generation paused successfully.", "status": "ok"}
@@ -232,8 +282,13 @@ def test_weights_updated_during_a_pause_make_the_tokens_after_it(
         assert http.get("/health").status_code == 503
     flush = http.post("/flush_cache", json={})
     assert flush.status_code == (200 if mode == "retract" else 400)
-    update = post_ok(http, "/update_weights_from_disk", model_path=str(model_b),
-                     weight_version="mid", flush_cache=mode == "retract")
+    update = post_ok(
+        http,
+        "/update_weights_from_disk",
+        model_path=str(model_b),
+        weight_version="mid",
+        flush_cache=mode == "retract",
+    )
     assert update["success"] is True
     continued = post_ok(http, "/continue_generation")
     assert continued == {"message": "Generation continued successfully.", "status": "ok"}
@@ -247,7 +302,8 @@ def test_weights_updated_during_a_pause_make_the_tokens_after_it(
     assert first == {"version": "default", "start": 0, "end": boundary}
     assert second == {"version": "mid", "start": boundary, "end": 600}
     torch.testing.assert_close(
-        found[:boundary], logprobs(reference_a, PROMPT, tokens[:boundary]), atol=1e-4, rtol=0)
+        found[:boundary], logprobs(reference_a, PROMPT, tokens[:boundary]), atol=1e-4, rtol=0
+    )
     recomputed = logprobs(reference_b, PROMPT, tokens)[boundary:]
     if mode == "in_place":
         kept = logprobs_over_old_cache(reference_a, reference_b, PROMPT, tokens, boundary)
@@ -271,8 +327,10 @@ def test_pause_abort_ends_what_is_in_flight_and_new_requests_wait(http):
 
 
 def test_abort_request_ends_one_request_or_all(http):
-    waits = [in_background(http, count, input_ids=PROMPT, sampling_params=LONG, rid=rid)
-             for count, rid in enumerate(("first", "second"), start=1)]
+    waits = [
+        in_background(http, count, input_ids=PROMPT, sampling_params=LONG, rid=rid)
+        for count, rid in enumerate(("first", "second"), start=1)
+    ]
     assert post_ok(http, "/abort_request", rid="second") == ""
     second = waits[1]()
     assert second["meta_info"]["finish_reason"]["type"] == "abort"
@@ -285,17 +343,25 @@ def test_abort_request_ends_one_request_or_all(http):
 
 # ---- weights ----
 
+
 def test_update_from_disk_takes_effect_and_a_bad_path_keeps_the_weights(
-        http, model_b, reference_b, tmp_path):
+    http, model_b, reference_b, tmp_path
+):
     done = post_ok(http, "/update_weights_from_disk", model_path=str(model_b), weight_version="v1")
-    assert done == {"success": True, "num_paused_requests": 0, "message":
-                    "Succeeded to update model weights. Weight version updated to v1."}
-    bad = http.post("/update_weights_from_disk",
-                    json={"model_path": str(tmp_path / "none"), "weight_version": "v2"})
+    assert done == {
+        "success": True,
+        "num_paused_requests": 0,
+        "message": "Succeeded to update model weights. Weight version updated to v1.",
+    }
+    bad = http.post(
+        "/update_weights_from_disk",
+        json={"model_path": str(tmp_path / "none"), "weight_version": "v2"},
+    )
     assert bad.status_code == 400 and bad.json()["success"] is False
     assert set(bad.json()) == {"success", "message", "num_paused_requests"}
-    answer = generate(http, input_ids=PROMPT, return_logprob=True,
-                      sampling_params=GREEDY | {"max_new_tokens": 12})
+    answer = generate(
+        http, input_ids=PROMPT, return_logprob=True, sampling_params=GREEDY | {"max_new_tokens": 12}
+    )
     tokens, found = ids_and_logprobs(answer)
     torch.testing.assert_close(found, logprobs(reference_b, PROMPT, tokens), atol=5e-5, rtol=0)
     assert answer["meta_info"]["weight_versions"] == [{"version": "v1", "start": 0, "end": 12}]
@@ -306,21 +372,29 @@ def test_update_from_tensors_takes_effect_between_begin_and_end_only(http, refer
     def body(reference: Qwen2ForCausalLM, version: str) -> dict[str, Any]:
         named = [(name, tensor.clone()) for name, tensor in reference.state_dict().items()]
         packed = base64.b64encode(pickle.dumps(named)).decode()
-        return {"serialized_named_tensors": [packed], "weight_version": version,
-                "flush_cache": True}
+        return {
+            "serialized_named_tensors": [packed],
+            "weight_version": version,
+            "flush_cache": True,
+        }
 
     early = http.post("/update_weights_from_tensor", json=body(reference_b, "early"))
     assert early.status_code == 400
-    assert early.json() == {"success": False, "message": (
-        "update_weights_from_tensor must run between begin_weight_update() and "
-        "end_weight_update()")}
+    assert early.json() == {
+        "success": False,
+        "message": (
+            "update_weights_from_tensor must run between begin_weight_update() and "
+            "end_weight_update()"
+        ),
+    }
     opened = post_ok(http, "/begin_weight_update")
     done = post_ok(http, "/update_weights_from_tensor", **body(reference_b, "t1"))
     closed = post_ok(http, "/end_weight_update")
     assert opened == closed == {"success": True, "message": "Success"}
     assert done == {"success": True, "message": "Success Weight version updated to t1."}
-    answer = generate(http, input_ids=PROMPT, return_logprob=True,
-                      sampling_params=GREEDY | {"max_new_tokens": 12})
+    answer = generate(
+        http, input_ids=PROMPT, return_logprob=True, sampling_params=GREEDY | {"max_new_tokens": 12}
+    )
     tokens, found = ids_and_logprobs(answer)
     torch.testing.assert_close(found, logprobs(reference_b, PROMPT, tokens), atol=5e-5, rtol=0)
     assert answer["meta_info"]["weight_version"] == "t1"
@@ -328,33 +402,54 @@ def test_update_from_tensors_takes_effect_between_begin_and_end_only(http, refer
 
 def test_update_by_broadcast_takes_effect_between_begin_and_end_only(http, reference_b):
     named = {name: tensor.clone() for name, tensor in reference_b.state_dict().items()}
-    body = {"names": list(named), "dtypes": ["float32"] * len(named), "group_name": "contract",
-            "shapes": [list(tensor.shape) for tensor in named.values()], "weight_version": "d1"}
+    body = {
+        "names": list(named),
+        "dtypes": ["float32"] * len(named),
+        "group_name": "contract",
+        "shapes": [list(tensor.shape) for tensor in named.values()],
+        "weight_version": "d1",
+    }
     joined: list[Any] = []
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    join = threading.Thread(target=lambda: joined.append(post_ok(
-        http, "/init_weights_update_group", master_address="127.0.0.1", master_port=store.port,
-        rank_offset=1, world_size=2, group_name="contract", backend="gloo")))
+    join = threading.Thread(
+        target=lambda: joined.append(
+            post_ok(
+                http,
+                "/init_weights_update_group",
+                master_address="127.0.0.1",
+                master_port=store.port,
+                rank_offset=1,
+                world_size=2,
+                group_name="contract",
+                backend="gloo",
+            )
+        )
+    )
     join.start()
     group = join_group(store, "contract", 0, 2, "gloo", 240.0)
     join.join(240)
-    assert joined == [
-        {"success": True, "message": "Succeeded to initialize custom process group."}]
+    assert joined == [{"success": True, "message": "Succeeded to initialize custom process group."}]
     early = http.post("/update_weights_from_distributed", json=body)
     assert early.status_code == 400 and early.json()["success"] is False
     post_ok(http, "/begin_weight_update")
     done: list[Any] = []
     update = threading.Thread(
-        target=lambda: done.append(post_ok(http, "/update_weights_from_distributed", **body)))
+        target=lambda: done.append(post_ok(http, "/update_weights_from_distributed", **body))
+    )
     update.start()
     for tensor in named.values():
         dist.broadcast(tensor, src=0, group=group)
     update.join(240)
-    assert done == [{"success": True, "message":
-                     "Succeeded to update parameter online. Weight version updated to d1."}]
+    assert done == [
+        {
+            "success": True,
+            "message": "Succeeded to update parameter online. Weight version updated to d1.",
+        }
+    ]
     post_ok(http, "/end_weight_update")
-    answer = generate(http, input_ids=PROMPT, return_logprob=True,
-                      sampling_params=GREEDY | {"max_new_tokens": 12})
+    answer = generate(
+        http, input_ids=PROMPT, return_logprob=True, sampling_params=GREEDY | {"max_new_tokens": 12}
+    )
     tokens, found = ids_and_logprobs(answer)
     torch.testing.assert_close(found, logprobs(reference_b, PROMPT, tokens), atol=5e-5, rtol=0)
     assert answer["meta_info"]["weight_version"] == "d1"
@@ -366,15 +461,21 @@ def test_update_by_broadcast_takes_effect_between_begin_and_end_only(http, refer
 
 
 def test_memory_is_given_up_and_taken_again_around_new_weights(http, model_b, reference_b):
-    """In the order of rollout/turns.py.  SGLang frees nothing on a CPU, but walks the same way."""
+    """In the order of engines/colocation.py.  SGLang frees nothing on a CPU."""
     both = {"tags": ["kv_cache", "weights"]}
     post_ok(http, "/release_memory_occupation", **both)
     post_ok(http, "/resume_memory_occupation", tags=["weights"])
-    post_ok(http, "/update_weights_from_disk", model_path=str(model_b), weight_version="r1",
-            flush_cache=True)
+    post_ok(
+        http,
+        "/update_weights_from_disk",
+        model_path=str(model_b),
+        weight_version="r1",
+        flush_cache=True,
+    )
     post_ok(http, "/resume_memory_occupation", tags=["kv_cache"])
-    answer = generate(http, input_ids=PROMPT, return_logprob=True,
-                      sampling_params=GREEDY | {"max_new_tokens": 12})
+    answer = generate(
+        http, input_ids=PROMPT, return_logprob=True, sampling_params=GREEDY | {"max_new_tokens": 12}
+    )
     tokens, found = ids_and_logprobs(answer)
     torch.testing.assert_close(found, logprobs(reference_b, PROMPT, tokens), atol=5e-5, rtol=0)
 

@@ -12,7 +12,7 @@ import pytest
 from commands import ROOT, metrics
 from compare_runs import unequal_files
 
-from megatron_gpc.mcore.checkpoint_folder import checkpoints
+from megatron_gpc.mcore.checkpoint.folder import checkpoints
 
 STEPS = 3
 

@@ -11,8 +11,8 @@ import pytest
 from commands import ROOT, command_line, metrics
 from compare_runs import unequal_files, untimed
 
-from megatron_gpc.mcore.checkpoint_folder import checkpoints
-from megatron_gpc.stop import marker
+from megatron_gpc.mcore.checkpoint.folder import checkpoints
+from megatron_gpc.run.stop import marker
 
 STEPS = 12
 TRAIN = "slurm/train.sbatch"

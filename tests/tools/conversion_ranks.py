@@ -37,12 +37,12 @@ def logits_of(
     Args:
         checkpoints: name -> Hugging Face folder, distributed checkpoint.
     """
-    from megatron_gpc.layout import read_hf_config
-    from megatron_gpc.mcore.checkpoint import load_weights
+    from megatron_gpc.mcore.checkpoint.checkpoints import load_weights
     from megatron_gpc.mcore.logits import sequence_logits
     from megatron_gpc.mcore.model import build_model
     from megatron_gpc.mcore.weights import load_hf
     from megatron_gpc.weights import family_of, places_of
+    from megatron_gpc.weights.folders import read_hf_config
 
     found = {}
     with groups(config):
@@ -81,14 +81,14 @@ def start_update_save(
 ) -> tuple[Path, dict[str, torch.Tensor]]:
     """Start from model.hf as training does, update once, save; the checkpoint, and the weights as
     weight sync gives them (on rank 0)."""
-    from megatron_gpc.layout import read_hf_config
-    from megatron_gpc.mcore.checkpoint import Checkpoints
-    from megatron_gpc.mcore.checkpoint_folder import checkpoints
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
+    from megatron_gpc.mcore.checkpoint.folder import checkpoints
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
     from megatron_gpc.mcore.weights import Exporter
     from megatron_gpc.metrics.reduce import Sums
     from megatron_gpc.train import _start
     from megatron_gpc.weights import family_of
+    from megatron_gpc.weights.folders import read_hf_config
 
     with groups(config):
         hf_config = read_hf_config(config.model.hf)

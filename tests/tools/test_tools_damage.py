@@ -19,7 +19,7 @@ from tiny import run_config
 from tiny_models import Checkpoints
 from tool_scripts import call
 
-from megatron_gpc.config_file import dump
+from megatron_gpc.config.file import dump
 from megatron_gpc.weights.convert import hf_to_megatron
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"

@@ -14,7 +14,7 @@ from tiny import random_batch, run_config, tiny_qwen2
 from tiny_models import MODELS, Checkpoints, content, make_model, same
 
 from megatron_gpc.algo.clipping import affine_bounds
-from megatron_gpc.rundir import prepare
+from megatron_gpc.run.folder import prepare
 from megatron_gpc.weights.convert import hf_to_megatron, megatron_to_hf
 
 LARGEST = 2e-5

@@ -9,8 +9,8 @@ import torch
 from tiny_models import Checkpoints, content
 from tool_scripts import call
 
+from megatron_gpc.commands.parity import TEXTS, compare, prompts
 from megatron_gpc.errors import UserError
-from megatron_gpc.parity import TEXTS, compare, prompts
 from megatron_gpc.weights import write_hf
 from megatron_gpc.weights.convert import hf_to_megatron
 

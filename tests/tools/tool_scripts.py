@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gpc.tool import run
+from megatron_gpc.commands.script import run
 
 TOOLS = Path(__file__).parents[2] / "tools"
 CARRIED = {  # what a Hugging Face folder may hold besides weights and configuration

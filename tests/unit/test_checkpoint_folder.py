@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gpc.files import problems, problems_of_all, sha256
-from megatron_gpc.mcore import checkpoint_folder as folders
+from megatron_gpc.mcore.checkpoint import folder as folders
+from megatron_gpc.run.files import problems, problems_of_all, sha256
 
 FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "metadata.json")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatron_gpc.config import Config
-from megatron_gpc.config_file import dump, keys, load
+from megatron_gpc.config.file import dump, keys, load
 from megatron_gpc.errors import UserError
 
 MINIMAL = "run_dir: runs/x\nmodel: {hf: start}\ndata: {prompts: p.jsonl, verifier: addition}\n"
@@ -136,7 +136,7 @@ def test_configuration_cannot_be_changed(file):
         ("clip.regions=[]", "clip.regions: name at least one"),
         ("rollout.group_size=1", "rollout.group_size"),
         ("seed", "expected key=value"),
-        ("frobnicate=1", "unknown key 'frobnicate'; all keys are in megatron_gpc/config.py"),
+        ("frobnicate=1", "unknown key 'frobnicate'; all keys are in config/schema.py"),
         ("rollout.server.urls=a:1", "server.urls=a:1': rollout.server.urls.0: expected an"),
         ("rollout.server.urls=[http://a, http://]", "rollout.server.urls.1: expected an address"),
     ],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_gpc import __version__
-from megatron_gpc.launch import run_ranks
-from megatron_gpc.placement import Share
+from megatron_gpc.run.launch import run_ranks
+from megatron_gpc.run.placement import Share
 
 
 def test_ranks_run_this_package_and_not_one_that_lies_in_the_current_folder(

@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 from tiny import run_config
 
+from megatron_gpc.config.layout import check_layout, check_world, world_size
 from megatron_gpc.errors import UserError
-from megatron_gpc.layout import (
-    check_layout,
-    check_world,
-    hf_folder,
-    is_converted,
-    read_hf_config,
-    world_size,
-)
+from megatron_gpc.weights.folders import hf_folder, is_converted, read_hf_config
 
 TURNS = "rollout.server.colocated=true"
 MODEL = {

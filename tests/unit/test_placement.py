@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gpc.config import ParallelConfig
 from megatron_gpc.errors import UserError
-from megatron_gpc.placement import Share, adopt_rank, my_share
+from megatron_gpc.run.placement import Share, adopt_rank, my_share
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -6,7 +6,7 @@ import pytest
 from tiny import run_config
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.rundir import prepare
+from megatron_gpc.run.folder import prepare
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import run_config
 
-from megatron_gpc.config_file import warnings
+from megatron_gpc.config.file import warnings
 
 
 @pytest.mark.parametrize(

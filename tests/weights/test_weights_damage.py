@@ -104,21 +104,36 @@ def test_a_full_disk_is_named_with_tensor_and_file_and_leaves_nothing_behind(sin
     assert names(single) == {SINGLE, "config.json", "generation_config.json"}
 
 
-@pytest.mark.parametrize(("make", "says"), [
-    (lambda f: write_hf(f, [("a", torch.ones(1))], source=f), "is not an empty folder"),
-    (lambda f: write_hf(f / SINGLE, [("a", torch.ones(1))], source=f), "is not an empty folder"),
-    (lambda f: write_hf(f / "out", [("a", torch.ones(1))], source=f.parent),
-     "has no config.json"),
-    (lambda f: write_hf(f / "out", [], source=f), "no tensors to write"),
-    (lambda f: write_hf(f / "out", [("a", torch.ones(1).double())], source=f),
-     "a is torch.float64; a checkpoint holds float32, bfloat16, float16"),
-    (lambda f: write_hf(f / SINGLE / "out", [("a", torch.ones(1))], source=f),
-     "cannot be written: "),
-    (lambda f: write_single(f / "absent", [("a", torch.ones(1))]),
-     "cannot be written: No such file or directory"),
-])
-def test_what_cannot_be_written_is_said(make: Callable[[Path], None], says: str,
-                                        single: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda f: write_hf(f, [("a", torch.ones(1))], source=f), "is not an empty folder"),
+        (
+            lambda f: write_hf(f / SINGLE, [("a", torch.ones(1))], source=f),
+            "is not an empty folder",
+        ),
+        (
+            lambda f: write_hf(f / "out", [("a", torch.ones(1))], source=f.parent),
+            "has no config.json",
+        ),
+        (lambda f: write_hf(f / "out", [], source=f), "no tensors to write"),
+        (
+            lambda f: write_hf(f / "out", [("a", torch.ones(1).double())], source=f),
+            "a is torch.float64; a checkpoint holds float32, bfloat16, float16",
+        ),
+        (
+            lambda f: write_hf(f / SINGLE / "out", [("a", torch.ones(1))], source=f),
+            "cannot be written: ",
+        ),
+        (
+            lambda f: write_single(f / "absent", [("a", torch.ones(1))]),
+            "cannot be written: No such file or directory",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_said(
+    make: Callable[[Path], None], says: str, single: Path
+) -> None:
     before = names(single), names(single.parent)
     with pytest.raises(UserError) as refusal:
         make(single)

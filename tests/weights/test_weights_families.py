@@ -16,26 +16,61 @@ from megatron_gpc.weights import FAMILIES, family_of
 
 QWEN2: dict[str, Any] = {
     # Qwen2.5-Math-1.5B as its config.json on the hub is (transformers 4.44)
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 1536, "initializer_range": 0.02,
-    "intermediate_size": 8960, "max_position_embeddings": 4096, "max_window_layers": 21,
-    "model_type": "qwen2", "num_attention_heads": 12, "num_hidden_layers": 28,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 10000,
-    "sliding_window": 4096, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    "transformers_version": "4.44.0", "use_cache": True, "use_mrope": False,
-    "use_sliding_window": False, "vocab_size": 151936,
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "initializer_range": 0.02,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 4096,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.0",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
 }
 QWEN3_MOE: dict[str, Any] = {
     # Qwen3-30B-A3B (transformers 4.51)
-    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
-    "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
-    "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
-    "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
-    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
-    "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
-    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
     "vocab_size": 151936,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
@@ -48,10 +83,23 @@ def rewritten(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("config", [
-    QWEN2, QWEN3_MOE, {**QWEN2, "rope_scaling": YARN}, {**QWEN2, "rope_scaling": {
-        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}},
-], ids=["qwen2", "qwen3_moe", "yarn", "yarn-old-key"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        QWEN2,
+        QWEN3_MOE,
+        {**QWEN2, "rope_scaling": YARN},
+        {
+            **QWEN2,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+    ],
+    ids=["qwen2", "qwen3_moe", "yarn", "yarn-old-key"],
+)
 def test_both_generations_of_transformers_read_the_same(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -64,16 +112,27 @@ def test_both_generations_of_transformers_read_the_same(
 
 
 def test_a_config_with_only_what_differs_from_defaults_reads_the_same() -> None:
-    left_out = ("hidden_act", "rms_norm_eps", "rope_theta", "attention_dropout", "sliding_window",
-                "use_sliding_window", "max_window_layers")
+    left_out = (
+        "hidden_act",
+        "rms_norm_eps",
+        "rope_theta",
+        "attention_dropout",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+    )
     short = {key: value for key, value in QWEN2.items() if key not in left_out}
     family = family_of(QWEN2)
     assert family.model_fields(short) == family.model_fields(QWEN2)
 
 
 def test_defaults_are_those_of_transformers() -> None:
-    names = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "qwen2_moe": "Qwen2MoeConfig",
-             "qwen3_moe": "Qwen3MoeConfig"}
+    names = {
+        "qwen2": "Qwen2Config",
+        "qwen3": "Qwen3Config",
+        "qwen2_moe": "Qwen2MoeConfig",
+        "qwen3_moe": "Qwen3MoeConfig",
+    }
     assert names.keys() == FAMILIES.keys()
     for model_type, name in names.items():
         theirs = getattr(transformers, name)()
@@ -86,8 +145,11 @@ def test_defaults_are_those_of_transformers() -> None:
 
 def test_tables_name_exactly_the_tensors_of_the_checkpoint(checkpoint: Checkpoint) -> None:
     params = family_of(checkpoint.config).params(checkpoint.config)
-    listed = {name: shape for param in params
-              for name, shape in zip(param.hf, param.hf_shapes, strict=True)}
+    listed = {
+        name: shape
+        for param in params
+        for name, shape in zip(param.hf, param.hf_shapes, strict=True)
+    }
     real = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors().items()}
     assert listed == real
     assert len({param.megatron for param in params}) == len(params)
@@ -110,8 +172,12 @@ def test_fields_of_qwen25_math() -> None:
     assert fields.transformer["num_query_groups"] == 2
     assert fields.transformer["add_qkv_bias"] is True
     assert fields.transformer["activation_func"] == "silu"
-    assert fields.gpt == {"share_embeddings_and_output_weights": True, "rotary_base": 10000,
-                          "position_embedding_type": "rope", "rotary_percent": 1.0}
+    assert fields.gpt == {
+        "share_embeddings_and_output_weights": True,
+        "rotary_base": 10000,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+    }
     assert (fields.vocab_size, fields.max_position_embeddings) == (151936, 4096)
     assert (fields.qk_layernorm, fields.dtype, fields.notes) == (False, "bfloat16", ())
     assert fields.config_attributes == {}
@@ -135,45 +201,65 @@ def test_dropout_is_left_out_and_said_so() -> None:
 
 
 def test_an_unknown_model_type_is_refused_with_those_supported() -> None:
-    with pytest.raises(UserError, match="'llama' is not supported; supported are qwen2, qwen3, "
-                       "qwen2_moe, qwen3_moe"):
+    with pytest.raises(
+        UserError,
+        match="'llama' is not supported; supported are qwen2, qwen3, qwen2_moe, qwen3_moe",
+    ):
         family_of({"model_type": "llama"})
     with pytest.raises(UserError, match="model_type=None"):
         family_of({})
 
 
-@pytest.mark.parametrize(("base", "change", "says"), [
-    (QWEN2, {"hidden_size": None}, "lacks hidden_size"),
-    (QWEN2, {"hidden_size": "1536"}, "hidden_size must be a positive whole number, got '1536'"),
-    (QWEN2, {"vocab_size": 0}, "vocab_size must be a positive whole number"),
-    (QWEN2, {"num_attention_heads": 7}, "num_key_value_heads=2 does not divide"),
-    (QWEN2, {"hidden_size": 1537}, "num_attention_heads=12 does not divide hidden_size=1537"),
-    (QWEN2, {"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
-    (QWEN2, {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
-    (QWEN2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
-    (QWEN2, {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
-    (QWEN2, {"layer_types": ["sliding_attention", "full_attention"]},
-     "layer_types sliding_attention not supported"),
-    (QWEN2, {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-    (QWEN2, {"rope_theta": 0}, "rope_theta must be a positive number"),
-    (QWEN2, {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-     "rope type 'dynamic' is not supported, only default, linear, yarn"),
-    (QWEN2, {"rope_scaling": {"type": "linear"}}, "lacks factor"),
-    (QWEN2, {"rope_scaling": {**YARN, "long_factor": [1.0]}}, "rope setting long_factor"),
-    (QWEN2, {"rope_scaling": {**YARN, "factor": 1.0, "attention_factor": 1.2}},
-     "attention_factor needs factor > 1"),
-    (QWEN2, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
-     "rope_parameters must be one set of values"),
-    (QWEN2, {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-     "partial_rotary_factor is not supported"),
-    (QWEN3_MOE, {"attention_bias": True}, "attention_bias=True is not supported, only False"),
-    (QWEN3_MOE, {"num_experts": None}, "lacks num_experts"),
-    (QWEN3_MOE, {"num_experts_per_tok": 129}, "num_experts_per_tok=129 is more than"),
-    (QWEN3_MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_topk_prob=true"),
-    (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive"),
-    (QWEN3_MOE, {"mlp_only_layers": 3}, "mlp_only_layers must be a list, got 3"),
-    (QWEN2, {"layer_types": 1}, "layer_types must be a list, got 1"),
-])
+@pytest.mark.parametrize(
+    ("base", "change", "says"),
+    [
+        (QWEN2, {"hidden_size": None}, "lacks hidden_size"),
+        (QWEN2, {"hidden_size": "1536"}, "hidden_size must be a positive whole number, got '1536'"),
+        (QWEN2, {"vocab_size": 0}, "vocab_size must be a positive whole number"),
+        (QWEN2, {"num_attention_heads": 7}, "num_key_value_heads=2 does not divide"),
+        (QWEN2, {"hidden_size": 1537}, "num_attention_heads=12 does not divide hidden_size=1537"),
+        (QWEN2, {"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
+        (QWEN2, {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        (QWEN2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+        (QWEN2, {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        (
+            QWEN2,
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types sliding_attention not supported",
+        ),
+        (QWEN2, {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        (QWEN2, {"rope_theta": 0}, "rope_theta must be a positive number"),
+        (
+            QWEN2,
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' is not supported, only default, linear, yarn",
+        ),
+        (QWEN2, {"rope_scaling": {"type": "linear"}}, "lacks factor"),
+        (QWEN2, {"rope_scaling": {**YARN, "long_factor": [1.0]}}, "rope setting long_factor"),
+        (
+            QWEN2,
+            {"rope_scaling": {**YARN, "factor": 1.0, "attention_factor": 1.2}},
+            "attention_factor needs factor > 1",
+        ),
+        (
+            QWEN2,
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "rope_parameters must be one set of values",
+        ),
+        (
+            QWEN2,
+            {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is not supported",
+        ),
+        (QWEN3_MOE, {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        (QWEN3_MOE, {"num_experts": None}, "lacks num_experts"),
+        (QWEN3_MOE, {"num_experts_per_tok": 129}, "num_experts_per_tok=129 is more than"),
+        (QWEN3_MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_topk_prob=true"),
+        (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive"),
+        (QWEN3_MOE, {"mlp_only_layers": 3}, "mlp_only_layers must be a list, got 3"),
+        (QWEN2, {"layer_types": 1}, "layer_types must be a list, got 1"),
+    ],
+)
 def test_what_megatron_cannot_follow_is_refused_by_field(
     base: dict[str, Any], change: dict[str, Any], says: str
 ) -> None:

@@ -33,14 +33,17 @@ def test_a_checkpoint_of_any_family_comes_back_bit_for_bit_from_one_file_and_fro
     checkpoint: Checkpoint, tmp_path: Path, max_shard_bytes: int
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    write_hf(first, through_megatron(checkpoint, checkpoint.folder), source=checkpoint.folder,
-             max_shard_bytes=max_shard_bytes)
+    write_hf(
+        first,
+        through_megatron(checkpoint, checkpoint.folder),
+        source=checkpoint.folder,
+        max_shard_bytes=max_shard_bytes,
+    )
     write_hf(second, through_megatron(checkpoint, first), source=first)
     assert (SINGLE in names(first)) == (max_shard_bytes == 10**9)
     assert same(content(first), checkpoint.tensors())
     assert same(content(second), checkpoint.tensors())
-    assert (second / "config.json").read_bytes() == (
-        checkpoint.folder / "config.json").read_bytes()
+    assert (second / "config.json").read_bytes() == (checkpoint.folder / "config.json").read_bytes()
     assert names(tmp_path) == {"first", "second"}
 
 
@@ -67,17 +70,19 @@ def test_a_tensor_larger_than_the_bound_has_a_file_of_its_own(tmp_path: Path, si
 
 
 def test_mixed_dtypes_and_odd_sizes_stay_readable(tmp_path: Path, single: Path) -> None:
-    tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2, 1),
-               "c": torch.tensor(2.0), "d": torch.arange(6.0).reshape(2, 3).T}
+    tensors = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.ones(2, 1),
+        "c": torch.tensor(2.0),
+        "d": torch.arange(6.0).reshape(2, 3).T,
+    }
     write_hf(tmp_path / "out", tensors.items(), source=single)
     assert same(content(tmp_path / "out"), tensors)
     reader = HFReader(tmp_path / "out")
     assert same({name: reader.get(name) for name in reader}, tensors)
 
 
-def test_more_tensors_than_a_header_holds_go_to_the_next_file(
-    tmp_path: Path, single: Path
-) -> None:
+def test_more_tensors_than_a_header_holds_go_to_the_next_file(tmp_path: Path, single: Path) -> None:
     tensors = {f"{'x' * 1000}.{i}": torch.full((2,), float(i)) for i in range(300)}
     write_hf(tmp_path / "out", tensors.items(), source=single)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
@@ -85,8 +90,14 @@ def test_more_tensors_than_a_header_holds_go_to_the_next_file(
 
 
 def test_tokenizer_template_and_generation_config_go_along(tmp_path: Path, single: Path) -> None:
-    carried = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-               "chat_template.jinja", "LICENSE"}
+    carried = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "LICENSE",
+    }
     for name in carried | {"README.md", "optimizer.pt"}:
         (single / name).write_text(name)
     write_hf(tmp_path / "out", [("a", torch.ones(2))], source=single)
@@ -135,8 +146,10 @@ def test_weight_sync_replaces_one_file_at_once(tmp_path: Path) -> None:
 
         write_single(tmp_path, second())
         assert not reader.get_tensor("a").any()
-    assert same(load_file(tmp_path / SINGLE),
-                {"a": torch.ones(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)})
+    assert same(
+        load_file(tmp_path / SINGLE),
+        {"a": torch.ones(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)},
+    )
     assert names(tmp_path) == {SINGLE}
 
 
@@ -158,6 +171,10 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path, single: Path) -> None:
     write_hf(tmp_path / "large", tensors, source=single)
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "large"), str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=60, check=True)
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert (tmp_path / "out" / SINGLE).stat().st_size > 8 * size
     assert int(done.stdout) < 2 * size + 2**24  # one tensor, and the next before it is let go

@@ -21,8 +21,15 @@ if importlib.util.find_spec("mbridge") is None or importlib.util.find_spec("eino
 cpu.install()
 
 # mbridge knows no dense layers in a mixture of experts, and names experts as grouped GEMM does
-NAMES = ["qwen2-untied", "qwen2-tied", "qwen2-one-kv-head", "qwen3", "qwen3-tied", "qwen3_moe",
-         "qwen2_moe"]
+NAMES = [
+    "qwen2-untied",
+    "qwen2-tied",
+    "qwen2-one-kv-head",
+    "qwen3",
+    "qwen3-tied",
+    "qwen3_moe",
+    "qwen2_moe",
+]
 
 
 def bridge_for(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -32,8 +39,12 @@ def bridge_for(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
     kind = _MODEL_REGISTRY[checkpoint.config["model_type"]]
     # a tied model changes this mapping for every later one
     monkeypatch.setattr(kind, "_DIRECT_MAPPING", dict(kind._DIRECT_MAPPING))
-    bridge = kind(transformers.AutoConfig.from_pretrained(checkpoint.folder), torch.float32,
-                  ParallelStates(vpp_size=None), make_vocab_size_divisible_by=128)
+    bridge = kind(
+        transformers.AutoConfig.from_pretrained(checkpoint.folder),
+        torch.float32,
+        ParallelStates(vpp_size=None),
+        make_vocab_size_divisible_by=128,
+    )
     bridge.vocab_size = checkpoint.config["vocab_size"]
     bridge.padded_vocab_size = -(-bridge.vocab_size // 128) * 128
     return bridge

@@ -30,8 +30,15 @@ def numbered(*shape: int, start: int = 0) -> Tensor:
 
 def qkv_param(groups: int, per_group: int, head_dim: int, hidden: int) -> Param:
     q, kv = groups * per_group * head_dim, groups * head_dim
-    return Param("linear_qkv.weight", ("q", "k", "v"), ((q, hidden), (kv, hidden), (kv, hidden)),
-                 (q + 2 * kv, hidden), "qkv", 0, groups=groups)
+    return Param(
+        "linear_qkv.weight",
+        ("q", "k", "v"),
+        ((q, hidden), (kv, hidden), (kv, hidden)),
+        (q + 2 * kv, hidden),
+        "qkv",
+        0,
+        groups=groups,
+    )
 
 
 GATE_UP = Param("linear_fc1.weight", ("gate", "up"), ((8, 3), (8, 3)), (16, 3), "gate_up", 0)
@@ -59,8 +66,12 @@ def test_every_family_comes_back_bit_for_bit(
 
 
 @settings(max_examples=50, deadline=None)
-@given(groups=st.integers(1, 4), per_group=st.integers(1, 5), head_dim=st.integers(1, 4),
-       hidden=st.integers(1, 3))
+@given(
+    groups=st.integers(1, 4),
+    per_group=st.integers(1, 5),
+    head_dim=st.integers(1, 4),
+    hidden=st.integers(1, 3),
+)
 def test_qkv_goes_group_by_group_query_key_value(
     groups: int, per_group: int, head_dim: int, hidden: int
 ) -> None:
@@ -118,17 +129,30 @@ def test_padded_vocabulary_divides_by_an_unusual_tp() -> None:
     assert padded_vocab_size(151936) == 151936
 
 
-@pytest.mark.parametrize(("make", "says"), [
-    (lambda: to_megatron(ROW, [numbered(3, 9)]), "down has shape [3, 9], expected [3, 8]"),
-    (lambda: to_megatron(GATE_UP, [numbered(8, 3), numbered(8, 3).half()]),
-     "up is torch.float16, but gate is torch.float32"),
-    (lambda: to_hf(VOCAB, numbered(131, 3)), "output_layer.weight has shape [131, 3], expected"),
-    (lambda: shard(GATE_UP, numbered(16, 3), 0, 3),
-     "linear_fc1.weight: tensor parallelism 3 does not divide its dimension 0 of 8"),
-    (lambda: shard(ROW, numbered(3, 4), 0, 2), "has shape [3, 4], expected [3, 8]"),
-    (lambda: unshard(ROW, [numbered(3, 4), numbered(3, 5)]), "part 1 of 2 has shape [3, 5]"),
-    (lambda: unshard(NORM, [numbered(2)]), "final_layernorm.weight has shape [2], expected [3]"),
-])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: to_megatron(ROW, [numbered(3, 9)]), "down has shape [3, 9], expected [3, 8]"),
+        (
+            lambda: to_megatron(GATE_UP, [numbered(8, 3), numbered(8, 3).half()]),
+            "up is torch.float16, but gate is torch.float32",
+        ),
+        (
+            lambda: to_hf(VOCAB, numbered(131, 3)),
+            "output_layer.weight has shape [131, 3], expected",
+        ),
+        (
+            lambda: shard(GATE_UP, numbered(16, 3), 0, 3),
+            "linear_fc1.weight: tensor parallelism 3 does not divide its dimension 0 of 8",
+        ),
+        (lambda: shard(ROW, numbered(3, 4), 0, 2), "has shape [3, 4], expected [3, 8]"),
+        (lambda: unshard(ROW, [numbered(3, 4), numbered(3, 5)]), "part 1 of 2 has shape [3, 5]"),
+        (
+            lambda: unshard(NORM, [numbered(2)]),
+            "final_layernorm.weight has shape [2], expected [3]",
+        ),
+    ],
+)
 def test_misfits_are_refused_by_name_and_shape(make, says: str) -> None:
     with pytest.raises(UserError) as refusal:
         make()

@@ -27,9 +27,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_gpc.config_file import load
-from megatron_gpc.launch import run_ranks
-from megatron_gpc.placement import Share
+from megatron_gpc.config.file import load
+from megatron_gpc.run.launch import run_ranks
+from megatron_gpc.run.placement import Share
 from megatron_gpc.weights import family_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,8 +64,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(folder: Path) -> dict[str, float]:
     """What every rank does; medians [s], and bytes."""
-    from megatron_gpc.mcore.checkpoint import Checkpoints
-    from megatron_gpc.mcore.checkpoint_folder import final_name
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
+    from megatron_gpc.mcore.checkpoint.folder import final_name
     from megatron_gpc.mcore.policy import Policy
     from megatron_gpc.mcore.setup import process_groups, sum_over_ranks
     from megatron_gpc.types import TrainState

@@ -22,12 +22,12 @@ import uvicorn
 from rich.table import Table
 
 from megatron_gpc.config import Config
-from megatron_gpc.config_file import load
-from megatron_gpc.launch import free_port
+from megatron_gpc.config.file import load
+from megatron_gpc.engines.fleet import Engines
+from megatron_gpc.engines.starter import Starter
 from megatron_gpc.rollout.collector import Collector
-from megatron_gpc.rollout.engine_start import Starter
-from megatron_gpc.rollout.engines import Engines
 from megatron_gpc.rollout.prompts import PromptSource
+from megatron_gpc.run.launch import free_port
 from megatron_gpc.types import Prompt
 
 VERSION = "0"

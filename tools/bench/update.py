@@ -38,10 +38,10 @@ from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.algo.policy_loss import PolicyLoss, policy_loss
 from megatron_gpc.batching import mini_batches, pack
-from megatron_gpc.config_file import load
-from megatron_gpc.launch import run_ranks
+from megatron_gpc.config.file import load
 from megatron_gpc.metrics.reduce import Sums
-from megatron_gpc.placement import Share
+from megatron_gpc.run.launch import run_ranks
+from megatron_gpc.run.placement import Share
 from megatron_gpc.types import Bounds, Prompt, RolloutBatch, Sample
 from megatron_gpc.weights import family_of
 

@@ -1,0 +1,41 @@
+"""The configuration of a run.
+
+schema (every key, its default, its meaning), types (what keys are made of), file (YAML and
+overrides), layout (how many processes; layouts that cannot work).
+"""
+
+from megatron_gpc.config.schema import (
+    CheckpointConfig,
+    ClipConfig,
+    Config,
+    DataConfig,
+    DiagnosticsConfig,
+    EvalConfig,
+    GuardConfig,
+    MegatronConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RolloutConfig,
+    ServerConfig,
+    SGLangConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ClipConfig",
+    "Config",
+    "DataConfig",
+    "DiagnosticsConfig",
+    "EvalConfig",
+    "GuardConfig",
+    "MegatronConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RolloutConfig",
+    "SGLangConfig",
+    "ServerConfig",
+    "TrainConfig",
+]

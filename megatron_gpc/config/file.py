@@ -1,0 +1,212 @@
+"""From a YAML file and `key=value` overrides to a Config, and back.
+
+Imports no torch, so that a wrong key is reported in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_gpc.config import Config
+from megatron_gpc.config.types import Part
+from megatron_gpc.errors import UserError
+
+
+def keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every key that can be set, sections left out."""
+    found = {}
+    for name, kind in typing.get_type_hints(section, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            found.update(keys(kind, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, check everything.
+
+    A file may say `extends: FILE`: it has that file's keys, where it does not set them itself.
+    Relative paths in a file are relative to it, those in overrides to the current folder.
+
+    Raises:
+        UserError: unreadable file, unknown key (names the nearest valid one), wrong type or value.
+    """
+    flat, origin = _read(Path(path))
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise UserError(f"override {override!r}: expected key=value")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, brackets
+            value = text
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        given = _flatten(nested, f"override {override!r}")
+        flat.update(_resolve_paths(given, Path.cwd()))
+        origin.update(dict.fromkeys(given, f"override {override!r}"))
+    return _build(flat, str(path), origin)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML leaves to chance: a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Dotted key -> value of a file, over those of the file that it extends; and key -> file."""
+    try:
+        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
+    name, path, base = str(path), path.resolve(), content.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: extends: expected the name of a file, got {base!r}")
+    if path in extended_by:
+        raise UserError(f"{path}: extends itself: {' -> '.join(map(str, (*extended_by, path)))}")
+    below, origin = {}, {}
+    if base is not None:
+        below, origin = _read(path.parent / base, (*extended_by, path))
+    own = _resolve_paths(_flatten(content, name), path.parent)
+    return below | own, origin | dict.fromkeys(own, name)
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed but hardly meant, a sentence each."""
+    found = []
+    train = config.train
+    if train.mini_batches * train.epochs == 1 and train.old_logprobs == "trainer":
+        found.append(
+            "clipping is inert: with one update a rollout (train.mini_batches * epochs = 1) and "
+            "train.old_logprobs=trainer every ratio is 1, so no threshold can act and "
+            f"clip.schedule={config.clip.schedule} changes nothing; raise train.mini_batches or "
+            "train.epochs, or set train.old_logprobs=rollout"
+        )
+    return found
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` gives the same configuration back."""
+    plain = TypeAdapter(Config).dump_python(config, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, width=100)
+
+
+def _flatten(content: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted keys, every one checked to exist."""
+    valid = keys()
+    sections = {
+        name.rsplit(".", depth)[0] for name in valid for depth in range(1, name.count(".") + 1)
+    }
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key in sections:
+            if value is None:  # `clip:` with nothing below it
+                continue
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{source}: {key} is a section; set its keys, such as "
+                    f"{next(k for k in valid if k.startswith(key + '.'))}"
+                )
+            flat.update(_flatten(value, source, key + "."))
+        elif key in valid:
+            if typing.get_origin(valid[key]) is dict and isinstance(value, dict):
+                flat.update({f"{key}.{field}": inner for field, inner in value.items()})
+            else:
+                flat[key] = value
+        else:
+            raise UserError(f"{source}: unknown key {key!r}{_nearest(key, [*valid, *sections])}")
+    return flat
+
+
+def _nearest(key: str, valid: typing.Iterable[str]) -> str:
+    names = list(valid)
+    match = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not match:  # right name, wrong section
+        last = key.rsplit(".", 1)[-1]
+        match = [name for name in names if name.rsplit(".", 1)[-1] == last][:1]
+    return f"; did you mean {match[0]!r}?" if match else "; all keys are in config/schema.py"
+
+
+def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Absolute, and still a link where it is one: an environment's interpreter is, to another's."""
+    valid = keys()
+    is_path = {key for key, kind in valid.items() if kind is Path or Path in typing.get_args(kind)}
+    is_part = {key for key, kind in valid.items() if _names_parts(kind)}
+
+    def resolve(value: str) -> str:
+        try:
+            path = base / Path(value).expanduser()
+            name = path.name if path.name != ".." else ""
+            return str((path.parent if name else path).resolve() / name)
+        except (RuntimeError, ValueError) as error:  # ~nobody; a NUL
+            raise UserError(f"{value!r} cannot be a path: {error}") from None
+
+    def resolve_part(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve_part(item) for item in value]
+        file, colon, name = str(value).rpartition(":")
+        is_file = isinstance(value, str) and file.endswith(".py")
+        return resolve(file) + colon + name if is_file else value
+
+    resolved = dict(flat)
+    for key, value in flat.items():
+        if key in is_path and isinstance(value, str):
+            resolved[key] = resolve(value)
+        elif key in is_part:
+            resolved[key] = resolve_part(value)
+    return resolved
+
+
+def _names_parts(kind: Any) -> bool:
+    """Whether values of this type are names of parts, or lists of them."""
+    return isinstance(kind, Part) or any(map(_names_parts, typing.get_args(kind)))
+
+
+def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
+    """`origin` says what to blame for the keys that are not the file's."""
+    # Without a required section pydantic would name the section, not the key.
+    nested: dict[str, Any] = {"model": {}, "data": {}}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        here = nested
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[name] = value
+    try:
+        return TypeAdapter(Config).validate_python(nested)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            what = problem["msg"].replace("Input", "input").removeprefix("Value error, ")
+            what += f", got {problem['input']!r}"
+            if problem["type"] == "missing":
+                what = "is required"
+            blamed = next((origin[k] for k in origin if f"{key}.".startswith(f"{k}.")), file)
+            lines.append(f"{blamed}: {key}: {what}")
+        raise UserError("; ".join(lines)) from None

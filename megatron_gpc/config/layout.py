@@ -1,0 +1,170 @@
+"""Parallel layout: how many processes a run has, and layouts that cannot work, refused by name.
+
+Imports no torch: a layout is refused before any process starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_gpc.config import Config, ParallelConfig
+from megatron_gpc.errors import UserError
+
+_NEED_CUDA = {  # fields of megatron-core's dataclasses
+    "transformer": (
+        *("fp8", "fp4", "tp_comm_overlap", "cpu_offloading", "fine_grained_activation_offloading"),
+        *("gradient_accumulation_fusion", "apply_rope_fusion", "fused_single_qkv_rope"),
+        *("masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm"),
+        *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "moe_enable_deepep"),
+        *("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"),
+    ),
+    "ddp": ("nccl_ub",),
+    "optimizer": ("use_precision_aware_optimizer", "optimizer_cpu_offload"),
+}
+
+
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Processes that hold one copy of the policy."""
+    return parallel.tp * parallel.pp * parallel.cp
+
+
+def world_size(parallel: ParallelConfig) -> int:
+    """Processes that `megatron-gpc train` starts when nobody else started them."""
+    return model_parallel_size(parallel) * (parallel.dp or 1)
+
+
+def check_world(parallel: ParallelConfig, started: int) -> None:
+    """Hold the number of processes that torchrun or srun started to the configured layout.
+
+    Raises:
+        UserError: `started` is no multiple of tp * pp * cp, or contradicts parallel.dp.
+    """
+    copy = model_parallel_size(parallel)
+    if started % copy:
+        raise UserError(
+            f"{started} processes were started, but parallel.tp * pp * cp = {copy} does not divide "
+            f"that; start a multiple of {copy}"
+        )
+    if parallel.dp is not None and started != copy * parallel.dp:
+        raise UserError(
+            f"{started} processes were started, but parallel.tp * pp * cp * dp = "
+            f"{copy * parallel.dp}; start that many, or leave parallel.dp out"
+        )
+
+
+def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
+    """Refuse layouts that contradict themselves, the model or the machine.
+
+    Args:
+        config: the run.
+        hf: the model's config.json; None where model.build has yet to make it, then only what does
+            not depend on the model is checked.
+        cuda: whether the run has CUDA devices.
+
+    Raises:
+        UserError: names the key and what would be valid.
+    """
+    p = config.parallel
+    if (p.vpp or 1) > 1 and p.pp == 1:
+        raise UserError(f"parallel.vpp={p.vpp} needs parallel.pp > 1; leave vpp out")
+    if p.sequence_parallel and p.tp == 1:
+        raise UserError("parallel.sequence_parallel=true needs parallel.tp > 1")
+    if not cuda:
+        _check_cpu(config)
+    if p.ep > 1 and (p.dp or 1) * p.cp % p.ep:
+        raise UserError(f"parallel.ep={p.ep} must divide parallel.dp * cp = {(p.dp or 1) * p.cp}")
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    if samples < config.train.mini_batches:
+        raise UserError(
+            f"train.mini_batches={config.train.mini_batches} is more than the samples of a step, "
+            f"rollout.prompts_per_step * group_size = {samples}"
+        )
+    r = config.rollout
+    if r.max_staleness == 0 and (r.overlap or r.partial):
+        name = "overlap" if r.overlap else "partial"
+        raise UserError(
+            f"rollout.{name}=true makes samples of older weights, and rollout.max_staleness=0 "
+            "forbids them; set rollout.max_staleness to 1 or more"
+        )
+    if r.server.colocated and r.replay is None:
+        _check_colocated(config, cuda)
+    if r.server.urls and r.server.urls_file:
+        raise UserError(
+            "rollout.server.urls and rollout.server.urls_file both name the engines; leave one out"
+        )
+    if r.server.port and r.server.port + r.server.engines - 1 > 65535:
+        raise UserError(
+            f"rollout.server.port={r.server.port}: {r.server.engines} engines need as many ports "
+            "from there on, and the last is 65535"
+        )
+    precision_aware = config.megatron.optimizer.get("use_precision_aware_optimizer")
+    if config.diagnostics.entropy_change and precision_aware:
+        raise UserError(
+            "diagnostics.entropy_change=true needs fp32 gradients and weights in the optimizer; "
+            "leave megatron.optimizer.use_precision_aware_optimizer out"
+        )
+    if hf is not None:
+        _check_model(p, hf)
+
+
+def _check_colocated(config: Config, cuda: bool) -> None:
+    server, sglang = config.rollout.server, config.sglang
+    reasons = {
+        "rollout.overlap=true samples while the policy trains": config.rollout.overlap,
+        "engines at rollout.server.urls or urls_file were not started for it, and only the run "
+        "itself can end one that keeps its memory": bool(server.urls or server.urls_file),
+        "rollout.server.sync=distributed makes trainer and engine two ranks of one GPU, which NCCL "
+        "refuses (take disk or tensor)": server.sync == "distributed",
+        "rollout.server.router=true asks engines for tokens to see whether they are well, also "
+        "when they have no weights": server.router,
+        "sglang.args.enable_memory_saver=false keeps the engines' memory": (
+            server.kind == "sglang" and sglang.args.get("enable_memory_saver") is False
+        ),
+        "SGLang has GPU memory to release, and this machine has no GPU (the embedded server can "
+        "take turns on a CPU)": server.kind == "sglang" and not cuda,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"rollout.server.colocated=true cannot work: {reason}")
+
+
+def _check_cpu(config: Config) -> None:
+    for section, names in _NEED_CUDA.items():
+        for name in names:
+            value = getattr(config.megatron, section).get(name)
+            if value and value != "none":
+                raise UserError(
+                    f"megatron.{section}.{name}={value} needs CUDA and transformer-engine, which "
+                    "this machine has not; leave it out on a CPU"
+                )
+
+
+def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:
+    for key in ("num_attention_heads", "num_hidden_layers"):
+        if not isinstance(hf.get(key), int):
+            raise UserError(f"model.hf: config.json lacks {key}, or it is no whole number")
+    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
+    experts = hf.get("num_experts", hf.get("num_local_experts")) or 0  # transformers 4, 5
+    groups = hf.get("num_key_value_heads") or heads
+    if heads % p.tp:
+        raise UserError(f"parallel.tp={p.tp} does not divide the model's {heads} attention heads")
+    if groups % p.tp and p.tp % groups:
+        raise UserError(
+            f"parallel.tp={p.tp}: neither divides the model's {groups} key-value heads "
+            "nor is a multiple of them"
+        )
+    width = hf.get("moe_intermediate_size") if experts else hf.get("intermediate_size")
+    if isinstance(width, int) and width % p.tp:
+        raise UserError(f"parallel.tp={p.tp} does not divide the feed-forward size {width}")
+    stages = p.pp * (p.vpp or 1)
+    if layers % stages:
+        keys = f"parallel.pp * vpp = {stages}" if p.vpp else f"parallel.pp={p.pp}"
+        raise UserError(f"{keys} does not divide the model's {layers} layers")
+    if p.ep > 1 and not experts:
+        raise UserError(f"parallel.ep={p.ep}: the model has no experts")
+    if experts and experts % p.ep:
+        raise UserError(f"parallel.ep={p.ep} does not divide the model's {experts} experts")
+    if experts and p.tp > 1 and not p.sequence_parallel:
+        raise UserError(
+            "a mixture of experts with parallel.tp > 1 needs parallel.sequence_parallel=true"
+        )

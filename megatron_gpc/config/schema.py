@@ -1,0 +1,379 @@
+"""The configuration: frozen dataclasses, filled by config/file.py.
+
+Every default stands here and only here.  Nothing is configured through environment variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_gpc.config.types import (
+    Arguments,
+    Counts,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Part,
+    PositiveFloat,
+    PositiveInt,
+    Regions,
+    Urls,
+    section,
+)
+
+
+@section
+class ParallelConfig:
+    """How the policy is laid out over processes: tp * pp * cp * dp of them."""
+
+    tp: PositiveInt = 1
+    """Tensor parallelism: every matrix is cut into tp parts."""
+    pp: PositiveInt = 1
+    """Pipeline parallelism: the layers are cut into pp stages."""
+    vpp: PositiveInt | None = None
+    """Virtual pipeline: model chunks a stage (interleaved schedule); needs pp > 1."""
+    cp: PositiveInt = 1
+    """Context parallelism: every sequence is cut into cp parts."""
+    ep: PositiveInt = 1
+    """Expert parallelism, inside the data-parallel ranks; for mixture-of-experts models."""
+    dp: PositiveInt | None = None
+    """Data parallelism.  Left out it follows from the number of processes; `megatron-gpc train`
+    starting its own processes then takes 1."""
+    sequence_parallel: bool = False
+    """Cut activations between matrices along the sequence; needs tp > 1."""
+
+
+@section
+class ModelConfig:
+    """The policy."""
+
+    hf: Path
+    """Hugging Face checkpoint folder to start from (config.json, safetensors, tokenizer), or what
+    tools/convert_hf_to_megatron.py made of one."""
+    build: Path | None = None
+    """Python script that makes that folder where it is missing; called with the folder's path."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations.  The optimizer keeps fp32 either way."""
+
+
+@section
+class DataConfig:
+    """Prompts: JSON lines with `prompt` and `label` (for the verifier).
+
+    A prompt that is text is taken as it is; one that is a list of messages ({role, content}) goes
+    through the chat template of the model's tokenizer.
+    """
+
+    prompts: Path
+    """Prompts to train on; shuffled anew every epoch, from the run's seed."""
+    verifier: str
+    """Name of the reward function, from megatron_gpc.rewards."""
+    chat_template: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false} for Qwen3."""
+
+
+@section
+class ServerConfig:
+    """Where rollouts come from: engines, servers with SGLang's HTTP interface."""
+
+    kind: Literal["embedded", "sglang"] = "embedded"
+    """What is started on this machine where neither urls nor urls_file names running servers: the
+    project's own server, or SGLang (see the section `sglang`)."""
+    engines: PositiveInt = 1
+    """How many are started."""
+    port: typing.Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the first that is started, the others follow it; 0: any that are free."""
+    urls: Urls = ()
+    """Addresses of running servers, such as http://10.0.0.7:30000; one or a list."""
+    urls_file: Path | None = None
+    """File with one such address a line, written by whoever starts the servers; waited for."""
+    router: bool = False
+    """Put sglang-router in front of the engines; weights and pauses go to the engines directly."""
+    api_key_file: Path | None = None
+    """File with the key that the servers ask for; also of those that are started."""
+    start_timeout_s: PositiveFloat = 180.0
+    """How long a server may take to become healthy [s]."""
+    request_timeout_s: PositiveFloat = 300.0
+    """How long one HTTP request may take [s]."""
+    sync_timeout_s: PositiveFloat = 300.0
+    """How long one part of a weight update may take [s]."""
+    retries: NonNegativeInt = 4
+    """How often a failed request is sent again, to another engine where there is one."""
+    max_in_flight: PositiveInt = 256
+    """Samples that an engine is asked for at the same time."""
+    max_restarts: NonNegativeInt = 20
+    """How often engines that died are started again, over a run."""
+    sync: Literal["disk", "tensor", "distributed"] = "disk"
+    """How new weights reach the engines: safetensors in a shared folder; inside requests, a bucket
+    at a time; or by broadcast in a process group of trainer and engines (NCCL, or gloo on CPUs)."""
+    colocated: bool = False
+    """Engines and policy take turns on the same GPUs: engines give up weights and cache while the
+    policy trains, and the policy's optimizer state and gradients wait in CPU memory while they
+    generate."""
+    bucket_mb: PositiveInt = 256
+    """Most that is gathered and sent at once with `tensor` and `distributed` [MiB]."""
+    probe_tokens: NonNegativeInt = 8
+    """Tokens that every engine samples after an update, to be held against the trainer's log-probs;
+    0: none."""
+    probe_tolerance: PositiveFloat = 0.05
+    """Largest difference of a log-prob in that comparison [nats]; bf16 needs the default, fp32
+    agrees within 1e-4."""
+
+
+@section
+class SGLangConfig:
+    """How SGLang is started, for rollout.server.kind=sglang.
+
+    It has an environment and pins of its own: trainer and SGLang meet over HTTP only.
+    """
+
+    python: Path | None = None
+    """Interpreter of the environment that SGLang is installed in; left out, this one's."""
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of the installed SGLang by name: {tp_size: 2, disable_overlap_schedule: true} is
+    --tp-size 2 --disable-overlap-schedule."""
+    environment: dict[str, typing.Annotated[str, Field(coerce_numbers_to_str=True)]] = (
+        dataclasses.field(default_factory=dict)
+    )
+    """Environment variables of the server."""
+
+
+@section
+class RolloutConfig:
+    """What is sampled in one training step."""
+
+    prompts_per_step: PositiveInt = 32
+    """P: prompts of a training step."""
+    group_size: typing.Annotated[int, Field(ge=2)] = 8
+    """G: samples a prompt; their mean reward is the baseline, so at least 2."""
+    max_response_tokens: PositiveInt = 256
+    """Responses are cut at this length."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probs, ratios and entropies are those of this distribution."""
+    filter: Literal["none", "mixed"] = "none"
+    """`mixed`: groups that are all right or all wrong give no gradient; they are dropped and the
+    next prompts asked for instead (dynamic sampling, DAPO)."""
+    refill_limit: typing.Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+    """With filter=mixed at most so many times prompts_per_step are asked for; what is then missing
+    is filled with uniform groups."""
+    oversample: typing.Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Ask for so many times prompts_per_step, train on the groups that end first, abort the rest;
+    their prompts come back in the next step."""
+    partial: bool = False
+    """Aborted samples go on in the next step, under the next weights, instead of starting anew."""
+    overlap: bool = False
+    """Sample for the next step while this one trains: samples are one weight version older."""
+    max_staleness: NonNegativeInt = 1
+    """Weight versions that a sample's oldest token may lie behind; older ones are made anew."""
+    overlong: Literal["keep", "drop", "penalty"] = "keep"
+    """Responses cut at max_response_tokens: `keep` trains on them as they were judged, `drop` does
+    not train on them (they still count in their group's baseline), `penalty` takes up to 1 from the
+    reward over the last overlong_buffer tokens (DAPO, eq. 13)."""
+    overlong_buffer: PositiveInt = 64
+    """Tokens over which `penalty` grows from 0 to 1."""
+    save_samples: bool = False
+    """Keep every step's samples as run_dir/samples/step_NNNNNN.parquet: to be looked at
+    (`megatron-gpc samples`) and to be trained on again (rollout.replay)."""
+    replay: Path | None = None
+    """Folder of a run whose saved samples are trained on, step by step, instead of new ones; no
+    server is needed then, and nothing is evaluated."""
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+
+
+@section
+class TrainConfig:
+    """One training step: a rollout, then mini_batches * epochs updates of the policy."""
+
+    steps: PositiveInt = 100
+    """T: training steps of the run; the clip schedule stretches over them."""
+    mini_batches: PositiveInt = 4
+    """Updates an epoch: the rollout is cut into so many mini-batches."""
+    epochs: PositiveInt = 2
+    """Passes over the rollout."""
+    micro_batch_size: PositiveInt = 8
+    """Most sequences of one forward pass on one data-parallel rank; changes memory, never
+    numbers."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens of one forward pass, prompts included; a longer sequence goes alone.  Left out,
+    micro_batch_size is the only limit."""
+    advantage: Literal["std", "mean"] = "std"
+    """Reward minus the group's mean, divided by the group's standard deviation (GRPO) or not
+    (`mean`, Dr. GRPO)."""
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """Denominator of the importance ratio: recomputed by the trainer before the first update, or
+    as the server returned it."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Importance weight for samples that other numbers or older weights made, w = exp(old log-prob
+    - rollout's log-prob): `truncate` takes min(w, correction_cap), `mask` w where it lies within
+    [1 / correction_cap, correction_cap] and 0 elsewhere."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """w of each token, or the product over a response, the same for all of its tokens."""
+    correction_cap: typing.Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    """Where weights are truncated or masked."""
+    entropy_coef: FiniteFloat = 0.0
+    """Weight of an entropy bonus in the objective; 0 keeps no state for its gradient."""
+    logit_chunk_tokens: PositiveInt = 1024
+    """Tokens whose fp32 logits exist at the same time in log-prob and entropy."""
+
+
+@section
+class OptimConfig:
+    """Adam (megatron-core's).  Everything else it offers is under `megatron.optimizer`."""
+
+    lr: PositiveFloat = 1e-6
+    """Learning rate after warm-up."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where cosine and linear decay end."""
+    warmup_updates: NonNegativeInt = 0
+    """Updates in which the learning rate rises from 0."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the learning rate over all updates of the run."""
+    beta1: typing.Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: typing.Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 turns clipping of the gradient off."""
+    distributed: bool = True
+    """Cut optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
+
+
+@section
+class ClipConfig:
+    """Flexible entropy control (arXiv 2602.09782): how far the importance ratio may move."""
+
+    schedule: typing.Annotated[str, Part("static", "hi", "lo", "id", "did", "od")] = "id"
+    """`static`: [1 - eps_low, 1 + eps_high] throughout (PPO, GRPO; DAPO with eps_high 0.28);
+    `hi` and `lo`: Hi(p) above or Lo(p) below throughout, the other side standard; `id`: entropy up,
+    then down; `did`: down, up, down; `od`: oscillation that decays.  Or your own, as
+    `package.module:name` or `path/to/file.py:name` (docs/extend.md)."""
+    schedule_arguments: Arguments = dataclasses.field(default_factory=dict)
+    """Passed to a schedule of your own by keyword."""
+    eps_low: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Standard lower threshold (eps_std in the paper)."""
+    eps_high: PositiveFloat = 0.2
+    """Standard upper threshold (eps_std in the paper)."""
+    phase_split: typing.Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """s: share of the run that phase 1 of `id` and `did` takes."""
+    hi_slope: FiniteFloat = -0.25
+    """a_hi in Hi(p) = a_hi p + b_hi, the upper threshold that raises entropy."""
+    hi_intercept: PositiveFloat = 0.5
+    """b_hi."""
+    lo_slope: FiniteFloat = -0.13
+    """a_lo in Lo(p) = a_lo p + b_lo, the lower threshold that lowers entropy."""
+    lo_intercept: typing.Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """b_lo."""
+    od_floor: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """H_min / H_init: the entropy at which `od` turns to raising it, as a share of the first."""
+    regions: Regions = ("e1", "e2", "e3", "e4")
+    """Entropy regions (docs/entropy.md) whose tokens give gradient, one or a list; for controlled
+    runs.  The loss is still divided by the number of ALL response tokens.  With fewer than four,
+    tokens of no region give none either."""
+
+
+@section
+class DiagnosticsConfig:
+    """What a step measures of itself at the price of further passes over its samples."""
+
+    entropy_change: bool = False
+    """How much the step's updates changed mean entropy on the step's own samples (`dh_measured`),
+    and its exact directional derivative along the way the weights went (`dh_directional`).  One
+    forward and backward pass before the updates, one forward pass after them, and memory for one
+    more fp32 gradient."""
+
+
+@section
+class EvalConfig:
+    """Sampling on held-out prompts, before the first and after the last step."""
+
+    prompts: Path | None = None
+    """Held-out prompts, in the format of data.prompts.  Left out, nothing is evaluated."""
+    samples: PositiveInt = 64
+    """Samples a prompt."""
+    every: NonNegativeInt = 0
+    """Evaluate every so many steps as well; 0: only before and after."""
+    temperature: PositiveFloat | None = None
+    """Sampling temperature; left out, rollout.temperature."""
+    top_p: typing.Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens that have this probability together; 1: among all."""
+    top_k: typing.Annotated[int, Field(ge=-1)] = -1
+    """Draw among so many likeliest tokens; -1: among all."""
+    max_response_tokens: PositiveInt | None = None
+    """Responses are cut at this length; left out, rollout.max_response_tokens."""
+    pass_k: Counts = ()
+    """pass@k is given for these k, one or a list, each at most `samples`; left out, for the
+    powers of two up to it."""
+
+
+@section
+class CheckpointConfig:
+    """What is kept to continue from."""
+
+    every: NonNegativeInt = 20
+    """Save every so many training steps, and after the last; 0: only after the last."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept.  An old one is removed only after a new one is complete."""
+    keep_every: NonNegativeInt = 0
+    """Those of every so many-th step are kept for good; 0: none."""
+    asynchronous: bool = False
+    """Write in the background while training goes on; see docs/checkpoints.md for what it costs."""
+
+
+@section
+class GuardConfig:
+    """When a run ends itself instead of going on in vain."""
+
+    max_skipped_updates: NonNegativeInt = 3
+    """An update whose loss or gradient is not finite is left out and its mini-batch is saved in
+    run_dir/skipped; one more of them than this, over the whole run, ends it."""
+    silent_minutes: NonNegativeFloat = 30.0
+    """How long one part of a step (rollout, evaluation, an update, a checkpoint) may take [min].
+    A rank that is silent for longer writes the stacks of its threads to run_dir/logs and ends the
+    run; 0: never."""
+
+
+@section
+class MegatronConfig:
+    """megatron-core's own settings, by the names of its dataclasses, for what has no key above."""
+
+    transformer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of megatron.core.transformer.TransformerConfig."""
+    ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of megatron.core.distributed.DistributedDataParallelConfig."""
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of megatron.core.optimizer.OptimizerConfig."""
+
+
+@section
+class Config:
+    """A run."""
+
+    run_dir: Path
+    """Folder of the run: resolved configuration, metrics, plots, checkpoints."""
+    model: ModelConfig
+    data: DataConfig
+    seed: NonNegativeInt = 0
+    """Decides every random choice: prompt order, samples, mini-batches."""
+    resume: Literal["auto", "none"] = "auto"
+    """`auto`: continue from run_dir's newest checkpoint; `none`: set an old run_dir aside and
+    start over."""
+    timeout_s: PositiveFloat = 600.0
+    """How long a rank waits for the others before the run ends with an error [s]."""
+    plots: bool = True
+    """Draw plots.png at the end, which takes seconds; `megatron-gpc plot` draws it at any time."""
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    sglang: SGLangConfig = dataclasses.field(default_factory=SGLangConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
+    diagnostics: DiagnosticsConfig = dataclasses.field(default_factory=DiagnosticsConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)

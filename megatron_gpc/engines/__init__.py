@@ -1,0 +1,1 @@
+"""Who samples: rollout engines that are started or found, watched, asked and given weights."""

@@ -1,0 +1,126 @@
+"""What a rollout server may answer: nothing unchecked becomes training data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+
+LOGPROB_TOLERANCE = 1e-3
+"""A log-probability above 0 by more than this is no rounding error."""
+
+
+class RolloutError(RuntimeError):
+    """The server could not do what was asked of it.
+
+    The command line prints it alone, without a traceback, and exits with code 1: it is neither the
+    user's input nor this code that failed.
+    """
+
+
+class ServerUnavailable(RolloutError):
+    """No connection, no answer in time, or an error of the server's own (5xx), every time."""
+
+
+class RequestRefused(RolloutError):
+    """The server says that the request is wrong (4xx); asking again would not help."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class MalformedAnswer(RolloutError):
+    """An answer that cannot be true: nothing in it may be trained on."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sample, checked."""
+
+    token_ids: tuple[int, ...]
+    """The stop token included."""
+    logprobs: tuple[float, ...]
+    """Of each token [nats], under the temperature-scaled distribution."""
+    text: str
+    finish_reason: Literal["stop", "length", "abort"]
+    weight_versions: tuple[tuple[str, int, int], ...]
+    """(version, start, end): which weights made the tokens start <= i < end."""
+    weight_version: str
+    """Version when the sample ended."""
+
+
+def read_generation(
+    answer: Any, rid: str, sampling_params: dict[str, Any], vocab_size: int | None
+) -> Generation:
+    """One answer of /generate, checked.
+
+    Raises:
+        MalformedAnswer: names the rid and what is wrong.
+    """
+
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise MalformedAnswer(f"request {rid}: {problem}")
+
+    try:
+        meta, ids, text = answer["meta_info"], answer["output_ids"], answer["text"]
+        reason = meta["finish_reason"]["type"]
+        version = meta["weight_version"]
+        pairs = meta["output_token_logprobs"]
+        logprobs = [pair[0] for pair in pairs]
+        # Older servers name one version for the whole sample.
+        spans = tuple(
+            (span["version"], span["start"], span["end"])
+            for span in meta.get(
+                "weight_versions", [{"version": version, "start": 0, "end": len(ids)}]
+            )
+        )
+        paired_ids = [pair[1] for pair in pairs]
+    except (KeyError, TypeError, IndexError) as error:
+        raise MalformedAnswer(f"request {rid}: {type(error).__name__}: {error}") from None
+    require(reason in ("stop", "length", "abort"), f"unknown finish reason {reason!r}")
+    require(bool(ids) or reason == "abort", "no tokens")
+    require(paired_ids == ids, f"{len(pairs)} log-probs do not belong to {len(ids)} tokens")
+    limit = sampling_params.get("max_new_tokens")
+    require(limit is None or len(ids) <= limit, f"{len(ids)} tokens, more than the {limit} allowed")
+    for token, logprob in zip(ids, logprobs, strict=True):
+        require(
+            type(token) is int and token >= 0 and (vocab_size is None or token < vocab_size),
+            f"token {token!r} is not in the vocabulary",
+        )
+        require(
+            isinstance(logprob, float | int)
+            and math.isfinite(logprob)
+            and logprob <= LOGPROB_TOLERANCE,
+            f"log-prob {logprob!r} of token {token}",
+        )
+    bounds = [0, *(end for _, _, end in spans)]
+    require(
+        [start for _, start, _ in spans] == bounds[:-1] and bounds[-1] == len(ids),
+        f"weight versions {spans} do not cover {len(ids)} tokens",
+    )
+    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans, version)
+
+
+def answer_json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise MalformedAnswer(f"{response.url}: not JSON: {error}") from None
+
+
+def error_message(response: httpx.Response) -> str:
+    """The error's text, whichever of SGLang's shapes it has."""
+    try:
+        content = response.json()
+    except ValueError:
+        return response.text.strip()[:500]
+    if isinstance(content, dict):
+        error = content.get("error")
+        if isinstance(error, dict):
+            return str(error.get("message"))
+        return str(content.get("message", content))
+    return str(content)[:500]

@@ -1,0 +1,381 @@
+"""The engines that make rollouts: started or found, watched, started again, asked in turn.
+
+An engine is `ready` (answers, with the current weights), `stale` (answers, but has missed weights)
+or `down`.  One that dies is started again; with sync=disk it takes the current weights from the
+shared folder at once, otherwise at the next hand-over.  The run goes on while one engine is ready.
+
+All of it happens on an event loop in a thread of its own, so that samples can be made while the
+trainer trains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from megatron_gpc.engines.answers import (
+    Generation,
+    MalformedAnswer,
+    RolloutError,
+    ServerUnavailable,
+)
+from megatron_gpc.engines.client import Request, SGLangClient, attempt_rid
+from megatron_gpc.engines.process import ServerError, ServerProcess, SGLangServer
+from megatron_gpc.engines.starter import Starter
+from megatron_gpc.run.launch import own_address
+
+T = TypeVar("T")
+P = TypeVar("P", bound=ServerProcess)
+Memory = Literal["weights", "kv_cache"]
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+WATCH_S = 1.0
+"""How often engines are looked at [s]."""
+LONG_S = 3600.0
+"""Backstop for what has deadlines of its own [s]."""
+
+
+class WeightsNeeded(RolloutError):
+    """Engines answer, but none has the current weights: hand them over again."""
+
+
+@dataclasses.dataclass(eq=False)
+class Engine:
+    """One server."""
+
+    number: int
+    url: str
+    client: SGLangClient
+    tp_size: int = 1
+    process: ServerProcess | None = None
+    """None where others started it."""
+    state: Literal["ready", "stale", "down"] = "stale"
+    in_flight: int = 0
+    reviving: asyncio.Task[None] | None = None
+    released: set[Memory] = dataclasses.field(default_factory=set)
+    """What it has given up, see colocation.py."""
+    problem: str = ""
+    """Why it is down."""
+
+    def fail(self, error: BaseException) -> None:
+        self.state, self.problem = "down", f"{self.url}: {error or type(error).__name__}"
+
+
+class Engines:
+    """All engines of a run.  Use as `with Engines(...) as engines`.
+
+    Args:
+        starter: how engines are started or found.
+    """
+
+    def __init__(self, starter: Starter):
+        self.starter, self.config = starter, starter.config
+        self.engines: list[Engine] = []
+        self.current: tuple[str, str] | None = None
+        """(folder, version) that a restarted engine can read; None: weights come otherwise."""
+        self.version: str | None = None
+        """What ready engines have."""
+        self.asleep = False
+        """Whether the GPUs are the policy's (colocation.py); no engine is started then."""
+        self.counts = Counter(faults_restarts=0, faults_retries=0, faults_malformed=0)
+        """Engines started again, requests sent again, answers refused; since this start."""
+        self.router: SGLangServer | None = None
+        self._router_client: SGLangClient | None = None
+        self._changed = asyncio.Event()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="rollout", daemon=True)
+        # The kernel ends a server when the thread that started it ends: these live as long as we.
+        self._starters = ThreadPoolExecutor(self.config.engines + 1, "starter")
+        self._closing = False
+        self._asked: list[Engine] = []
+        self._probes = itertools.count()
+
+    # ---- life ----
+
+    def __enter__(self) -> Engines:
+        """Start or find the engines; does not wait for them, see `await_started`."""
+        self._thread.start()
+        self._starting = asyncio.run_coroutine_threadsafe(self._start(), self.loop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        self._starting.cancel()
+        with suppress(RuntimeError, TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(30)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        for process in [e.process for e in self.engines] + [self.router]:
+            if process is not None:
+                process.stop()
+        self._starters.shutdown(wait=True, cancel_futures=True)
+
+    def await_started(self) -> None:
+        """Wait until all engines are up, at the start of a run.
+
+        Raises:
+            ServerError: one did not start.
+            ServerUnavailable: one that others started does not answer.
+            UserError: urls_file or api_key_file cannot be used.
+        """
+        self._starting.result(self.config.start_timeout_s + 60)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do it on the engines' loop and wait for it; from any other thread."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(LONG_S)
+
+    async def _start(self) -> None:
+        starter = self.starter
+        urls = await starter.running_urls()
+        if urls:
+            self.engines = [Engine(i, url, starter.client(url)) for i, url in enumerate(urls)]
+            timeout_s = self.config.start_timeout_s
+            await asyncio.gather(*(e.client.wait_until_healthy(timeout_s) for e in self.engines))
+            for engine in self.engines:
+                engine.tp_size = int((await engine.client.server_info()).get("tp_size", 1))
+        else:
+            starts = [
+                self._launch(starter.engine, i, starter.port(i)) for i in range(self.config.engines)
+            ]
+            self.engines = [
+                Engine(i, process.url, starter.client(process.url), starter.tp_size, process)
+                for i, process in enumerate(await asyncio.gather(*starts))
+            ]
+        if self.config.router:
+            urls = [engine.url for engine in self.engines]
+            self.router = await self._launch(starter.router, urls)
+            self._router_client = starter.client(self.router.url, router=True)
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _launch(self, start: Callable[..., P], *arguments: Any) -> P:
+        """Have a thread that lives as long as this object start a process."""
+        return await self.loop.run_in_executor(self._starters, start, *arguments)
+
+    async def _close(self) -> None:
+        for task in asyncio.all_tasks():
+            if task is not asyncio.current_task():
+                task.cancel()
+        for client in [e.client for e in self.engines] + [self._router_client]:
+            if client is not None:
+                await client.close()
+
+    # ---- supervision ----
+
+    async def _watch(self) -> None:
+        while not self._closing:
+            for engine in self.engines:
+                if engine.process is not None and not engine.process.alive():
+                    engine.fail(engine.process.failure("has ended"))
+                idle = engine.reviving is None or engine.reviving.done()
+                if engine.state == "down" and idle and not self.asleep:
+                    engine.reviving = asyncio.create_task(self._revive(engine))
+            await asyncio.sleep(WATCH_S)
+
+    async def _revive(self, engine: Engine) -> None:
+        """Bring it back to `stale`, and with sync=disk to `ready`."""
+        if engine.process is not None and (engine.released or not engine.process.alive()):
+            if self.counts["faults_restarts"] >= self.config.max_restarts:
+                return
+            self.counts["faults_restarts"] += 1
+            try:
+                await self.loop.run_in_executor(self._starters, engine.process.stop)
+                engine.released.clear()
+                port = int(engine.url.rpartition(":")[2])
+                engine.process = await self._launch(self.starter.engine, engine.number, port)
+            except ServerError as error:
+                engine.fail(error)
+                return
+        elif not await engine.client.health():
+            return
+        engine.state = "stale"
+        if self.current is not None:
+            folder, version = self.current
+            with _failing(engine):
+                await engine.client.update_weights_from_disk(folder, version)
+                if (folder, version) == self.current:
+                    engine.state = "ready"
+        self._changed.set()
+
+    def ready(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.state == "ready"]
+
+    def alive(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.state != "down"]
+
+    # ---- weights ----
+
+    @property
+    def trainer_address(self) -> str:
+        """Where engines find this process, for the group of sync=distributed."""
+        here = all(urlsplit(engine.url).hostname in LOOPBACK for engine in self.engines)
+        return "127.0.0.1" if here else own_address()
+
+    def await_alive(self) -> None:
+        """Wait until one engine answers.
+
+        Raises:
+            ServerUnavailable: none did in time; says what became of each.
+        """
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while not self.alive():
+            if time.monotonic() > deadline:
+                raise self.lost("no rollout engine is left")
+            time.sleep(0.1)
+
+    def begin_each(
+        self, engines: Sequence[Engine], call: Callable[[Engine], Awaitable[Any]]
+    ) -> Callable[[], None]:
+        """Start `call` on those of the engines that live; the returned function waits for all.
+
+        An engine whose call fails or is late is down from then on.
+        """
+
+        async def one(engine: Engine) -> None:
+            with _failing(engine):
+                async with asyncio.timeout(self.config.sync_timeout_s):
+                    await call(engine)
+
+        async def every() -> None:
+            await asyncio.gather(*(one(e) for e in engines if e.state != "down"))
+
+        started = asyncio.run_coroutine_threadsafe(every(), self.loop)
+        return lambda: started.result(LONG_S)
+
+    def each(self, engines: Sequence[Engine], call: Callable[[Engine], Awaitable[Any]]) -> None:
+        """`begin_each`, and wait."""
+        self.begin_each(engines, call)()
+
+    def confirm(self, engines: Sequence[Engine], version: str) -> None:
+        """Ask for their weight version; those that say `version` are ready, all others stale."""
+        for engine in self.alive():
+            engine.state = "stale"
+        self.version = version
+
+        async def ask(engine: Engine) -> None:
+            found = (await engine.client.model_info())["weight_version"]
+            if found != version:
+                raise MalformedAnswer(f"reports weight version {found!r} after {version!r}")
+            engine.state = "ready"
+
+        self.each(engines, ask)
+
+    # ---- samples ----
+
+    async def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Samples from whichever engine has most room; on the engines' loop.
+
+        What fails or is malformed is counted and asked for again, elsewhere where possible.
+
+        Raises:
+            WeightsNeeded: engines live, but have missed weights.
+            ServerUnavailable, MalformedAnswer: no good answer in `retries + 1` attempts.
+            RequestRefused: 4xx.
+        """
+        for attempt in range(1, self.config.retries + 2):
+            engine = await self._pick()
+            engine.in_flight += len(requests)
+            client = self._router_client or engine.client
+            try:
+                made = await client.generate_many(
+                    [
+                        dataclasses.replace(r, rid=r.rid and attempt_rid(r.rid, attempt))
+                        for r in requests
+                    ],
+                    attempts=1,
+                )
+                self._check_versions(engine, made)
+                return made
+            except (ServerUnavailable, MalformedAnswer) as error:
+                malformed = isinstance(error, MalformedAnswer)
+                self.counts["faults_malformed" if malformed else "faults_retries"] += 1
+                if not malformed and not await engine.client.health():
+                    engine.fail(error)
+                if attempt > self.config.retries:
+                    raise
+                await asyncio.sleep(min(0.05 * 2**attempt, 5.0))
+            finally:
+                engine.in_flight -= len(requests)
+        raise AssertionError("the loop ends by returning or raising")
+
+    def _check_versions(self, engine: Engine, made: Sequence[Generation]) -> None:
+        """Weights do not change while samples are made, so only one version can be right."""
+        found = {version for generation in made for version, _, _ in generation.weight_versions}
+        if found - {self.version}:
+            engine.state = "stale"
+            raise MalformedAnswer(
+                f"{engine.url}: samples made by weights {sorted(found)}, expected "
+                f"{self.version!r}; does someone else use this server?"
+            )
+
+    async def ask_each(self, request: Request) -> list[Generation]:
+        """One sample of every ready engine, in their order; `check_probe` judges them."""
+        self._asked = []
+        found: list[Generation] = []
+        for engine in self.ready():
+            with _failing(engine):
+                asked = dataclasses.replace(request, rid=f"{request.rid}-{next(self._probes)}")
+                (generation,) = await engine.client.generate_many([asked])
+                found.append(generation)
+                self._asked.append(engine)
+        return found
+
+    def check_probe(self, gaps: Sequence[float]) -> bool:
+        """Take out engines whose log-probs differ from the trainer's; whether one is left.
+
+        Args:
+            gaps: largest difference for each engine of the last `ask_each` [nats].
+        """
+        for engine, gap in zip(self._asked, gaps, strict=True):
+            if not gap <= self.config.probe_tolerance:
+                engine.fail(
+                    MalformedAnswer(
+                        f"its log-probs differ from the trainer's by {gap:.3g} after an update "
+                        f"(rollout.server.probe_tolerance={self.config.probe_tolerance:g})"
+                    )
+                )
+        return bool(self.ready())
+
+    async def _pick(self) -> Engine:
+        """The ready engine with most room; waits for one that is being started."""
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while not self.ready():
+            if self.current is None and self.alive():
+                raise WeightsNeeded("no engine has the current weights")
+            if time.monotonic() > deadline or self.exhausted():
+                raise self.lost("no rollout engine is left")
+            self._changed.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), WATCH_S)
+        return min(self.ready(), key=lambda engine: engine.in_flight)
+
+    def exhausted(self) -> bool:
+        """All are down, and none may be started again."""
+        return self.counts["faults_restarts"] >= self.config.max_restarts and all(
+            e.state == "down" and e.process is not None and not e.process.alive()
+            for e in self.engines
+        )
+
+    def lost(self, what: str) -> ServerUnavailable:
+        """The error that ends the run, with what is known of every engine."""
+        problems = "\n".join(engine.problem for engine in self.engines if engine.problem)
+        return ServerUnavailable(
+            f"{what} ({self.counts['faults_restarts']} restarts, "
+            f"rollout.server.max_restarts={self.config.max_restarts}):\n{problems}"
+        )
+
+
+@contextmanager
+def _failing(engine: Engine) -> Iterator[None]:
+    """Marks an engine as down where the block fails for the engine's reasons."""
+    try:
+        yield
+    except (RolloutError, TimeoutError) as error:
+        engine.fail(error)

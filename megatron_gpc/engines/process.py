@@ -1,0 +1,276 @@
+"""Starts rollout servers as processes of their own and sees to it that they end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from megatron_gpc.engines.answers import RolloutError
+from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, free_port, own_search_path
+
+STOP_TIMEOUT_S = 5.0
+"""How long a server may take to end by itself before it is killed."""
+KILL_TIMEOUT_S = 60.0
+"""How long a busy machine may take to be rid of one that was killed."""
+LOG_LINES = 20
+
+
+class ServerError(RolloutError):
+    """A server did not start; the message has the end of its log."""
+
+
+class ServerProcess:
+    """A server for the time of a `with` block.
+
+    It also ends when the thread that started it ends, in whatever way (the kernel sees to that), so
+    start it from a thread that lives long enough.
+
+    Args:
+        name: for messages.
+        command: what to run.
+        environment: all of its environment.
+        log_file: file that the server's output is appended to.
+        pass_fds: file descriptors that it inherits.
+    """
+
+    url: str
+    end_signal = signal.SIGTERM
+    """What asks it to end."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log_file: Path,
+        pass_fds: Sequence[int] = (),
+    ):
+        self.name = name
+        self._log = Path(log_file)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=pass_fds,
+                preexec_fn=_before_it_runs,
+                start_new_session=True,  # for `stop`
+            )
+
+    def failure(self, what: str) -> ServerError:
+        """An error about this server that ends with what it logged last."""
+        lines = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return ServerError(f"{self.name} {what}; last lines of {self._log}:\n" + "\n".join(lines))
+
+    def ended(self) -> ServerError:
+        """The error for a server that ended while starting; waits for its end."""
+        self.stop()
+        return self.failure(f"ended while starting (exit code {self._process.returncode})")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End the server; killed where it does not end in time.  Does nothing the second time."""
+        if self.alive():
+            self._process.send_signal(self.end_signal)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):  # its own processes too: SGLang has several
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(KILL_TIMEOUT_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _before_it_runs() -> None:
+    die_with_parent()
+    for one in (signal.SIGUSR1, STACKS_SIGNAL):  # Slurm sends them to every process of a step
+        signal.signal(one, signal.SIG_IGN)
+
+
+class EmbeddedServer(ServerProcess):
+    """The project's own server.
+
+    Args:
+        model_path: Hugging Face checkpoint folder, tokenizer included.
+        log_file: file that the server's output is appended to.
+        host: address that it listens on.
+        port: 0 takes any that is free.
+        api_key_file: file with the key that it asks for.
+        start_timeout_s: how long it may take until it answers [s].
+        dtype: of weights and activations; "auto" takes the checkpoint's.
+        threads: CPU threads of the engine.
+        max_running: sequences decoded at the same time.
+
+    Raises:
+        ServerError: it ended while starting or was not up in time; with the end of its log.
+    """
+
+    end_signal = signal.SIGINT  # SIGTERM it ignores: see server.py
+
+    def __init__(
+        self,
+        model_path: Path,
+        log_file: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key_file: Path | None = None,
+        start_timeout_s: float = 180.0,
+        dtype: str = "auto",
+        threads: int = 1,
+        max_running: int = 256,
+    ):
+        receiver, sender = os.pipe()
+        try:
+            super().__init__(
+                "the embedded server",
+                [
+                    *(sys.executable, "-P", "-m", "megatron_gpc.server.app"),
+                    *("--model-path", str(model_path), "--dtype", dtype),
+                    *("--host", host, "--port", str(port), "--port-fd", str(sender)),
+                    *(("--api-key-file", str(api_key_file)) if api_key_file else ()),
+                    *("--parent", str(os.getpid()), "--threads", str(threads)),
+                    *("--max-running-requests", str(max_running)),
+                ],
+                {
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(threads),
+                    "PYTHONPATH": own_search_path(),
+                    "PYTHONUNBUFFERED": "1",
+                    "HF_HUB_OFFLINE": "1",
+                },
+                log_file,
+                pass_fds=[sender],
+            )
+        finally:
+            os.close(sender)  # or the end of the server would never show as the end of the pipe
+        try:
+            self.url = f"http://{host}:{self._await_port(receiver, start_timeout_s)}"
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            os.close(receiver)
+
+    def _await_port(self, receiver: int, timeout_s: float) -> int:
+        """The port, which the server sends once it listens; an ended server closes the pipe."""
+        deadline = time.monotonic() + timeout_s
+        sent = b""
+        while not sent.endswith(b"\n"):
+            left = max(deadline - time.monotonic(), 0.0)
+            if not select.select([receiver], [], [], left)[0]:
+                raise self.failure(f"was not up after {timeout_s:g} s")
+            piece = os.read(receiver, 16)
+            if not piece:
+                raise self.ended()
+            sent += piece
+        return int(sent)
+
+
+class SGLangServer(ServerProcess):
+    """SGLang, or its router, in an environment of its own; on 127.0.0.1, if no host is given.
+
+    Its own processes end with it: SGLang asks the kernel for that, as we do.
+
+    Args:
+        module: `sglang.launch_server` or `sglang_router.launch_router`.
+        python: interpreter of the environment that it is installed in.
+        args: arguments by name; True is a bare flag, False and None leave it out, a list repeats;
+            without a `port` among them any that is free is taken.
+        environment: in addition to this process's.
+        log_file: file that the server's output is appended to.
+        start_timeout_s: how long it may take until it is healthy [s].
+        health: where it says whether it is.
+
+    Raises:
+        ServerError: it ended while starting or was not healthy in time; with the end of its log.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        python: Path,
+        args: Mapping[str, Any],
+        environment: Mapping[str, str],
+        log_file: Path,
+        start_timeout_s: float,
+        health: str = "/health",
+    ):
+        given = {"host": "127.0.0.1", **args}
+        given["port"] = given.get("port") or free_port(given["host"])
+        self.url = f"http://{given['host']}:{given['port']}"
+        super().__init__(
+            module.partition(".")[0],
+            [str(python), "-P", "-m", module, *command_line_arguments(given)],
+            {"HF_HUB_OFFLINE": "1", **_without_ranks(os.environ), **environment},
+            log_file,
+        )
+        try:
+            self._await_health(health, start_timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _await_health(self, path: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with httpx.Client(base_url=self.url, trust_env=False, timeout=30.0) as http:
+            while time.monotonic() < deadline:
+                if not self.alive():
+                    raise self.ended()
+                try:
+                    if http.get(path).status_code == 200:
+                        return
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.2)
+        raise self.failure(f"was not healthy after {timeout_s:g} s")
+
+
+def command_line_arguments(args: Mapping[str, Any]) -> list[str]:
+    """{tp_size: 2, trust_remote_code: True} -> --tp-size 2 --trust-remote-code."""
+    made: list[str] = []
+    for name, value in args.items():
+        if value is None or value is False:
+            continue
+        made.append("--" + name.replace("_", "-"))
+        if value is not True:
+            made += map(str, value if isinstance(value, list | tuple) else [value])
+    return made
+
+
+def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what would make a server believe that it is one of our ranks."""
+    ours = {
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        *("OMP_NUM_THREADS", "PYTHONPATH", "TORCHELASTIC_ERROR_FILE"),
+    }
+    return {name: value for name, value in environment.items() if name not in ours}

@@ -1,0 +1,117 @@
+"""Engines for runs elsewhere: started and watched on one node, or by srun on several."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from megatron_gpc.config import Config
+from megatron_gpc.engines.fleet import Engines
+from megatron_gpc.engines.process import ServerError
+from megatron_gpc.engines.starter import Starter
+from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.launch import own_address
+from megatron_gpc.run.stop import StopRequest
+from megatron_gpc.weights.folders import hf_folder, is_converted
+
+POLL_S = 0.5
+
+
+def serve(config: Config, stop: StopRequest) -> None:
+    """Start rollout.server.engines engines on this node and watch them until `stop`.
+
+    When the engines of all nodes are up, rollout.server.urls_file appears with their addresses,
+    which `train` with the same configuration waits for.  Every task of an srun calls it, one a
+    node.
+
+    Raises:
+        UserError: no urls_file, or the model is not there in time, or has to be converted first.
+        RunStopped: an engine did not start, or none is left.
+    """
+    server = config.rollout.server
+    if server.urls_file is None:
+        raise UserError("rollout.server.urls_file: say where `serve` is to write its addresses")
+    if is_converted(config.model.hf):
+        raise UserError(
+            f"model.hf: {config.model.hf} is a converted checkpoint; engines start from a Hugging "
+            f"Face folder: convert it back, or give the one it was made of to `serve`"
+        )
+    started_here = dataclasses.replace(server, urls=(), urls_file=None, router=False)
+    try:
+        server.urls_file.parent.mkdir(parents=True, exist_ok=True)
+        server.urls_file.unlink(missing_ok=True)  # of engines that are gone
+    except OSError as error:
+        raise UserError(f"rollout.server.urls_file: {server.urls_file}: {error.strerror}") from None
+    number = int(os.environ.get("SLURM_PROCID", "0"))
+    nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    model = hf_folder(config.model.hf) / "config.json"
+    if not _await_file(model, server.start_timeout_s, "model.hf", stop):
+        return
+    log_dir = config.run_dir / "logs" / f"serve_{number}"
+    starter = Starter(started_here, config.sglang, config.model.hf, log_dir, host=_address(nodes))
+    with Engines(starter) as engines:
+        try:
+            engines.await_started()
+        except ServerError as error:
+            raise RunStopped(f"{socket.gethostname()}: {error}") from None
+        urls = [engine.url for engine in engines.engines]
+        _publish(server.urls_file, urls, number, nodes, server.start_timeout_s, stop)
+        print(f"megatron-gpc: serving on {', '.join(urls)}", file=sys.stderr)
+        while not _over(stop):
+            if engines.exhausted():
+                raise RunStopped(
+                    f"{socket.gethostname()}: no engine is left and "
+                    f"rollout.server.max_restarts={server.max_restarts} are used up; see {log_dir}"
+                )
+            time.sleep(POLL_S)
+
+
+def _over(stop: StopRequest) -> bool:
+    """Whether to end now that a stop was asked for.
+
+    Slurm sends a signal to every process of a job that is to end.  The trainer then saves, and
+    needs samples to come to the end of its step; the batch script ends us afterwards.
+    """
+    return stop.received is not None and "SLURM_STEP_ID" not in os.environ
+
+
+def _address(nodes: int) -> str:
+    """Where engines listen: on several nodes at this one's own address."""
+    return "127.0.0.1" if nodes == 1 and not _in_het_job() else own_address()
+
+
+def _in_het_job() -> bool:
+    return "SLURM_HET_SIZE" in os.environ
+
+
+def _publish(
+    file: Path, urls: list[str], number: int, nodes: int, timeout_s: float, stop: StopRequest
+) -> None:
+    """Task 0 writes the list of all nodes' addresses when the last of them is there."""
+    parts = [file.with_name(f"{file.name}.{n}") for n in range(nodes)]
+    replace_text(parts[number], "\n".join(urls) + "\n")
+    if number > 0:
+        return
+    for part in parts:
+        if not _await_file(part, timeout_s, "rollout.server.urls_file", stop):
+            return
+    replace_text(file, "".join(part.read_text() for part in parts))
+    for part in parts:
+        part.unlink()
+
+
+def _await_file(file: Path, timeout_s: float, key: str, stop: StopRequest) -> bool:
+    """Whether it is there; it is not where a stop was asked for meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    while not file.exists():
+        if _over(stop):
+            return False
+        if time.monotonic() > deadline:
+            raise UserError(f"{key}: {file} did not appear within {timeout_s:g} s")
+        time.sleep(POLL_S)
+    return True

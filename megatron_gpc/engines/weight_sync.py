@@ -1,0 +1,184 @@
+"""The three ways in which new weights reach the engines.
+
+All take the policy's tensors as they are gathered, bucket by bucket, so that the trainer never
+holds a second copy of the model; all run on the thread that the gathering's collectives belong to.
+An engine that fails is left to the supervision in engines.py; the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_gpc.config import ServerConfig
+from megatron_gpc.engines.fleet import Engine, Engines
+from megatron_gpc.engines.weight_group import join_group, leave_group
+from megatron_gpc.weights import write_single
+
+Named = tuple[str, torch.Tensor]
+_numbers = itertools.count()  # torch wants a name of its own for every group of a process
+
+
+class WeightSync(Protocol):
+    """A way to hand over weights."""
+
+    def push(self, tensors: Iterable[Named], version: str) -> None:
+        """Give every living engine the weights; consumes all tensors whatever happens.
+
+        Raises:
+            UserError: the shared folder cannot be written.
+        """
+
+    def close(self) -> None: ...
+
+
+def make_sync(config: ServerConfig, engines: Engines, folder: Path) -> WeightSync:
+    """The configured way.
+
+    Args:
+        folder: where `disk` puts model.safetensors; engines see it under the same path.
+    """
+    if config.sync == "disk":
+        return DiskSync(engines, folder)
+    if config.sync == "tensor":
+        return TensorSync(engines, config.bucket_mb * 2**20)
+    return DistributedSync(engines, config.bucket_mb * 2**20, config.sync_timeout_s)
+
+
+class DiskSync:
+    """Safetensors in a shared folder.  A restarted engine finds the current weights there."""
+
+    def __init__(self, engines: Engines, folder: Path):
+        self.engines, self.folder = engines, folder
+
+    def push(self, tensors: Iterable[Named], version: str) -> None:
+        write_single(self.folder, tensors)
+        self.engines.current = (str(self.folder), version)
+        path = str(self.folder)
+        members = self.engines.alive()
+        self.engines.each(
+            members, lambda engine: engine.client.update_weights_from_disk(path, version)
+        )
+        self.engines.confirm(members, version)
+
+    def close(self) -> None:
+        pass
+
+
+class TensorSync:
+    """Tensors inside requests: for a trainer and engines on one host."""
+
+    def __init__(self, engines: Engines, bucket_bytes: int):
+        self.engines, self.bucket_bytes = engines, bucket_bytes
+
+    def push(self, tensors: Iterable[Named], version: str) -> None:
+        members = self.engines.alive()
+        self.engines.each(members, lambda engine: engine.client.begin_weight_update())
+        for bucket in buckets(tensors, self.bucket_bytes):
+            self.engines.each(
+                members,
+                lambda engine, bucket=bucket: engine.client.update_weights_from_tensor(
+                    bucket, version
+                ),
+            )
+        self.engines.each(members, lambda engine: engine.client.end_weight_update())
+        self.engines.confirm(members, version)
+
+    def close(self) -> None:
+        pass
+
+
+class DistributedSync:
+    """Broadcast from the trainer to all engines at once: NCCL between GPUs, gloo between CPUs.
+
+    The group is made again whenever the set of engines changes.
+    """
+
+    def __init__(self, engines: Engines, bucket_bytes: int, timeout_s: float):
+        self.engines, self.bucket_bytes, self.timeout_s = engines, bucket_bytes, timeout_s
+        self.backend = "nccl" if torch.cuda.is_available() else "gloo"
+        self.group: dist.ProcessGroup | None = None
+        self.members: list[Engine] = []
+        self.name = ""
+
+    def push(self, tensors: Iterable[Named], version: str) -> None:
+        self._join()
+        members, name = self.members, self.name
+        self.engines.each(members, lambda engine: engine.client.begin_weight_update())
+        for bucket in buckets(tensors, self.bucket_bytes):
+            if self.group is None:
+                continue  # the tensors are consumed all the same: other ranks are sending them
+            described = [(key, tensor.dtype, tensor.shape) for key, tensor in bucket]
+            await_received = self.engines.begin_each(
+                members,
+                lambda engine, described=described: engine.client.update_weights_from_distributed(
+                    described, version, name
+                ),
+            )
+            try:
+                for _, tensor in bucket:
+                    dist.broadcast(tensor.contiguous(), src=0, group=self.group)
+            except RuntimeError:  # gloo's and NCCL's: an engine is gone, or came too late
+                self._leave()
+            await_received()
+            self._leave_if_broken()
+        self.engines.each(members, lambda engine: engine.client.end_weight_update())
+        self.engines.confirm(members if self.group is not None else [], version)
+
+    def close(self) -> None:
+        self._leave()
+
+    def _join(self) -> None:
+        """A group of the trainer and the engines that live; None where one did not come."""
+        if self.group is not None and self.engines.alive() == self.members:
+            return
+        self._leave()
+        self.members = self.engines.alive()
+        ends = list(itertools.accumulate((e.tp_size for e in self.members), initial=1))
+        first = dict(zip(self.members, ends, strict=False))
+        self.name = name = f"weights-{next(_numbers)}"
+        host = self.engines.trainer_address
+        store = dist.TCPStore(host, 0, None, True, wait_for_workers=False)  # any free port
+        await_joined = self.engines.begin_each(
+            self.members,
+            lambda engine: engine.client.init_weights_update_group(
+                host, store.port, first[engine], ends[-1], name, self.backend
+            ),
+        )
+        with contextlib.suppress(RuntimeError):
+            self.group = join_group(store, name, 0, ends[-1], self.backend, self.timeout_s)
+        await_joined()
+        self._leave_if_broken()
+
+    def _leave_if_broken(self) -> None:
+        if any(engine.state == "down" for engine in self.members):
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.group is None:
+            return
+        leave_group(self.group)
+        self.group, name = None, self.name
+        self.engines.each(
+            self.members, lambda engine: engine.client.destroy_weights_update_group(name)
+        )
+
+
+def buckets(tensors: Iterable[Named], size: int) -> Iterator[list[Named]]:
+    """Consecutive tensors of at most `size` bytes together; a larger one comes alone."""
+    bucket: list[Named] = []
+    filled = 0
+    for name, tensor in tensors:
+        if bucket and filled + tensor.nbytes > size:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append((name, tensor))
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,209 @@
+"""Checkpoints of a run: written whole or not at all, verified before they are taken over.
+
+The format is megatron-core's `torch_dist`, with SHA256SUMS beside it.  See docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+from megatron_gpc.config import Config
+from megatron_gpc.errors import UserError
+from megatron_gpc.mcore.checkpoint import folder as folders
+from megatron_gpc.mcore.checkpoint.state import content, load_weights, take_over
+from megatron_gpc.mcore.checkpoint.writer import RankWriter, Written, strategy
+from megatron_gpc.mcore.policy import Policy
+from megatron_gpc.mcore.setup import from_main, is_main, sum_over_ranks
+from megatron_gpc.run.files import LAST, problems, sha256
+from megatron_gpc.types import TrainState
+
+__all__ = ["Checkpoints", "load_weights"]
+
+T = TypeVar("T")
+POLL_S = 0.05
+"""Pause between two looks at a save that is waited for [s]."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that is being written."""
+
+    final: Path
+    writer: RankWriter
+
+    @property
+    def part(self) -> Path:
+        return folders.part_name(self.final)
+
+
+class Checkpoints:
+    """The checkpoints of one run.  Every method is a collective: every rank enters it."""
+
+    def __init__(self, config: Config, policy: Policy):
+        self.config, self.policy = config, policy
+        self._plan = strategy()
+        self._save: _Save | None = None
+
+    def resume(self) -> TrainState | None:
+        """Take over the newest sound checkpoint; None where the run has none yet.
+
+        Every file is read and held to its checksum first, in shares over the ranks.  A damaged
+        checkpoint is named on rank 0's stderr, renamed to `step_NNNNNN.damaged`, and the one before
+        is looked at.
+
+        Raises:
+            UserError: there are checkpoints, but none is sound; or it is not of this model.
+        """
+        run_dir = self.config.run_dir
+
+        def found() -> list[Path]:
+            folders.remove_parts(run_dir)
+            return folders.checkpoints(run_dir)
+
+        for folder in reversed(_on_main(found, f"{run_dir}/checkpoints: cannot be used")):
+            wrong = problems(folder, dist.get_rank(), dist.get_world_size())
+            if not (wrong := sorted({one for share in _gather(wrong) for one in share})):
+                return take_over(self.config, self.policy, folder)
+            aside = _on_main(lambda f=folder: folders.set_aside(f), f"{folder}: cannot be renamed")
+            if is_main():
+                print(
+                    f"megatron-gpc: warning: {folder} is damaged: {'; '.join(wrong)}; "
+                    f"it was renamed to {aside.name}, the one before is looked at",
+                    file=sys.stderr,
+                )
+        if damaged := from_main(folders.damaged(run_dir) if is_main() else None):
+            names = ", ".join(folder.name for folder in damaged)
+            raise UserError(
+                f"{run_dir}/checkpoints: no checkpoint is sound ({names}); put one back that is, "
+                "under its name without .damaged, or start over with resume=none, which sets the "
+                "run aside"
+            )
+        return None
+
+    def save(self, state: TrainState) -> None:
+        """Begin a checkpoint; with checkpoint.asynchronous=false also end it.
+
+        Raises:
+            UserError: it cannot be written; or, before it was begun, the one before could not.
+        """
+        self.wait()
+        final = folders.final_name(self.config.run_dir, state.step)
+        part = folders.part_name(final)
+        _on_main(lambda: part.mkdir(parents=True), f"{final}: cannot be written")
+        writer = RankWriter(content(self.config, self.policy, state), part, self._plan)
+        self._save = _Save(final, writer)
+        if not self.config.checkpoint.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Complete the checkpoint in the background if all ranks have written; never waits.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self._look(overdue=False)
+
+    def wait(self) -> None:
+        """Complete the checkpoint in the background, if there is one.
+
+        Raises:
+            UserError: it could not be written, or not within config.timeout_s from now.
+        """
+        deadline = time.monotonic() + self.config.timeout_s
+        while self._save is not None:
+            time.sleep(POLL_S)
+            self._look(overdue=time.monotonic() > deadline)
+
+    def _look(self, overdue: bool) -> None:
+        """Agree on how far the save is, then go on, complete it or give it up."""
+        if (save := self._save) is None:
+            return
+        outcome = save.writer.outcome()
+        if outcome is None and overdue:
+            outcome = f"it took longer than timeout_s={self.config.timeout_s:g}"
+        ranks = torch.tensor([outcome is None, isinstance(outcome, str)], dtype=torch.int)
+        writing, failed = sum_over_ranks(ranks).tolist()
+        if failed:
+            self._give_up(save, outcome if isinstance(outcome, str) else None)
+        elif not writing:
+            assert isinstance(outcome, Written)
+            self._complete(save, outcome)
+
+    def _give_up(self, save: _Save, reason: str | None) -> None:
+        self._save = None
+        save.writer.stop()
+        reasons = _gather(reason)  # also: every rank's process has ended
+        if is_main():
+            shutil.rmtree(save.part, ignore_errors=True)
+        said = next(f"rank {rank}: {one}" for rank, one in enumerate(reasons) if one)
+        raise UserError(f"{save.final}: cannot be written: {said}; {self._what_is_left()}")
+
+    def _complete(self, save: _Save, mine: Written) -> None:
+        """Describe, checksum and publish what all ranks have written; then remove old ones."""
+        self._save = None
+        everyone: list[Any] | None = [None] * dist.get_world_size() if is_main() else None
+        dist.gather_object(mine, everyone)
+
+        def publish() -> None:
+            assert everyone is not None
+            try:
+                save.writer.writer.finish(
+                    save.writer.metadata, [written.results for written in everyone]
+                )
+                save_config(CheckpointingConfig("torch_dist", 1), str(save.part))
+                sums = {}
+                for name in (".metadata", LAST):
+                    folders.bring_to_disk(save.part / name)
+                    sums[name] = sha256(save.part / name)
+                for written in everyone:
+                    sums |= written.sums
+                folders.publish(save.part, save.final, sums)
+            except OSError:
+                shutil.rmtree(save.part, ignore_errors=True)
+                raise
+
+        _on_main(publish, f"{save.final}: cannot be written", self._what_is_left())
+        kept = self.config.checkpoint
+        _on_main(
+            lambda: folders.remove_old(self.config.run_dir, kept.keep, kept.keep_every),
+            f"{save.final} was written, but older ones cannot be removed",
+        )
+
+    def _what_is_left(self) -> str:
+        left = folders.checkpoints(self.config.run_dir)
+        start = left[-1].name if left else "the start, for there is none before it"
+        return (
+            "nothing of it was left, and older ones are as they were; once the cause is mended, "
+            f"the same command continues from {start}"
+        )
+
+
+def _gather(value: T) -> Sequence[T]:
+    """Every rank's value, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _on_main(work: Callable[[], T], what: str, way_out: str = "") -> T:
+    """Do file work on rank 0; its result, or its OSError as a UserError, on every rank."""
+    result: tuple[T | None, str | None] = (None, None)
+    if is_main():
+        try:
+            result = (work(), None)
+        except OSError as error:
+            result = (None, f"{what}: {error}" + (f"; {way_out}" if way_out else ""))
+    value, problem = from_main(result)
+    if problem:
+        raise UserError(problem)
+    return value

@@ -1,0 +1,74 @@
+"""The rollout that is under way: started now or ahead, waited for, kept over a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from concurrent.futures import Future
+from typing import Any
+
+from megatron_gpc.engines.fleet import LONG_S, Engines, WeightsNeeded
+from megatron_gpc.rollout.collector import Collector, Rollout
+from megatron_gpc.types import Sample
+
+
+class Pending:
+    """At most one rollout at a time; everything is called on the trainer's thread."""
+
+    def __init__(self, engines: Engines, collector: Collector):
+        self.engines, self.collector = engines, collector
+        self._step = 0
+        self._future: Future[Rollout] | None = None
+
+    def start(self, step: int) -> None:
+        """Begin to collect a training step's samples."""
+        assert self._future is None, f"step {self._step} is under way"
+        self._step = step
+        self._future = asyncio.run_coroutine_threadsafe(
+            self.collector.collect(step), self.engines.loop
+        )
+
+    def result(self, step: int) -> Rollout | None:
+        """The samples of a step, started here where nobody has; None: the engines need weights.
+
+        Raises:
+            RolloutError: the engines failed beyond what is configured.
+        """
+        if self._future is None:
+            self.start(step)
+        assert self._step == step and self._future is not None
+        future, self._future = self._future, None
+        try:
+            return future.result(LONG_S)
+        except WeightsNeeded:
+            return None
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on, as plain values; waits for what is under way.
+
+        A rollout that was made ahead belongs to it: made again after a restart it would be of other
+        weights.
+        """
+        ahead = None
+        if self._future is not None:
+            try:
+                rollout = self._future.result(LONG_S)
+                ahead = {"step": self._step, **dataclasses.asdict(rollout)}
+            except WeightsNeeded:
+                self._future = None  # nothing was made
+        return {**self.collector.state(), "ahead": ahead}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.collector.restore(state)
+        ahead = state["ahead"]
+        if ahead is not None:
+            self._step = ahead["step"]
+            self._future = Future()
+            self._future.set_result(
+                Rollout(
+                    [Sample.from_plain(values) for values in ahead["samples"]],
+                    ahead["positions"],
+                    ahead["metrics"],
+                )
+            )

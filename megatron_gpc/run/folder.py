@@ -1,0 +1,151 @@
+"""The folder of a run, before the run.
+
+config.yaml      resolved configuration          checkpoints/   step_NNNNNN
+metrics.jsonl    one object a training step      tensorboard/   the same as events
+eval.jsonl       one object an evaluation        plots.png      drawn at the end (`plots`)
+sync/            weights for the rollout server  logs/          server, ranks above 0
+skipped/         mini-batches of updates that were left out
+stopped.json     the run was asked to end, and did
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import yaml
+
+from megatron_gpc.config import Config
+from megatron_gpc.config.file import dump
+from megatron_gpc.errors import UserError
+from megatron_gpc.metrics.runs import flatten
+from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.launch import die_with_parent
+from megatron_gpc.run.stop import marker
+
+PREPARING = "launch.lock"
+
+
+def prepare(config: Config) -> TextIO:
+    """Make the run's folder ready and, where model.build says so, the model; one process calls it.
+
+    Returns:
+        A lock, which keeps others from preparing the folder until this process ends.  Rank 0 takes
+        another, which keeps them out until it ends.
+
+    Raises:
+        UserError: the folder or the model cannot be made, the folder's config.yaml is damaged, or
+            another run is using the folder.
+    """
+    build_model(config)
+    try:
+        if config.run_dir.exists():  # refuse before anything of a run that has not ended is touched
+            lock(config, PREPARING).close()
+            lock(config).close()
+        if config.resume == "none" and config.run_dir.exists():
+            _set_aside(config)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        held = lock(config, PREPARING)
+        marker(config.run_dir).unlink(missing_ok=True)
+        file = config.run_dir / "config.yaml"
+        text = dump(config)
+        if _has_checkpoint(config.run_dir) and file.exists():
+            changed = _changes(file, text)
+            if changed:
+                print(
+                    "megatron-gpc: warning: continuing a run under another configuration; "
+                    f"changed: {', '.join(changed)}",
+                    file=sys.stderr,
+                )
+        replace_text(file, text)
+    except OSError as error:
+        raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from None
+    return held
+
+
+def _set_aside(config: Config) -> None:
+    """Rename the run's folder to the first RUN.old-N that is free."""
+    number = 1
+    while (aside := config.run_dir.with_name(f"{config.run_dir.name}.old-{number}")).exists():
+        number += 1
+    config.run_dir.rename(aside)
+    print(f"resume=none: the old run was set aside as {aside}", file=sys.stderr)
+
+
+def lock(config: Config, name: str = "lock") -> TextIO:
+    """Keep the run's folder to this process until it ends, in whatever way.
+
+    Raises:
+        UserError: another run is using the folder.
+    """
+    file = (config.run_dir / name).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"run_dir: {config.run_dir} is in use by a run that has not ended; wait for it, or "
+            "choose another run_dir"
+        ) from None
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f"run_dir: {config.run_dir}: files cannot be locked there ({error.strerror}); have the "
+            "file system mounted with locks (Lustre: -o flock), or choose another run_dir"
+        ) from None
+    return file
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is anything to continue from; a checkpoint in the making has another name."""
+    return any(
+        f.name.removeprefix("step_").isdigit() for f in (run_dir / "checkpoints").glob("step_*")
+    )
+
+
+def _changes(file: Path, text: str) -> list[str]:
+    """`clip.schedule static -> id` for every key that differs between a run's file and `text`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError:
+        raise UserError(f"{file} is damaged; remove it to continue the run") from None
+    old = flatten(content) if isinstance(content, dict) else {}
+    new = flatten(yaml.safe_load(text))
+    return [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for key in dict.fromkeys([*new, *old])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def build_model(config: Config) -> None:
+    """Run model.build where model.hf does not exist yet.
+
+    Raises:
+        UserError: there is no such script, or it failed.
+    """
+    model = config.model
+    if model.build is None or model.hf.exists():
+        return
+    if not model.build.is_file():
+        raise UserError(f"model.build: {model.build} does not exist")
+    # The script has the machine to itself: a thread limit that was meant for ranks is not for it.
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, str(model.build), str(model.hf)],
+        env=environment,
+        preexec_fn=die_with_parent,
+    )
+    if done.returncode or not (model.hf / "config.json").is_file():
+        raise UserError(
+            f"model.build: {model.build} failed (exit code {done.returncode}) or made no "
+            f"checkpoint in {model.hf}"
+        )

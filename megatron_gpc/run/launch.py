@@ -1,0 +1,301 @@
+"""Start the ranks of a run on this machine and watch them; recognise ranks that others started."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+import megatron_gpc
+from megatron_gpc.run.placement import Share
+from megatron_gpc.run.stop import SAVED, held
+
+LAST_WORDS_S = 3.0
+"""After the first failure: how long the other ranks may take to say what they saw and end [s]."""
+STACKS_S = 5.0
+"""How long ranks may take to write their stacks [s]."""
+QUIET_S = 0.5
+"""Stacks that did not grow for so long are whole [s]."""
+STACKS_SIGNAL = signal.SIGUSR2
+"""Has a rank write the stacks of its threads to its `stacks_file` and go on."""
+POLL_S = 0.02
+LOG_LINES = 20
+
+# How an error reads where a peer had gone: gloo, the store, NCCL; or where it never came.
+_LOST_A_PEER = (
+    *("caused by a remote worker crashing", "Connection reset by peer", "Broken pipe"),
+    *("got 0 bytes", "remote process exited", "ncclRemoteError", "Timed out waiting"),
+)
+_SPEAK_FOR_THEMSELVES = ("UserError: ", "RunStopped: ")
+_FRAME = re.compile(r'File "(.+)", line (\d+),? in (\S+)')
+
+
+def run_ranks(
+    arguments: Sequence[str],
+    share: Share,
+    log_dir: Path,
+    module: str = "megatron_gpc",
+    pass_on: Sequence[signal.Signals] = (),
+) -> int:
+    """Run `python -m MODULE ARGUMENTS` as some ranks; the first to fail ends the others.
+
+    Rank 0 writes to this terminal, the others to log_dir/rank_N.log.  At the end stands what the
+    rank that failed first said: torch.distributed.elastic's `record`, around a rank's work, leaves
+    it where TORCHELASTIC_ERROR_FILE says, as it does for torchrun.
+
+    Args:
+        arguments: of every rank.
+        share: which ranks.
+        log_dir: for what they say.
+        module: what they run.
+        pass_on: signals to this process that are for the ranks.  They start with these blocked.
+
+    Returns:
+        0; SAVED where the ranks were asked to end and did; or the exit code of the rank that failed
+        first (1 where a signal ended it).
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    numbers = range(share.first, share.first + share.ranks)
+    for number in numbers:
+        for old in log_dir.glob(f"rank_{number}.*"):
+            old.unlink()
+    master = share.master or ("127.0.0.1", free_port())
+    started: list[Rank] = []
+    with held(pass_on):
+        try:
+            for number in numbers:
+                started.append(Rank(number, share, master, log_dir, [module, *arguments]))
+            failed = _watch(started, pass_on)
+        finally:
+            _end(started)
+    if not failed:
+        return max(rank.process.returncode for rank in started)
+    first = min(failed, key=Rank.innocence)
+    _report(first, started)
+    return first.exit_code()
+
+
+def own_search_path() -> str:
+    """PYTHONPATH for a child that is to run this copy of the package, wherever it is started from.
+
+    Such a child is started with `python -P -m`: `-m` alone would look in the current folder first,
+    and one of the package's name may lie there.
+    """
+    root = str(Path(megatron_gpc.__file__).parent.parent)
+    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this machine's address `host` that nobody listens on at this moment.
+
+    Not one of those that the kernel gives to outgoing connections (32,768 and above on Linux): a
+    connection might have it before whoever it is for listens.  Nor one that a run's seed decides.
+    """
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OSError(f"{host}: none of 100 ports from 20,000 on can be listened on")
+
+
+def own_address() -> str:
+    """Where other hosts find this one: at the interface that GLOO_SOCKET_IFNAME names, as its ranks
+    are, or else at what its name stands for."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    for address in psutil.net_if_addrs().get(interface, ()):
+        if address.family == socket.AF_INET:
+            return address.address
+    return socket.gethostbyname(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
+
+
+def die_with_parent() -> None:
+    """Called in a child before it runs: the kernel kills it when its parent ends in any way."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+class Rank:
+    """One process of a run, and what it leaves behind in log_dir."""
+
+    def __init__(
+        self,
+        number: int,
+        share: Share,
+        master: tuple[str, int],
+        log_dir: Path,
+        command: Sequence[str],
+    ):
+        self.number = number
+        self.log = None if number == 0 else log_dir / f"rank_{number}.log"
+        self.error = log_dir / f"rank_{number}.error.json"
+        self.stacks = stacks_file(log_dir, number)
+        self.failed_at = 0.0
+        """When it failed, as far as is known [s since 1970]; 0 where it has not."""
+        self.state = ""
+        """What the kernel said of it before it was ended, where that is telling."""
+        output = self.log.open("w") if self.log else None
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", *command],  # see own_search_path
+            env={
+                # One thread a rank: ranks share the cores.
+                "OMP_NUM_THREADS": "1",
+                **os.environ,
+                "PYTHONPATH": own_search_path(),
+                "RANK": str(number),
+                "LOCAL_RANK": str(number - share.first),
+                "WORLD_SIZE": str(share.world),
+                "MASTER_ADDR": master[0],
+                "MASTER_PORT": str(master[1]),
+                "TORCHELASTIC_ERROR_FILE": str(self.error),
+            },
+            stdout=output,
+            stderr=output,
+            preexec_fn=die_with_parent,
+        )
+        if output:
+            output.close()
+
+    def has_failed(self) -> bool:
+        """Whether it has ended badly, or has written down that it is about to."""
+        if not self.failed_at:
+            if self.error.exists():
+                self.failed_at = self.error.stat().st_mtime
+            elif self.process.poll() not in (None, 0, SAVED):
+                self.failed_at = time.time()
+        return bool(self.failed_at)
+
+    def said(self) -> tuple[str, str]:
+        """(error, traceback) as `record` wrote them, or else the end of the log for both."""
+        try:
+            message = json.loads(self.error.read_text())["message"]
+        except (FileNotFoundError, ValueError):  # killed before it wrote, or while it did
+            text = self.log.read_text(errors="replace") if self.log else ""
+            end = "\n".join(text.splitlines()[-LOG_LINES:])
+            return end, end
+        return message["message"], message["extraInfo"]["py_callstack"]
+
+    def innocence(self) -> tuple[int, float]:
+        """Orders ranks that failed, the likeliest cause first; among equals by time.
+
+        Times alone would not do: one look may find a rank that was killed and its victims.
+        """
+        error, _ = self.said()
+        if self.was_killed() or self.is_silent():
+            return 0, self.failed_at
+        lost_a_peer = any(words in error for words in _LOST_A_PEER)
+        return 2 if lost_a_peer or not error else 1, self.failed_at
+
+    def was_killed(self) -> bool:
+        """Whether a signal ended it, but for SIGABRT, which also ends ranks that lost a peer."""
+        code = self.process.returncode
+        return code < 0 and code != -signal.SIGABRT and not self.error.exists()
+
+    def exit_code(self) -> int:
+        """What it ended with: 2 for a user's error, 1 where a signal cut it short."""
+        code = self.process.returncode
+        return 2 if self.said()[0].startswith("UserError: ") else max(code, 1)
+
+    def where(self) -> str:
+        """The line that its main thread was at in the end, and whether it was stopped."""
+        if self.stacks.exists():  # threads newest first, each with the innermost call first
+            threads = self.stacks.read_text().split("(most recent call first):")
+            # A watchdog that ends a rank while it writes on request leaves a last part empty.
+            frames = next(filter(None, map(_FRAME.findall, reversed(threads))), [])[:1]
+        else:
+            frames = _FRAME.findall(self.said()[1])[-1:]
+        place = "".join("{}:{} in {}".format(*frame) for frame in frames) or "unknown"
+        return f"{place} ({self.state})" if self.state else place
+
+    def is_silent(self) -> bool:
+        """Whether its watchdog ended it."""
+        return self.stacks.exists() and self.stacks.read_text().startswith("Timeout (")
+
+
+def stacks_file(log_dir: Path, rank: int) -> Path:
+    """Where a rank writes the stacks of its threads; absent while there is nothing to tell."""
+    return log_dir / f"rank_{rank}.stacks"
+
+
+def _watch(ranks: Sequence[Rank], pass_on: Sequence[signal.Signals]) -> list[Rank]:
+    """Wait until all have ended well or one has not; those that failed of themselves."""
+    while not any([rank.has_failed() for rank in ranks]):
+        if all(rank.process.returncode is not None for rank in ranks):
+            return []
+        asked = signal.sigtimedwait(pass_on, POLL_S)
+        if asked is not None:
+            for rank in ranks:
+                rank.process.send_signal(asked.si_signo)
+    deadline = time.monotonic() + LAST_WORDS_S
+    while any([rank.process.poll() is None for rank in ranks]) and time.monotonic() < deadline:
+        for rank in ranks:
+            rank.has_failed()  # notes when
+        time.sleep(POLL_S)
+    return [rank for rank in ranks if rank.has_failed()]
+
+
+def _end(ranks: Sequence[Rank]) -> None:
+    """End what still runs.  It may hang: what it is doing is asked for first."""
+    running = [rank for rank in ranks if rank.process.poll() is None]
+    for rank in running:
+        state = psutil.Process(rank.process.pid).status()
+        if state in (psutil.STATUS_STOPPED, psutil.STATUS_DISK_SLEEP):
+            rank.state = state
+        rank.process.send_signal(STACKS_SIGNAL)
+        rank.process.send_signal(signal.SIGCONT)
+    if running:
+        _await_stacks(running)
+    for rank in running:
+        rank.process.kill()  # SIGTERM would ask it to save, which it cannot do without its peers
+        rank.process.wait()
+
+
+def _await_stacks(ranks: Sequence[Rank]) -> None:
+    """Wait until all that have begun to watch themselves have written where they are."""
+    deadline, before = time.monotonic() + STACKS_S, None
+    while time.monotonic() < deadline:
+        files = [rank.stacks for rank in ranks if rank.process.poll() is None]
+        sizes = [file.stat().st_size for file in files if file.exists()]
+        if sizes == before and 0 not in sizes:
+            return
+        before = sizes
+        time.sleep(QUIET_S)
+
+
+def _report(first: Rank, ranks: Sequence[Rank]) -> None:
+    """Say why the run ended; rank 0's own words stand on the terminal already."""
+    error, traceback = first.said()
+    if error.startswith(_SPEAK_FOR_THEMSELVES):
+        if ranks[0].log or error != ranks[0].said()[0]:
+            _say(f"rank {first.number}: {error.partition(': ')[2]}")
+    elif first.is_silent():
+        _say(
+            f"rank {first.number} ended the run: no sign of life for guard.silent_minutes; the "
+            f"stacks of all threads: {first.stacks.with_name('rank_*.stacks')}"
+        )
+        for rank in ranks:
+            print(f"  rank {rank.number}: {rank.where()}", file=sys.stderr)
+    else:
+        code = first.process.returncode
+        how = f", ended by {signal.Signals(-code).name}" if first.was_killed() else ""
+        if first.log and traceback:
+            _say(f"rank {first.number} failed first{how}; what it said, the end of {first.log}:")
+            print(traceback, file=sys.stderr)
+        else:
+            words = "it had said nothing" if first.log else "what it said stands above"
+            _say(f"rank {first.number} failed first{how}; {words}")
+
+
+def _say(text: str) -> None:
+    print(f"megatron-gpc: {text}", file=sys.stderr)

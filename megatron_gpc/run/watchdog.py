@@ -1,0 +1,124 @@
+"""What ends a run that goes on in vain: updates that come to nothing, ranks that fall silent."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
+
+from megatron_gpc.config import Config
+from megatron_gpc.errors import RunStopped
+from megatron_gpc.run.launch import STACKS_SIGNAL, stacks_file
+from megatron_gpc.types import Bounds, RolloutBatch
+
+
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; if it raises, the traceback goes to the file that the launcher has named.
+
+    torchrun and `launch.run_ranks` name one for every rank and show that of the first to fail.
+    """
+    return record(function, _ErrorHandler())
+
+
+class _ErrorHandler(ErrorHandler):
+    def record_exception(self, e: BaseException) -> None:
+        with suppress(OSError):  # a full disk may be the very error; it is raised all the same
+            super().record_exception(e)
+
+
+class SkippedUpdates:
+    """Updates that were left out because their loss or gradient was not finite.
+
+    Args:
+        names: of those that a run left out before it was continued, `TrainState.skipped`.
+    """
+
+    def __init__(self, config: Config, names: list[str]):
+        self.folder = config.run_dir / "skipped"
+        self.limit = config.guard.max_skipped_updates
+        self.names = list(names)
+
+    def add(self, step: int, update: int) -> Path:
+        """Count update `update` of training step `step` (both from 1); where it is to be saved."""
+        self.names.append(f"step_{step:06d}_update_{update}.pt")
+        return self.folder / self.names[-1]
+
+    def check(self) -> None:
+        """Raises:
+        RunStopped: there are more of them than guard.max_skipped_updates; on every rank.
+        """
+        if len(self.names) > self.limit:
+            raise RunStopped(
+                f"loss or gradient was not finite in {len(self.names)} updates "
+                f"(guard.max_skipped_updates={self.limit}); lower optim.lr, or look at their "
+                "mini-batches: " + ", ".join(str(self.folder / name) for name in self.names)
+            )
+
+
+def save_mini_batch(
+    file: Path, batch: RolloutBatch, samples: list[int], old_logp_T: torch.Tensor, bounds: Bounds
+) -> None:
+    """Write what an update saw, for `torch.load(file)`; the file appears whole or not at all.
+
+    A dictionary: `samples` (their numbers in the rollout), `tokens` (one int64 tensor a sample,
+    prompt and response), `prompt_lengths_N`, `rewards_N`, `advantages_N`, `rollout_logp` and
+    `old_logp` (one fp32 tensor a sample, response tokens alone), `bounds` (Bounds' four numbers).
+    """
+    starts_N = batch.starts_N
+    ends_N = starts_N + batch.prompt_lengths_N + batch.response_lengths_N
+    content = {
+        "samples": samples,
+        "tokens": [batch.tokens[starts_N[n] : ends_N[n]].clone() for n in samples],
+        "prompt_lengths_N": batch.prompt_lengths_N[samples],
+        "rewards_N": batch.rewards_N[samples],
+        "advantages_N": batch.advantages_N[samples],
+        "rollout_logp": [batch.rollout_logp_T[batch.response_slice(n)].clone() for n in samples],
+        "old_logp": [old_logp_T[batch.response_slice(n)].clone() for n in samples],
+        "bounds": asdict(bounds),
+    }
+    file.parent.mkdir(exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    torch.save(content, part)
+    part.replace(file)
+
+
+class Watchdog:
+    """For the time of a `with` block, ends this process where it shows no sign of life.
+
+    The timer is a C thread's: it needs neither Python's main thread nor its lock, so that it works
+    where a collective or a file system hangs.  The stacks of all threads are written to
+    `launch.stacks_file` first.  The launcher may ask for them too, see `launch.STACKS_SIGNAL`.
+    """
+
+    def __init__(self, config: Config):
+        self._seconds = 60.0 * config.guard.silent_minutes
+        self._file = stacks_file(config.run_dir / "logs", int(os.environ["RANK"]))
+
+    def __enter__(self) -> Watchdog:
+        self._file.parent.mkdir(exist_ok=True)
+        self._stacks = self._file.open("w")
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # what it does again after the block
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL})  # ranks start with it blocked
+        self.alive()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(STACKS_SIGNAL)
+        self._stacks.close()
+        if self._file.stat().st_size == 0:
+            self._file.unlink()
+
+    def alive(self) -> None:
+        """A part of a training step has ended: the time of silence begins anew."""
+        if self._seconds > 0:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stacks)

@@ -1,0 +1,446 @@
+"""An inference server with SGLang's HTTP interface, around the embedded engine.
+
+    python -m megatron_gpc.server.app --model-path MODEL --port 30000
+
+It answers in the shapes of SGLang 0.5.2x, so that a client cannot tell the two apart, and exists
+because SGLang needs a GPU and gigabytes.  What it lacks, it refuses by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from hmac import compare_digest
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.middleware.base import RequestResponseEndpoint
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import megatron_gpc
+from megatron_gpc.errors import UserError
+from megatron_gpc.rollout.tokenizer import load_tokenizer
+from megatron_gpc.server import loading, sequence
+from megatron_gpc.server.generate import answer, parse
+from megatron_gpc.server.generator import MEMORY, Engine, EngineEnded
+from megatron_gpc.server.protocol import (
+    AbortBody,
+    DiskBody,
+    DistributedBody,
+    GenerateBody,
+    GroupBody,
+    GroupNameBody,
+    MemoryBody,
+    PauseBody,
+    TensorBody,
+    VersionBody,
+)
+from megatron_gpc.server.sampling import SamplingParams
+from megatron_gpc.server.weight_receiver import WeightReceiver
+
+COMMAND_TIMEOUT_S = 600.0
+"""How long a pause, a weight update and the like may take; a large checkpoint takes longest."""
+HEALTH_TIMEOUT_S = 20.0
+FLUSHED = (
+    "Cache flushed.\nPlease check backend logs for more details. (When there are running "
+    "or waiting requests, the operation will not be performed.)\n"
+)
+
+
+class Server:
+    """The routes and what they share: one engine and its tokenizer."""
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, model_path: str):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.model_path = model_path
+        self.in_update = False
+        self.receiver = WeightReceiver()
+
+    # ---- generation ----
+
+    async def generate(self, body: GenerateBody, http: Request) -> Response:
+        started = time.perf_counter()
+        if body.stream:
+            raise UserError("The embedded server does not stream; leave stream out.")
+        requests, wants_logprob, single = parse(body, self.tokenizer)
+        future = asyncio.wrap_future(self.engine.submit(requests))
+        while not (await asyncio.wait({future}, timeout=1.0))[0]:
+            if await http.is_disconnected():  # a client that gave up must not keep the batch busy
+                await self._command(self.engine.drop(requests))
+        results = future.result()
+        wanted = [
+            (request.rid if request.params.n == 1 else uuid.uuid4().hex, logprob)
+            for request, logprob in zip(requests, wants_logprob, strict=True)
+            for _ in range(request.params.n)
+        ]
+        seconds = time.perf_counter() - started
+        answers = [
+            answer(result, rid, logprob, seconds, self.tokenizer)
+            for result, (rid, logprob) in zip(results, wanted, strict=True)
+        ]
+        return JSONResponse(answers[0] if single and len(answers) == 1 else answers)
+
+    # ---- state ----
+
+    async def health(self) -> Response:
+        if self.engine.paused:
+            return Response(status_code=503)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self.engine.load()), HEALTH_TIMEOUT_S)
+        except (EngineEnded, TimeoutError):
+            return Response(status_code=503)
+        return Response()
+
+    async def health_generate(self) -> Response:
+        if self.engine.paused:
+            return Response(status_code=503)
+        probe = sequence.Request(
+            "HEALTH_CHECK_" + uuid.uuid4().hex,
+            (0,),
+            SamplingParams(max_new_tokens=1, temperature=0.0),
+        )
+        try:
+            await asyncio.wait_for(
+                asyncio.wrap_future(self.engine.submit([probe])), HEALTH_TIMEOUT_S
+            )
+        except (EngineEnded, FloatingPointError, TimeoutError):
+            return Response(status_code=503)
+        return Response()
+
+    async def ping(self) -> Response:
+        return Response()
+
+    async def model_info(self) -> Response:
+        config = self.engine.config
+        return JSONResponse(
+            {
+                "model_path": self.model_path,
+                "served_model_name": self.model_path,
+                "tokenizer_path": self.model_path,
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": self.engine.weight_version,
+                "load_format": "auto",
+                "has_image_understanding": False,
+                "has_audio_understanding": False,
+                "model_type": config.model_type,
+                "architectures": config.architectures,
+            }
+        )
+
+    async def server_info(self) -> Response:
+        running, waiting = await self._command(self.engine.load())
+        return JSONResponse(
+            {
+                "model_path": self.model_path,
+                "tokenizer_path": self.model_path,
+                "context_length": self.engine.context_length,
+                "dtype": self.engine.dtype,
+                "device": "cpu",
+                "tp_size": 1,
+                "pp_size": 1,
+                "dp_size": 1,
+                "max_running_requests": self.engine.max_running,
+                "weight_version": self.engine.weight_version,
+                "status": "ready",
+                "internal_states": [
+                    {
+                        "paused": self.engine.paused,
+                        "num_running_reqs": running,
+                        "num_waiting_reqs": waiting,
+                    }
+                ],
+                "version": f"megatron-gpc-{megatron_gpc.__version__}",
+            }
+        )
+
+    # ---- control ----
+
+    async def flush_cache(self) -> Response:
+        if await self._command(self.engine.flush_cache()):
+            return PlainTextResponse(FLUSHED)
+        return PlainTextResponse("Flush cache failed.\n", status_code=400)
+
+    async def pause(self, body: PauseBody) -> Response:
+        await self._command(self.engine.pause(body.mode))
+        return JSONResponse({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def resume(self) -> Response:
+        await self._command(self.engine.resume())
+        return JSONResponse({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def abort(self, body: AbortBody) -> Response:
+        if not body.rid and not body.abort_all:
+            raise UserError("Either rid or abort_all should be provided.")
+        await self._command(self.engine.abort(None if body.abort_all else body.rid))
+        return Response()
+
+    async def update_from_disk(self, body: DiskBody) -> Response:
+        if body.abort_all_requests:
+            await self._command(self.engine.abort(None))
+        update = self.engine.update_from_folder(Path(body.model_path), body.weight_version)
+        return await self._updated(
+            update,
+            body.weight_version,
+            "Succeeded to update model weights.",
+            {"num_paused_requests": 0},
+        )
+
+    async def update_from_tensor(self, body: TensorBody) -> Response:
+        if not self.in_update:
+            return _failed(
+                "update_weights_from_tensor must run between begin_weight_update() and "
+                "end_weight_update()"
+            )
+        if body.load_format is not None:
+            return _failed(
+                f"The embedded server has no load_format={body.load_format!r}; send a "
+                "pickled list of (name, tensor)"
+            )
+        if not body.serialized_named_tensors:
+            return _failed("serialized_named_tensors must have one entry")
+        try:
+            named = await asyncio.to_thread(
+                loading.unpack_tensors, body.serialized_named_tensors[0]
+            )
+        except UserError as error:
+            return _failed(str(error))
+        update = self.engine.update_from_tensors(named, body.weight_version)
+        return await self._updated(update, body.weight_version, "Success", {})
+
+    async def join_group(self, body: GroupBody) -> Response:
+        return await self._of_group(
+            lambda: self.receiver.join(
+                body.master_address,
+                body.master_port,
+                body.rank_offset,
+                body.world_size,
+                body.group_name,
+                body.backend,
+            ),
+            "Succeeded to initialize custom process group.",
+        )
+
+    async def leave_group(self, body: GroupNameBody) -> Response:
+        return await self._of_group(
+            lambda: self.receiver.leave(body.group_name),
+            "Succeeded to destroy custom process group.",
+        )
+
+    async def _of_group(self, work: Callable[[], None], message: str) -> Response:
+        try:
+            await asyncio.to_thread(work)
+        except UserError as error:
+            return _failed(str(error))
+        return JSONResponse({"success": True, "message": message})
+
+    async def update_from_distributed(self, body: DistributedBody) -> Response:
+        if not self.in_update:
+            return _failed(
+                "update_weights_from_distributed must run between "
+                "begin_weight_update() and end_weight_update()"
+            )
+        try:
+            named = await asyncio.to_thread(
+                self.receiver.receive, body.group_name, body.names, body.dtypes, body.shapes
+            )
+        except UserError as error:
+            return _failed(str(error))
+        update = self.engine.update_from_tensors(named, body.weight_version)
+        return await self._updated(
+            update, body.weight_version, "Succeeded to update parameter online.", {}
+        )
+
+    async def _updated(
+        self, update: Future[None], version: str | None, message: str, extra: dict[str, Any]
+    ) -> Response:
+        try:
+            await self._command(update)
+        except UserError as error:
+            return _failed(str(error), **extra)
+        if version is not None:
+            message += f" Weight version updated to {version}."
+        return JSONResponse({"success": True, "message": message, **extra})
+
+    async def release(self, body: MemoryBody) -> Response:
+        tags = set(body.tags or MEMORY)
+        await self._command(self.engine.release(tags))
+        print("released", *sorted(tags), flush=True)
+        return JSONResponse(None)
+
+    async def restore(self, body: MemoryBody) -> Response:
+        tags = set(body.tags or MEMORY)
+        await self._command(self.engine.restore(tags))
+        print("resumed", *sorted(tags), flush=True)
+        return JSONResponse(None)
+
+    async def begin_update(self) -> Response:
+        self.in_update = True
+        return JSONResponse({"success": True, "message": "Success"})
+
+    async def end_update(self) -> Response:
+        self.in_update = False
+        return JSONResponse({"success": True, "message": "Success"})
+
+    async def update_version(self, body: VersionBody) -> Response:
+        if body.abort_all_requests:
+            await self._command(self.engine.abort(None))
+        await self._command(self.engine.set_version(body.new_version))
+        return JSONResponse(
+            {
+                "success": True,
+                "new_version": body.new_version,
+                "message": f"Weight version updated to {body.new_version}",
+            }
+        )
+
+    async def _command(self, future: Future) -> Any:
+        return await asyncio.wait_for(asyncio.wrap_future(future), COMMAND_TIMEOUT_S)
+
+    # ---- app ----
+
+    def app(self, api_key: str | None = None) -> FastAPI:
+        """The application; with a key it answers only who sends it as a bearer token."""
+        app = FastAPI(lifespan=self._lifespan, openapi_url=None)
+        if api_key is not None:
+            expected = f"Bearer {api_key}"
+
+            @app.middleware("http")
+            async def check_key(http: Request, proceed: RequestResponseEndpoint) -> Response:
+                given = http.headers.get("Authorization", "")
+                if http.url.path.startswith("/health") or compare_digest(given, expected):
+                    return await proceed(http)
+                return JSONResponse({"error": "Unauthorized"}, status_code=401)
+
+        for path, handler in {
+            "/health": self.health,
+            "/health_generate": self.health_generate,
+            "/ping": self.ping,
+            "/model_info": self.model_info,
+            "/get_model_info": self.model_info,
+            "/server_info": self.server_info,
+            "/flush_cache": self.flush_cache,
+        }.items():
+            app.get(path)(handler)
+        for path, handler in {
+            "/generate": self.generate,
+            "/flush_cache": self.flush_cache,
+            "/pause_generation": self.pause,
+            "/continue_generation": self.resume,
+            "/abort_request": self.abort,
+            "/update_weights_from_disk": self.update_from_disk,
+            "/update_weights_from_tensor": self.update_from_tensor,
+            "/init_weights_update_group": self.join_group,
+            "/update_weights_from_distributed": self.update_from_distributed,
+            "/destroy_weights_update_group": self.leave_group,
+            "/release_memory_occupation": self.release,
+            "/resume_memory_occupation": self.restore,
+            "/begin_weight_update": self.begin_update,
+            "/end_weight_update": self.end_update,
+            "/update_weight_version": self.update_version,
+        }.items():
+            app.post(path)(handler)
+        app.exception_handler(UserError)(lambda http, error: _refused(str(error), 400))
+        app.exception_handler(RequestValidationError)(
+            lambda http, error: _refused(_first_problem(error), 400)
+        )
+        for failure in (EngineEnded, FloatingPointError):
+            app.exception_handler(failure)(lambda http, error: _refused(str(error), 500))
+        return app
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        # Slurm sends it to every process of a job that is to end.  The trainer then saves, and
+        # needs samples to come to the end of its step; afterwards it ends this server.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        yield
+        self.engine.close()
+
+
+def _refused(message: str, status: int) -> Response:
+    return JSONResponse({"error": {"message": message}}, status_code=status)
+
+
+def _failed(message: str, **extra: Any) -> Response:
+    return JSONResponse({"success": False, "message": message, **extra}, status_code=400)
+
+
+def _first_problem(error: RequestValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(str(part) for part in problem['loc'][1:])}: {problem['msg']}"
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent is gone, however that ended."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before the line above
+        sys.exit(f"parent process {parent} has ended")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="megatron_gpc.server.app",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model-path", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000, help="0: any free one")
+    parser.add_argument("--dtype", default="auto", help="such as float32; auto: the checkpoint's")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine")
+    parser.add_argument("--max-running-requests", type=int, default=256)
+    parser.add_argument("--api-key-file", type=Path, help="with the key that requests must carry")
+    parser.add_argument("--port-fd", type=int, help="write the port to this file descriptor")
+    parser.add_argument("--parent", type=int, help="end when this parent process ends")
+    args = parser.parse_args()
+    if args.parent is not None:
+        _die_with(args.parent)
+    transformers_logging.set_verbosity_error()
+    if not args.model_path.is_dir():
+        sys.exit(f"--model-path: {args.model_path} is not a folder")
+    try:
+        api_key = args.api_key_file.read_text().strip() if args.api_key_file else None
+    except OSError as error:
+        sys.exit(f"--api-key-file: {error}")
+    try:
+        tokenizer = load_tokenizer(args.model_path)
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        engine = Engine(
+            args.model_path,
+            dtype=args.dtype,
+            threads=args.threads,
+            max_running=args.max_running_requests,
+            end_tokens=ends,
+        )
+    except (UserError, OSError) as error:
+        sys.exit(f"--model-path: {error}")
+    listener = socket.create_server((args.host, args.port), backlog=1024)
+    port = listener.getsockname()[1]
+    if args.port_fd is not None:
+        os.write(args.port_fd, f"{port}\n".encode())
+        os.close(args.port_fd)
+    app = Server(engine, tokenizer, str(args.model_path)).app(api_key)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)).run(
+        sockets=[listener]
+    )
+
+
+if __name__ == "__main__":
+    main()

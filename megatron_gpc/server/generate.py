@@ -1,0 +1,91 @@
+"""The embedded server's /generate: what a body asks for, and how a sample is described."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gpc.errors import UserError
+from megatron_gpc.server import sequence
+from megatron_gpc.server.protocol import GenerateBody
+from megatron_gpc.server.sampling import SamplingParams
+
+
+def parse(
+    body: GenerateBody, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[sequence.Request], list[bool], bool]:
+    """Requests, which of them want log-probs, and whether they came as a single one."""
+    if body.input_ids is not None:
+        single = not body.input_ids or isinstance(body.input_ids[0], int)
+        prompts = [body.input_ids] if single else body.input_ids
+    elif body.text is not None:
+        single = isinstance(body.text, str)
+        texts = [body.text] if single else body.text
+        prompts = [tokenizer.encode(text) for text in texts]
+    else:
+        raise UserError("Either text, input_ids or input_embeds should be provided.")
+
+    def per_prompt(name: str, value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            return [value] * len(prompts)
+        if len(value) != len(prompts):
+            raise UserError(f"{name} has {len(value)} entries for {len(prompts)} prompts.")
+        return value
+
+    params = per_prompt("sampling_params", body.sampling_params or {})
+    rids = per_prompt("rid", body.rid)
+    if isinstance(body.rid, str) and not single:
+        rids = [f"{body.rid}_{i}" for i in range(len(prompts))]
+    requests = [
+        sequence.Request(rid or uuid.uuid4().hex, tuple(ids), SamplingParams.parse(values))
+        for ids, values, rid in zip(prompts, params, rids, strict=True)
+    ]
+    return requests, per_prompt("return_logprob", body.return_logprob), single
+
+
+def answer(
+    result: sequence.Result,
+    rid: str,
+    logprob: bool,
+    seconds: float,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """One sample, as SGLang describes it."""
+    shown = result.token_ids
+    if result.finish["type"] == "stop":  # the text is without the token that ended it
+        shown = shown[:-1]
+    meta: dict[str, Any] = {
+        "id": rid,
+        "finish_reason": result.finish,
+        "prompt_tokens": result.prompt_tokens,
+        "weight_version": result.weight_version,
+        "num_retractions": result.num_retractions,
+    }
+    if logprob:
+        meta["input_token_logprobs"] = []
+        meta["output_token_logprobs"] = [
+            (value, token, None)
+            for value, token in zip(result.logprobs, result.token_ids, strict=True)
+        ]
+        meta["output_token_logprobs_length"] = len(result.token_ids)
+    meta |= {
+        "reasoning_tokens": 0,
+        "completion_tokens": len(result.token_ids),
+        "cached_tokens": 0,
+        "weight_versions": [
+            {"version": version, "start": start, "end": end}
+            for version, start, end in result.weight_versions
+        ],
+        "cached_tokens_details": None,
+        "dp_rank": None,
+        "e2e_latency": seconds,
+        "response_sent_to_client_ts": time.time(),
+    }
+    return {
+        "text": tokenizer.decode(shown, skip_special_tokens=True),
+        "output_ids": result.token_ids,
+        "meta_info": meta,
+    }

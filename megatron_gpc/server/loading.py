@@ -1,0 +1,167 @@
+"""Weights of the embedded engine: from a folder, or as tensors out of a request.
+
+Both ways end in a complete new model or in an error that names the tensor; the model that was there
+before is never touched.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import collections
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
+
+from megatron_gpc.errors import UserError
+
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+"""Layers whose state is keys and values; the engine's cache has no other kind."""
+
+
+def load_folder(
+    folder: Path, dtype: str | torch.dtype, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """The model of a Hugging Face folder, ready for inference.
+
+    Args:
+        folder: config.json and weights; with `config` given, only the weights are read.
+        dtype: of the weights in memory; "auto" takes config.json's.
+        config: of the model that these weights must fit.
+
+    Raises:
+        UserError: no such folder, unreadable files, or tensors that are missing, unknown or of the
+            wrong shape.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; give a Hugging Face checkpoint folder "
+            "(config.json, safetensors)"
+        )
+    model = _load(AutoModelForCausalLM, str(folder), str(folder), dtype=dtype, config=config)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # They are views of the mapped file, and whoever rewrites it must not change the model.
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def with_tensors(model: PreTrainedModel, named: list[tuple[str, torch.Tensor]]) -> PreTrainedModel:
+    """A model like `model`, with some of its weights replaced; the other weights are shared.
+
+    Args:
+        named: names as in the model's Hugging Face checkpoint.  Any part of the weights will do.
+
+    Raises:
+        UserError: a name that the model does not have, or a wrong shape.
+    """
+    state = revert_weight_conversion(model, model.state_dict())
+    for name, tensor in named:
+        if name not in state:
+            raise UserError(f"{name}: the model has no such tensor")
+        if tensor.shape != state[name].shape:
+            raise UserError(
+                f"{name}: has shape {list(tensor.shape)}, the model needs {list(state[name].shape)}"
+            )
+    new = dict(named)
+    for tied, source in model.all_tied_weights_keys.items():
+        # One tensor under two names.  A sender that knows only the tied name means the tensor.
+        if tied in new:
+            new.setdefault(source, new.pop(tied))
+        state.pop(tied, None)
+    return _load(
+        type(model),
+        "the tensors sent",
+        None,
+        dtype=model.dtype,
+        config=model.config,
+        state_dict={**state, **new},
+    )
+
+
+def _load(loader: Any, what: str, folder: str | None, **options: Any) -> PreTrainedModel:
+    """from_pretrained, with its warnings about unfit tensors turned into errors."""
+    transformers_logging.disable_progress_bar()
+    if options["config"] is None:
+        del options["config"]
+    try:
+        model, info = loader.from_pretrained(
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{what}: cannot be loaded: {error}") from None
+    for name, found, needed in sorted(info["mismatched_keys"]):
+        raise UserError(f"{what}: {name} has shape {list(found)}, the model needs {list(needed)}")
+    for problem in ("missing", "unexpected"):
+        names = sorted(info[f"{problem}_keys"])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{what}: {problem} tensor {names[0]}{more}")
+    kinds = set(model.config.layer_types) if "layer_types" in model.config else set()
+    if kinds - ATTENTION_KINDS:
+        raise UserError(
+            f"{what}: the embedded engine runs attention layers only, this model has "
+            f"{', '.join(sorted(kinds - ATTENTION_KINDS))}; use an SGLang server"
+        )
+    return model.eval()
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Admits what plain tensors pickle to and nothing else: a pickle can otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _load_storage
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a plain tensor")
+
+
+def _load_storage(content: bytes) -> Any:
+    """torch.storage._load_from_bytes without its weights_only=False."""
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+
+
+def unpack_tensors(serialized: str) -> list[tuple[str, torch.Tensor]]:
+    """Named tensors from base64 of `pickle.dumps([(name, tensor), ...])`.
+
+    Raises:
+        UserError: not base64, not such a pickle, or a pickle of anything but plain tensors.
+    """
+    try:
+        content = base64.b64decode(serialized, validate=True)
+        named = _TensorUnpickler(io.BytesIO(content)).load()
+    except (
+        binascii.Error,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+    ) as error:
+        raise UserError(f"serialized_named_tensors: {error}") from None
+    valid = isinstance(named, list) and all(
+        isinstance(item, tuple)
+        and len(item) == 2
+        and isinstance(item[0], str)
+        and isinstance(item[1], torch.Tensor)
+        for item in named
+    )
+    if not valid:
+        raise UserError("serialized_named_tensors: expected a pickled list of (name, tensor)")
+    return named

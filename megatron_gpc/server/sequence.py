@@ -1,0 +1,141 @@
+"""What the engine is asked for, what it answers, and a sample while it is being made."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_gpc.server.sampling import SamplingParams, uniforms
+
+ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+"""Finish reason of a sample that somebody ended, as SGLang reports it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt; `params.n` samples of it are wanted."""
+
+    rid: str
+    input_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished sample."""
+
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    """A stop token that ended the sample included."""
+    logprobs: tuple[float, ...]
+    """Of each token [nats], fp32, under the temperature-scaled distribution."""
+    finish: dict[str, Any]
+    """`{"type": "stop", "matched": token}`, `{"type": "length", "length": count}` or ABORTED."""
+    weight_version: str
+    """Version when the sample ended."""
+    weight_versions: tuple[tuple[str, int, int], ...]
+    """(version, start, end): which weights made the tokens start <= i < end."""
+    num_retractions: int
+
+
+class Job:
+    """Requests that came together and are answered together."""
+
+    def __init__(
+        self, requests: Sequence[Request], end_tokens: frozenset[int], future: Future[list[Result]]
+    ):
+        self.sequences = [
+            LiveSequence(self, request, index, end_tokens)
+            for request in requests
+            for index in range(request.params.n)
+        ]
+        self.failed = False
+        self._future = future
+        self._missing = len(self.sequences)
+
+    def one_finished(self) -> None:
+        self._missing -= 1
+        if self._missing == 0 and not self.failed:
+            self._future.set_result([sequence.result() for sequence in self.sequences])
+
+    def fail(self, error: BaseException) -> None:
+        if not self.failed:
+            self.failed = True
+            self._future.set_exception(error)
+
+
+@dataclass(eq=False)
+class LiveSequence:
+    """One sample of a request while it waits or runs."""
+
+    job: Job
+    request: Request
+    sample_index: int
+    end_tokens: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[tuple[str, int]] = field(default_factory=list)
+    """(version, index of the first token that it could make), in order."""
+    finish: dict[str, Any] | None = None
+    num_retractions: int = 0
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.stop = frozenset() if params.ignore_eos else self.end_tokens | {*params.stop_token_ids}
+        if params.greedy:
+            self.uniforms = np.zeros(params.max_new_tokens)
+        else:
+            seed = params.sampling_seed
+            self.uniforms = uniforms(
+                secrets.randbits(64) if seed is None else seed,
+                self.sample_index,
+                params.max_new_tokens,
+            )
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """All tokens that the next one depends on."""
+        return (*self.request.input_ids, *self.tokens) if self.tokens else self.request.input_ids
+
+    def append(self, token: int, logprob: float) -> None:
+        """As in SGLang the length limit is looked at first: a stop token there counts as length."""
+        if not math.isfinite(logprob):
+            self.finish = ABORTED
+            self.job.fail(
+                FloatingPointError(
+                    f"request {self.request.rid}: the model's output is not finite at token "
+                    f"{len(self.tokens)} (weights {self.versions[-1][0]!r})"
+                )
+            )
+            return
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        limit = self.request.params.max_new_tokens
+        if len(self.tokens) >= limit:
+            self.finish = {"type": "length", "length": limit}
+        elif token in self.stop:
+            self.finish = {"type": "stop", "matched": token}
+
+    def result(self) -> Result:
+        spans: list[tuple[str, int, int]] = []
+        ends = [start for _, start in self.versions[1:]] + [len(self.tokens)]
+        for (version, start), end in zip(self.versions, ends, strict=True):
+            if spans and spans[-1][0] == version:
+                spans[-1] = (version, spans[-1][1], end)
+            elif end > start:
+                spans.append((version, start, end))
+        return Result(
+            prompt_tokens=len(self.request.input_ids),
+            token_ids=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish=self.finish,
+            weight_version=self.versions[-1][0],
+            weight_versions=tuple(spans),
+            num_retractions=self.num_retractions,
+        )
