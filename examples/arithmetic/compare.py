@@ -24,7 +24,9 @@ from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.metrics.plots import plot_runs
 from megatron_gpc.metrics.tables import compare_table, print_table
 from megatron_gpc.run.folder import build_model
-from megatron_gpc.side_by_side import run_side_by_side
+
+sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
+from side_by_side import run_side_by_side  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

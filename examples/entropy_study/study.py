@@ -23,7 +23,9 @@ from megatron_gpc.config.file import load
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.metrics.runs import load_run
 from megatron_gpc.run.folder import build_model
-from megatron_gpc.side_by_side import run_side_by_side
+
+sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
+from side_by_side import run_side_by_side  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 ARITHMETIC = ROOT / "examples" / "arithmetic"

@@ -115,6 +115,18 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, width=100)
 
 
+def flatten(content: typing.Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted keys, unchecked: {"clip": {"schedule": "id"}} -> clip.schedule."""
+    flat = {}
+    for name, value in content.items():
+        flat |= (
+            flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
+    return flat
+
+
 def _flatten(content: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
     """Nested mapping -> dotted keys, every one checked to exist."""
     valid = keys()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_gpc.config.file import flatten
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.writer import EVAL_NAME, read_metrics
 
@@ -174,18 +175,6 @@ def load_run(folder: Path) -> Run:
                 "configuration has it"
             )
     return Run(folder, config, lines)
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys, unchecked: {"clip": {"schedule": "id"}} -> clip.schedule."""
-    flat = {}
-    for name, value in content.items():
-        flat |= (
-            flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
-    return flat
 
 
 @dataclass(frozen=True)

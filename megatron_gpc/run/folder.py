@@ -20,9 +20,8 @@ from typing import TextIO
 import yaml
 
 from megatron_gpc.config import Config
-from megatron_gpc.config.file import dump
+from megatron_gpc.config.file import dump, flatten
 from megatron_gpc.errors import UserError
-from megatron_gpc.metrics.runs import flatten
 from megatron_gpc.run.files import replace_text
 from megatron_gpc.run.launch import die_with_parent
 from megatron_gpc.run.stop import marker
