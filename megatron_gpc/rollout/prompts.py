@@ -32,7 +32,7 @@ def read_prompts(
         UserError: names file and line of what cannot be used.
     """
     try:
-        lines = file.read_text("utf-8").split("\n")  # splitlines() also splits inside strings
+        lines = file.read_text("utf-8-sig").split("\n")  # splitlines() also splits inside strings
     except OSError as error:
         raise UserError(f"{file}: cannot read prompts: {error.strerror}") from None
     except UnicodeDecodeError as error:
