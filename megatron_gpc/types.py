@@ -29,7 +29,7 @@ class Prompt:
     """
 
     index: int
-    """Position in the prompt file, counted from 0; part of every sample's random seed."""
+    """Which prompt of its file it is, counted from 0."""
     text: str
     token_ids: tuple[int, ...]
     label: Any

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from megatron_gpc.engines.answers import (
     RolloutError,
     ServerUnavailable,
 )
-from megatron_gpc.engines.client import Request, SGLangClient, attempt_rid
+from megatron_gpc.engines.client import Request, SGLangClient
 from megatron_gpc.engines.process import ServerError, ServerProcess, SGLangServer
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.run.launch import own_address
@@ -96,7 +97,8 @@ class Engines:
         self._starters = ThreadPoolExecutor(self.config.engines + 1, "starter")
         self._closing = False
         self._asked: list[Engine] = []
-        self._probes = itertools.count()
+        self._rid_prefix = uuid.uuid4().hex[:12]
+        self._rid_numbers = itertools.count(1)
 
     # ---- life ----
 
@@ -285,11 +287,7 @@ class Engines:
             client = self._router_client or engine.client
             try:
                 made = await client.generate_many(
-                    [
-                        dataclasses.replace(r, rid=r.rid and attempt_rid(r.rid, attempt))
-                        for r in requests
-                    ],
-                    attempts=1,
+                    [self._with_own_rid(request) for request in requests], attempts=1
                 )
                 self._check_versions(engine, made)
                 return made
@@ -304,6 +302,22 @@ class Engines:
             finally:
                 engine.in_flight -= len(requests)
         raise AssertionError("the loop ends by returning or raising")
+
+    def _with_own_rid(self, request: Request) -> Request:
+        """The request under an id that no server has seen: `PREFIX-step-12-40-3-907`.
+
+        A server refuses an id that is in flight, and may still hold what was given up: an attempt
+        that timed out, the requests of a start that was killed, those of another run.
+        """
+        named = "-".join(
+            filter(None, (self._rid_prefix, request.rid, str(next(self._rid_numbers))))
+        )
+        return dataclasses.replace(request, rid=named)
+
+    async def abort(self, rid: str) -> None:
+        """End those of this run's requests whose ids began with `rid`; on the engines' loop."""
+        begins = f"{self._rid_prefix}-{rid}"
+        await asyncio.gather(*(engine.client.abort(begins) for engine in self.ready()))
 
     def _check_versions(self, engine: Engine, made: Sequence[Generation]) -> None:
         """Weights do not change while samples are made, so only one version can be right."""
@@ -321,8 +335,7 @@ class Engines:
         found: list[Generation] = []
         for engine in self.ready():
             with _failing(engine):
-                asked = dataclasses.replace(request, rid=f"{request.rid}-{next(self._probes)}")
-                (generation,) = await engine.client.generate_many([asked])
+                (generation,) = await engine.client.generate_many([self._with_own_rid(request)])
                 found.append(generation)
                 self._asked.append(engine)
         return found

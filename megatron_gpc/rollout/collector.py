@@ -32,7 +32,7 @@ from megatron_gpc.types import Prompt, Sample
 Span = tuple[str, int, int]
 
 
-def sample_seed(run_seed: int, stream: str, prompt_index: int, sample_index: int) -> int:
+def sample_seed(run_seed: int, stream: str, position: int, sample_index: int) -> int:
     """Seed of one sample, 0 <= seed < 2^31.
 
     It follows from these four alone, so a rollout does not depend on the trainer's layout, nor on
@@ -40,8 +40,10 @@ def sample_seed(run_seed: int, stream: str, prompt_index: int, sample_index: int
 
     Args:
         stream: keeps uses apart: `step 12`, `eval`.
+        position: of the prompt in the prompt source.  Not the prompt itself: a step may have one
+            twice, and the second is to be answered anew.
     """
-    text = f"{run_seed}/{stream}/{prompt_index}/{sample_index}"
+    text = f"{run_seed}/{stream}/{position}/{sample_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
@@ -50,7 +52,7 @@ class Group:
     """The samples of one prompt, in the making."""
 
     position: int
-    """In the prompt source."""
+    """In the prompt source; of a held-out prompt its index."""
     prompt: Prompt
     samples: list[Sample]
     """By sample_index.  `abort` as finish reason: not finished, and may be empty."""
@@ -249,7 +251,7 @@ class Collector:
             for sample in group.samples
             if sample.finish_reason == "abort"
         ]
-        requests = [self._request(sample, stream) for _, sample in owners]
+        requests = [self._request(group.position, sample, stream) for group, sample in owners]
         generations = await self.engines.generate(requests)
 
         def judge() -> list[Sample]:
@@ -262,7 +264,7 @@ class Collector:
         for group in groups:
             group.ended = all(sample.finish_reason != "abort" for sample in group.samples)
 
-    def _request(self, sample: Sample, stream: str) -> Request:
+    def _request(self, position: int, sample: Sample, stream: str) -> Request:
         """For what is still missing of a sample."""
         rollout, made = self.config.rollout, len(sample.token_ids)
         return Request(
@@ -273,10 +275,10 @@ class Collector:
                 "max_new_tokens": rollout.max_response_tokens - made,
                 "stop_token_ids": self.stop_token_ids,
                 "sampling_seed": sample_seed(
-                    self.config.seed, stream, sample.prompt.index, sample.sample_index
+                    self.config.seed, stream, position, sample.sample_index
                 ),
             },
-            rid=f"{stream.replace(' ', '-')}-{sample.prompt.index}-{sample.sample_index}",
+            rid=f"{_rid_prefix(stream)}{position}-{sample.sample_index}",
         )
 
     def _extended(self, sample: Sample, generation: Generation) -> Sample:
@@ -309,8 +311,7 @@ class Collector:
         """Abort what still runs, and wait for what has been made of it."""
         if not running:
             return
-        rid = f"{stream.replace(' ', '-')}-"
-        await asyncio.gather(*(e.client.abort(rid) for e in self.engines.ready()))
+        await self.engines.abort(_rid_prefix(stream))
         timeout_s = self.config.rollout.server.request_timeout_s
         done, late = await asyncio.wait(running, timeout=timeout_s)
         for task in late:
@@ -354,20 +355,24 @@ class Collector:
         """A few tokens of every ready engine, in their order, from the first training prompt."""
         prompt, server = self.source.at(0), self.config.rollout.server
         blank = Sample(prompt, 0, (), (), "", "abort", ())
-        request = self._request(blank, "probe")
+        request = self._request(0, blank, "probe")
         request.sampling_params["max_new_tokens"] = server.probe_tokens
         found = await self.engines.ask_each(request)
         return [self._extended(blank, generation) for generation in found]
 
     async def sample(self, prompts: Sequence[Prompt], count: int, stream: str) -> list[Sample]:
-        """`count` judged samples of every prompt, prompt by prompt; nothing is filtered."""
+        """`count` judged samples of every prompt, prompt by prompt; nothing is filtered.
+
+        Args:
+            prompts: held-out ones, with indices of their own.
+        """
         groups = [
             Group(
-                i,
+                prompt.index,
                 prompt,
                 [Sample(prompt, index, (), (), "", "abort", ()) for index in range(count)],
             )
-            for i, prompt in enumerate(prompts)
+            for prompt in prompts
         ]
         await asyncio.gather(*(self._fill(part, stream) for part in self._parts(groups)))
         return [sample for group in groups for sample in group.samples]
@@ -381,6 +386,11 @@ def overlong_penalty(length: int, rollout: RolloutConfig) -> float:
     """
     begin = rollout.max_response_tokens - rollout.overlong_buffer
     return min(max((length - begin) / rollout.overlong_buffer, 0.0), 1.0)
+
+
+def _rid_prefix(stream: str) -> str:
+    """What the ids of a stream's requests begin with; no other stream's do."""
+    return f"{stream.replace(' ', '-')}-"
 
 
 def _spans(generation: Generation) -> tuple[Span, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -93,7 +93,8 @@ class Engine:
             One result a sample, request after request, `n` of each.
 
         Raises:
-            UserError: a prompt is empty, too long or has ids outside the vocabulary.
+            UserError: a prompt is empty, too long or has ids outside the vocabulary; in the Future:
+                a request's id is in flight.
         """
         for request in requests:
             self._check(request)
@@ -247,6 +248,12 @@ class Engine:
         self._closing = True
 
     def _enqueue(self, job: Job) -> None:
+        """Raises UserError where a request's id is in flight already, or comes twice in the job."""
+        rids = [request.rid for request in job.requests]
+        taken = {sequence.request.rid for sequence in [*self._running, *self._waiting]}
+        twice = {rid for rid, count in Counter(rids).items() if count > 1} | taken & {*rids}
+        if twice:
+            raise UserError(f"Duplicate request ID detected: {', '.join(sorted(twice))}")
         for sequence in job.sequences:
             sequence.versions.append((self.weight_version, 0))
         self._waiting.extend(job.sequences)

@@ -50,6 +50,7 @@ class Job:
     def __init__(
         self, requests: Sequence[Request], end_tokens: frozenset[int], future: Future[list[Result]]
     ):
+        self.requests = requests
         self.sequences = [
             LiveSequence(self, request, index, end_tokens)
             for request in requests

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -44,11 +46,11 @@ class Rig:
         self.sync = make_sync(config.rollout.server, engines, folder)
         self.collector = self.collector_of(config)
 
-    def collector_of(self, config) -> Collector:
+    def collector_of(self, config, prompts=PROMPTS, engines=None) -> Collector:
         return Collector(
             config,
-            self.engines,
-            PromptSource(PROMPTS, config.seed),
+            engines or self.engines,
+            PromptSource(prompts, config.seed),
             # right: the first token is even; so groups are mixed, all right or all wrong
             verifier=lambda text, label: float(int(text.split()[0]) % 2 == 0),
             decode=lambda ids: " ".join(map(str, ids)),
@@ -109,7 +111,7 @@ def test_groups_come_prompt_by_prompt_and_judged_on_our_own_decoding(start):
     assert rig.collect(2).positions == [4, 5, 6, 7]
 
 
-def test_a_sample_depends_on_seed_step_prompt_and_index_alone(start):
+def test_a_sample_depends_on_seed_step_position_and_index_alone(start):
     rig = start()
 
     def tokens(prompts: list[Prompt], count: int, stream: str):
@@ -123,12 +125,56 @@ def test_a_sample_depends_on_seed_step_prompt_and_index_alone(start):
     assert together != tokens(PROMPTS[:3], 4, "step 2")
 
 
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ["rollout.prompts_per_step=7"],
+        ["rollout.prompts_per_step=5", "rollout.filter=mixed", "rollout.refill_limit=8"],
+        ["rollout.prompts_per_step=4", "rollout.oversample=2", "rollout.filter=mixed"],
+    ],
+    ids=str,
+)
+def test_a_prompt_that_comes_again_in_a_step_is_answered_anew(start, ways):
+    """Of 3 prompts; the server refuses an id twice, as SGLang does."""
+    rig = start(*ways)
+    collector = rig.collector_of(rig.config, PROMPTS[:3])
+    for step in (1, 2):
+        rollout = rig.collect(step, collector)
+        positions = rollout.positions
+        assert len(set(positions)) == len(positions) == rig.config.rollout.prompts_per_step
+        groups = [rollout.samples[i : i + 4] for i in range(0, len(rollout.samples), 4)]
+        asked = [collector.source.at(position) for position in positions]
+        assert [[s.prompt for s in group] for group in groups] == [[p] * 4 for p in asked]
+        assert len({p.index for p in asked}) < len(asked)
+        assert len({tuple(s.token_ids for s in group) for group in groups}) == len(groups)
+
+
+def test_runs_that_share_a_server_have_ids_of_their_own(start):
+    """The same step of the same configuration, twice at once; one of them ends its requests."""
+    rig = start("rollout.max_response_tokens=400")
+    engine = rig.engines.engines[0]
+    server = dataclasses.replace(rig.config.rollout.server, urls=(engine.url,))
+    starter = rig.engines.starter
+    with Engines(Starter(server, starter.sglang, starter.model_path, starter.log_dir)) as engines:
+        engines.await_started()
+        engines.confirm(engines.engines, "0")
+        theirs = rig.collector_of(rig.config, engines=engines)
+        made = asyncio.run_coroutine_threadsafe(theirs.collect(1), engines.loop)
+        rig.engines.run(in_decode(engine, made))
+        rig.engines.run(rig.engines.abort("step-1-"))
+        ours = rig.collect(1)
+        found = made.result(60)
+    assert ours.positions == found.positions
+    for sample in (*ours.samples, *found.samples):
+        assert sample.finish_reason in ("stop", "length"), "nobody's but the caller's was ended"
+
+
 def test_seeds_differ_wherever_anything_differs():
     seeds = {
-        sample_seed(run, stream, prompt, index)
+        sample_seed(run, stream, position, index)
         for run in range(3)
         for stream in ("step 1", "step 2", "eval")
-        for prompt in range(20)
+        for position in range(20)
         for index in range(20)
     }
     assert len(seeds) > 3 * 3 * 400 - 5, "collisions beyond chance"
@@ -148,19 +194,19 @@ def test_every_way_of_handing_over_reaches_every_engine(start, model_b, way):
 
 
 def test_dynamic_sampling_drops_uniform_groups_and_asks_for_the_next_prompts(start):
-    plain = start("rollout.prompts_per_step=30").collect(1)
+    plain = start("rollout.prompts_per_step=40").collect(1)
     mixed = [
         position
         for i, position in enumerate(plain.positions)
         if len({s.reward for s in plain.samples[4 * i : 4 * i + 4]}) == 2
     ]
-    rig = start("rollout.filter=mixed", "rollout.prompts_per_step=6")
+    rig = start("rollout.filter=mixed", "rollout.prompts_per_step=24")
     found = rig.collect(1)
-    assert found.positions == mixed[:6] and found.positions != list(range(6))
-    assert rig.collector.source.state() == {"cursor": mixed[5] + 1, "returned": []}
+    assert found.positions == mixed[:24] and found.positions != list(range(24))
+    assert rig.collector.source.state() == {"cursor": mixed[23] + 1, "returned": []}
     metrics = found.metrics
     uniform = metrics["groups_all_right"] + metrics["groups_all_wrong"]
-    assert round(uniform * metrics["groups_asked"]) >= mixed[5] + 1 - 6
+    assert round(uniform * metrics["groups_asked"]) >= mixed[23] + 1 - 24
 
 
 def test_the_limit_of_refills_fills_the_batch_with_uniform_groups(start):
@@ -279,9 +325,14 @@ async def late_request(engine: Engine) -> asyncio.Task[Generation]:
     """A generation that is under way, of 900 tokens."""
     asked = {"max_new_tokens": 900, "ignore_eos": True}
     task = asyncio.create_task(engine.client.generate([5], asked))
-    while (await engine.client.server_info())["internal_states"][0]["num_running_reqs"] == 0:
-        assert not task.done()
+    await in_decode(engine, task)
     return task
+
+
+async def in_decode(engine: Engine, made: asyncio.Future | Future) -> None:
+    """Wait until something is being generated; `made` is what it will be."""
+    while (await engine.client.server_info())["internal_states"][0]["num_running_reqs"] == 0:
+        assert not made.done()
 
 
 async def ended(task: asyncio.Task[Generation]) -> str:

@@ -136,11 +136,24 @@ def test_aborting_a_waiting_request_gives_an_empty_sample(engine):
 
 
 def test_dropping_ends_these_requests_only(engine):
-    gone, kept = Request("same", PROMPT, LONG), Request("same", PROMPT, LONG)
+    gone, kept = Request("gone", PROMPT, LONG), Request("gone-not", PROMPT, LONG)
     futures = [engine.submit([gone]), engine.submit([kept])]
     engine.drop([gone]).result(TIMEOUT_S)
     assert futures[0].result(TIMEOUT_S)[0].finish["type"] == "abort"
     assert futures[1].result(TIMEOUT_S)[0].finish["type"] == "length"
+
+
+def test_an_id_is_free_again_as_soon_as_its_own_sample_has_ended(engine):
+    both = engine.submit([Request("short", PROMPT, SHORT), Request("long", PROMPT, LONG)])
+    while engine.load().result(TIMEOUT_S) != (1, 0):
+        assert not both.done()
+    assert engine.submit([Request("short", PROMPT, SHORT)]).result(TIMEOUT_S)
+    with pytest.raises(UserError, match="Duplicate request ID detected: long"):
+        engine.submit([Request("fresh", PROMPT, SHORT), Request("long", PROMPT, SHORT)]).result(
+            TIMEOUT_S
+        )
+    assert engine.load().result(TIMEOUT_S) == (1, 0), "nothing of what was refused runs"
+    engine.abort(None).result(TIMEOUT_S)
 
 
 def test_cache_memory_is_given_back_when_idle_only(engine):

@@ -341,6 +341,23 @@ def test_abort_request_ends_one_request_or_all(http):
     assert len(first["output_ids"]) < 600
 
 
+def test_an_id_in_flight_is_refused_and_what_has_it_goes_on(http):
+    short = GREEDY | {"max_new_tokens": 2}
+    wait = in_background(http, input_ids=PROMPT, sampling_params=LONG, rid="taken")
+    for body in (
+        {"input_ids": PROMPT, "rid": "taken"},
+        {"input_ids": [[5], [6]], "rid": ["free", "taken"]},
+        {"input_ids": [[5], [6]], "rid": ["free", "free"]},
+    ):
+        refused = http.post("/generate", json=body | {"sampling_params": short})
+        assert refused.status_code == 400, refused.text
+        assert "duplicate request id" in refused.json()["error"]["message"].lower()
+    assert len(wait()["output_ids"]) == 600
+    for rid in ("taken", "free"):
+        answer = generate(http, input_ids=PROMPT, sampling_params=short, rid=rid)
+        assert answer["meta_info"]["id"] == rid
+
+
 # ---- weights ----
 
 
