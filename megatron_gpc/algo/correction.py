@@ -33,12 +33,15 @@ def correction_weights(
     """
     if kind == "none":
         return torch.ones_like(old_logp_T)
-    log_w_T = (old_logp_T - rollout_logp_T).detach()
+    # equal log-probs have the ratio 1, -inf included
+    log_w_T = (old_logp_T - rollout_logp_T).where(old_logp_T != rollout_logp_T, 0.0).detach()
     if level == "sequence":
         sample_T = torch.arange(len(response_lengths_N)).repeat_interleave(response_lengths_N)
         # float64: a long response adds up thousands of rounded terms
         sums_N = torch.zeros(len(response_lengths_N), dtype=torch.float64)
-        log_w_T = sums_N.index_add_(0, sample_T, log_w_T.double())[sample_T].float()
+        # inf (mu = 0) would make a NaN of -inf (q = 0), whose product is 0
+        finite_above_T = log_w_T.double().clamp(max=torch.finfo(torch.float32).max)
+        log_w_T = sums_N.index_add_(0, sample_T, finite_above_T)[sample_T].float()
     w_T = log_w_T.exp()
     if kind == "truncate":
         return w_T.clamp(max=cap)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_gpc.algo.clipping import ratio_interval
 from megatron_gpc.types import Bounds
+
+MAX_LOG_RATIO = 30.0
+"""Ratios end at exp(30) = 1e13: fp32 overflows from exp(88.8) on, and the squares that a gradient's
+norm adds up overflow from 1e19 on."""
+IMPOSSIBLE_RATIO = 1e30
+"""Of a token with q = 0, which the old policy cannot have drawn.  Finite in loss and gradient, but
+with A < 0 the gradient's norm overflows, so that the update is left out (mcore/policy.py)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ def policy_loss(
     Constant bounds make this PPO (arXiv 1707.06347, equation 7), GRPO and DAPO's clip-higher: there
     is no second code path, and the numbers equal the textbook formula bit for bit.
 
+    They are finite whatever p and q are, 0 included: a ratio beyond exp(MAX_LOG_RATIO) counts as
+    that, in the loss and in the gradient; see IMPOSSIBLE_RATIO for q = 0.
+
     Args:
         logp_T: ln p of the sampled tokens under the policy being trained; gradient flows here.
         old_logp_T: ln q of the same tokens under the old policy, no gradient.
@@ -47,7 +58,7 @@ def policy_loss(
     Returns:
         The summed loss and per-token diagnostics (no gradient).
     """
-    ratio_T = torch.exp(logp_T - old_logp_T)
+    ratio_T = _Ratio.apply(logp_T, old_logp_T)
     lower_T, upper_T = ratio_interval(bounds, logp_T.detach().exp())
     clipped_ratio_T = torch.clamp(ratio_T, lower_T, upper_T)
     loss_sum = -torch.min(ratio_T * advantages_T, clipped_ratio_T * advantages_T).sum()
@@ -61,3 +72,24 @@ def policy_loss(
         clipped_low_T=(ratio_T < lower_T) & (advantages_T < 0),
         clipped_high_T=(ratio_T > upper_T) & (advantages_T > 0),
     )
+
+
+class _Ratio(torch.autograd.Function):
+    """p/q of each token, bounded, from ln p and ln q [T]; 1 where they are equal, -inf included.
+
+    Its derivative by ln p is itself, also where it is bounded: a token that ran away with A < 0 is
+    still called back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logp_T: torch.Tensor, old_logp_T: torch.Tensor) -> torch.Tensor:
+        ratio_T = (logp_T - old_logp_T).clamp(max=MAX_LOG_RATIO).exp()
+        ratio_T = ratio_T.where(old_logp_T != -torch.inf, IMPOSSIBLE_RATIO)
+        ratio_T = ratio_T.where(logp_T != old_logp_T, 1.0)
+        ctx.save_for_backward(ratio_T)
+        return ratio_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (ratio_T,) = ctx.saved_tensors
+        return grads[0] * ratio_T, None

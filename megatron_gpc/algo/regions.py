@@ -81,7 +81,8 @@ def entropy_inner_product(stats: TokenStats, weight_T: torch.Tensor) -> torch.Te
     Args:
         weight_T: dJ / d ln p; with advantages this is the objective at r = 1.
     """
-    token_T = stats.logp_T.exp() * (stats.logp_T + stats.entropy_T)
+    logp_T = stats.logp_T.clamp(min=-200.0)  # exp gives 0 there already; 0 * -inf would be NaN
+    token_T = logp_T.exp() * (logp_T + stats.entropy_T)
     baseline_T = stats.sum_p2_logp_T + stats.entropy_T * stats.sum_p2_T
     return -weight_T * (token_T - baseline_T)
 

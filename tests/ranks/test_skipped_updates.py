@@ -22,11 +22,16 @@ def hf(tmp_path_factory):
 
 
 def poisoned(batch: RolloutBatch) -> RolloutBatch:
-    """One token of one sample has an old probability of 0: its ratio, loss, gradient are inf."""
+    """One token of one sample has an old probability of 0: its gradient's norm overflows."""
+    return run_away(batch, -torch.inf)
+
+
+def run_away(batch: RolloutBatch, old_logp: float) -> RolloutBatch:
+    """One token of one sample has this old log-prob and A < 0: the loss is not clipped there."""
     advantages_N = batch.advantages_N.clone()
-    advantages_N[3] = -1.0  # the loss is not clipped on this side
+    advantages_N[3] = -1.0
     rollout_logp_T = batch.rollout_logp_T.clone()
-    rollout_logp_T[batch.response_slice(3).start] = -torch.inf
+    rollout_logp_T[batch.response_slice(3).start] = old_logp
     return dataclasses.replace(batch, advantages_N=advantages_N, rollout_logp_T=rollout_logp_T)
 
 
@@ -68,3 +73,13 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(hf, pool, tmp_pa
     (result,) = pool(1).run(ranks.after_updates, run_config(tmp_path, hf), [overflowing], BOUNDS)
     (update,) = result["updates"]
     assert update["skipped"] and update["grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize("old_logp", [-100.0, -3e38])
+def test_a_token_that_ran_far_away_is_trained_on(hf, pool, tmp_path, old_logp):
+    """Its ratio would overflow; bounded, it leaves loss, gradient and every metric finite."""
+    batch = run_away(random_batch(), old_logp)
+    (result,) = pool(1).run(ranks.after_updates, run_config(tmp_path, hf), [batch], BOUNDS)
+    (update,) = result["updates"]
+    assert not update["skipped"] and math.isfinite(update["grad_norm"])
+    assert all(map(math.isfinite, result["metrics"].values())), result["metrics"]

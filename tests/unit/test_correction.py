@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_gpc.algo.correction import correction_weights
 
@@ -54,3 +56,37 @@ def test_weighted_means_under_the_rollout_are_means_under_the_old_policy(level):
         q_V.log()[tokens_T], mu_V.log()[tokens_T], torch.ones_like(tokens_T), "truncate", level, 50
     )
     assert (w_T * f_V[tokens_T]).mean() == pytest.approx(float((q_V * f_V).sum()), rel=0.01)
+
+
+logps = st.one_of(st.floats(-50, 0, width=32), st.sampled_from([-math.inf, -3.4e38, -1e3, 0.0]))
+
+
+@given(
+    st.lists(st.lists(st.tuples(logps, logps), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.sampled_from(["truncate", "mask"]),
+    st.sampled_from(["token", "sequence"]),
+)
+def test_weights_are_finite_and_right_whatever_the_log_probs(responses, kind, level):
+    """Probabilities of 0 under q, mu or both, and products that overflow."""
+    cap = 2.0
+
+    def weight(pairs):
+        # equal ones cancel; a factor of 0 outweighs one of infinity, which cannot have been drawn
+        logs = [q - mu for q, mu in pairs if q != mu]
+        w = math.exp(min(sum(logs), 700)) if -math.inf not in logs else 0.0
+        if kind == "truncate":
+            return min(w, cap)
+        return w if 1 / cap <= w <= cap else 0.0
+
+    want = [
+        weight(response if level == "sequence" else [pair])
+        for response in responses
+        for pair in response
+    ]
+    old_T, rollout_T = torch.tensor([pair for response in responses for pair in response]).T
+    lengths_N = torch.tensor([len(response) for response in responses])
+    got_T = correction_weights(old_T, rollout_T, lengths_N, kind, level, cap)
+    borders = [abs(math.log(w) - b) < 1e-3 for w in want if w for b in (-math.log(2), math.log(2))]
+    assert got_T.isfinite().all()
+    if kind == "truncate" or not any(borders):  # on the border rounding decides
+        torch.testing.assert_close(got_T, torch.tensor(want), rtol=1e-4, atol=1e-30)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
 from megatron_gpc.algo.regions import (
@@ -12,6 +15,7 @@ from megatron_gpc.algo.regions import (
     region_sums,
 )
 from megatron_gpc.kernels.vocab_parallel import token_stats
+from megatron_gpc.types import TokenStats
 
 
 def random_tokens(count: int = 200, vocab: int = 12):
@@ -53,6 +57,15 @@ def test_a_token_that_is_certain_has_no_gradient_and_no_nan():
     stats = token_stats(logits_TV, torch.tensor([0]), vocab_size=3)
     assert gradient_norm(stats, torch.ones(1)).tolist() == [0.0]
     assert entropy_inner_product(stats, torch.ones(1)).tolist() == [0.0]
+
+
+def test_a_token_of_probability_0_has_only_its_baseline_term_and_no_nan():
+    """p = (1/2, 1/2, 0): <dJ/dx, dH/dx> = sum p^2 (ln p + H) = 0."""
+    half, ln2 = torch.tensor([0.5]), torch.tensor([math.log(2)])
+    for logp in (-1e30, -math.inf):
+        stats = TokenStats(torch.tensor([logp]), ln2, half, -ln2 / 2)
+        assert gradient_norm(stats, torch.ones(1)).item() == pytest.approx(1.5**0.5)
+        assert entropy_inner_product(stats, torch.ones(1)).item() == 0.0
 
 
 def test_dropped_regions_have_no_advantage_and_all_four_change_nothing():
