@@ -144,7 +144,7 @@ def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:
         if not isinstance(hf.get(key), int):
             raise UserError(f"model.hf: config.json lacks {key}, or it is no whole number")
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
-    experts = hf.get("num_experts", hf.get("num_local_experts")) or 0  # transformers 4, 5
+    experts = hf.get("num_experts") or hf.get("num_local_experts") or 0  # transformers 4, 5
     groups = hf.get("num_key_value_heads") or heads
     if heads % p.tp:
         raise UserError(f"parallel.tp={p.tp} does not divide the model's {heads} attention heads")

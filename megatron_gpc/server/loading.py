@@ -10,17 +10,22 @@ import base64
 import binascii
 import collections
 import io
+import json
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.weights.families import FAMILIES
+from megatron_gpc.weights.fields import refuse_two_spellings
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 """Layers whose state is keys and values; the engine's cache has no other kind."""
@@ -45,11 +50,23 @@ def load_folder(
             f"{folder}: no such folder; give a Hugging Face checkpoint folder "
             "(config.json, safetensors)"
         )
+    if config is None:
+        _refuse_two_spellings(folder)
     model = _load(AutoModelForCausalLM, str(folder), str(folder), dtype=dtype, config=config)
     for tensor in [*model.parameters(), *model.buffers()]:
         # They are views of the mapped file, and whoever rewrites it must not change the model.
         tensor.data = tensor.data.clone()
     return model
+
+
+def _refuse_two_spellings(folder: Path) -> None:
+    """Refuse what the trainer refuses of config.json, where it is of a family that can be trained;
+    what else is wrong with the file transformers says."""
+    hf = None
+    with suppress(OSError, ValueError):
+        hf = json.loads((folder / "config.json").read_text())
+    if isinstance(hf, dict) and hf.get("model_type") in FAMILIES:
+        refuse_two_spellings(hf)
 
 
 def with_tensors(model: PreTrainedModel, named: list[tuple[str, torch.Tensor]]) -> PreTrainedModel:
@@ -98,7 +115,7 @@ def _load(loader: Any, what: str, folder: str | None, **options: Any) -> PreTrai
             local_files_only=True,
             **options,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{what}: cannot be loaded: {error}") from None
     for name, found, needed in sorted(info["mismatched_keys"]):
         raise UserError(f"{what}: {name} has shape {list(found)}, the model needs {list(needed)}")

@@ -104,6 +104,8 @@ class Family:
     """What transformers takes for settings that a config.json may leave out."""
     fixed: Mapping[str, Any]
     """Settings of which only this value is supported; any other is refused by name."""
+    nulls: Mapping[str, Any]
+    """Settings that may be null -> what transformers takes null for; a string names a setting."""
 
     def params(self, hf_config: Mapping[str, Any], tp: int = 1) -> tuple[Param, ...]:
         """Every parameter of the model: model-wide ones, then layer by layer.
@@ -205,9 +207,7 @@ class Family:
         """
         hidden = fields.whole_number(config, "hidden_size")
         heads = fields.whole_number(config, "num_attention_heads")
-        groups = heads
-        if "num_key_value_heads" in config:
-            groups = fields.whole_number(config, "num_key_value_heads")
+        groups = fields.whole_number(config, "num_key_value_heads")
         if heads % groups:
             raise UserError(
                 f"config.json: num_key_value_heads={groups} does not divide "
@@ -242,7 +242,8 @@ class Family:
         return sizes
 
     def _settings(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-        config = fields.normalise(hf_config, self.defaults)
+        no_nulls = {*self.fixed, "head_dim", "use_sliding_window"}
+        config = fields.normalise(hf_config, self.defaults, self.nulls, no_nulls)
         fields.refuse_unsupported(config, self.fixed)
         return config
 
@@ -325,33 +326,45 @@ def _param(
 def _family(
     model_type: str,
     *rules: Rule,
-    defaults: Mapping[str, Any] = MappingProxyType({}),
+    defaults: Mapping[str, Any],
     fixed: Mapping[str, Any] = MappingProxyType({}),
+    nulls: Mapping[str, Any] = MappingProxyType({}),
 ) -> Family:
-    common = {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
+    common = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
     return Family(
         model_type,
         rules,
         MappingProxyType({**common, **defaults}),
         MappingProxyType({"hidden_act": "silu", **fixed}),
+        MappingProxyType({**nulls}),
     )
 
 
+_ONE_GROUP_A_HEAD = {"num_key_value_heads": "num_attention_heads"}
 _MOE_DEFAULTS = {"decoder_sparse_step": 1, "mlp_only_layers": (), "norm_topk_prob": False}
+_MOE_NULLS = {"mlp_only_layers": ()}
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.model_type: family
         for family in (
             # Qwen2, Qwen2.5, Qwen2.5-Math, Qwen2.5-Coder
-            _family("qwen2", *_BODY, _QKV_BIAS, *_DENSE),
+            _family(
+                "qwen2",
+                *_BODY,
+                _QKV_BIAS,
+                *_DENSE,
+                defaults={"num_key_value_heads": 32},
+                nulls=_ONE_GROUP_A_HEAD,
+            ),
             _family(
                 "qwen3",
                 *_BODY,
                 *_QK_NORM,
                 *_DENSE,
-                defaults={"head_dim": 128},
+                defaults={"head_dim": 128, "num_key_value_heads": 32},
                 fixed={"attention_bias": False},
+                nulls=_ONE_GROUP_A_HEAD,
             ),
             # Qwen1.5-MoE, Qwen2-57B-A14B
             _family(
@@ -361,7 +374,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 *_DENSE,
                 *_MOE,
                 *_SHARED_EXPERT,
-                defaults={**_MOE_DEFAULTS, "qkv_bias": True},
+                nulls=_MOE_NULLS,
+                defaults={**_MOE_DEFAULTS, "qkv_bias": True, "num_key_value_heads": 16},
             ),
             _family(
                 "qwen3_moe",
@@ -369,7 +383,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 *_QK_NORM,
                 *_DENSE,
                 *_MOE,
-                defaults=_MOE_DEFAULTS,
+                nulls=_MOE_NULLS,
+                defaults={**_MOE_DEFAULTS, "num_key_value_heads": 4},
                 fixed={"attention_bias": False},
             ),
         )

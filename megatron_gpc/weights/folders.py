@@ -70,10 +70,10 @@ def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> 
                 shutil.copyfile(file, folder / file.name)
     if dtype is not None:
         config = json.loads((folder / "config.json").read_text())
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
         name = str(dtype).removeprefix("torch.")
-        if config.get(key) != name:
-            text = json.dumps({**config, key: name}, indent=2)
+        said = {key: name for key in ("torch_dtype", "dtype") if key in config} or {"dtype": name}
+        if any(config.get(key) != name for key in said):
+            text = json.dumps({**config, **said}, indent=2)
             (folder / "config.json").write_text(text + "\n")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -169,3 +171,20 @@ def test_the_dtype_is_the_checkpoints_unless_given(tmp_path):
     folder = build_model(tmp_path / "model", seed=3)
     assert load_folder(folder, "auto").dtype == torch.float32
     assert load_folder(folder, "bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rope_theta": 5e5}, "rope_parameters.rope_theta=10000.0 and rope_theta=500000.0"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "torch_dtype='bfloat16'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+    ],
+    ids=str,
+)
+def test_what_the_trainer_refuses_of_config_json_is_refused_here(model_a, tmp_path, change, says):
+    shutil.copytree(model_a, tmp_path / "copy")
+    file = tmp_path / "copy" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_folder(tmp_path / "copy", "auto")

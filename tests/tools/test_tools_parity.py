@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,25 @@ def test_a_right_checkpoint_passes_at_a_parallel_layout(
     assert call("check_parity", "--hf", hf, "--checkpoint", converted, "--tp", 2) == 0
     said = capfd.readouterr().out
     assert "the same" in said and "100.00% of 128 positions" in said and "1.00e-03" in said
+
+
+def test_settings_in_their_old_places_compute_what_transformers_computes(
+    checkpoints: Checkpoints, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hf = tmp_path / "hf"
+    shutil.copytree(checkpoints["qwen2-yarn"].folder, hf)
+    config = json.loads((hf / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {
+        "rope_theta": 5e5,
+        "torch_dtype": config.pop("dtype"),
+        "rope_scaling": {"type": "yarn", "factor": rope["factor"]},
+        "original_max_position_embeddings": 16,
+    }
+    (hf / "config.json").write_text(json.dumps(config))
+    hf_to_megatron(hf, tmp_path / "converted")
+    assert call("check_parity", "--hf", hf, "--checkpoint", tmp_path / "converted") == 0
+    assert "the same" in capfd.readouterr().out
 
 
 def test_a_checkpoint_with_one_wrong_matrix_fails(

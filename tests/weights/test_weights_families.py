@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import MODELS, Checkpoint, Checkpoints
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.weights import FAMILIES, family_of
@@ -72,6 +75,17 @@ QWEN3_MOE: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
     "vocab_size": 151936,
+}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
@@ -248,6 +262,34 @@ def test_an_unknown_model_type_is_refused_with_those_supported() -> None:
         ),
         (
             QWEN2,
+            {"rope_scaling": {"full_attention": {"rope_theta": 1e4}}},
+            "rope_scaling must be one set of values",
+        ),
+        (QWEN2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
+        (
+            QWEN2,
+            {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is not supported",
+        ),
+        (QWEN2, {"rms_norm_eps": None}, "rms_norm_eps is null"),
+        (QWEN2, {"head_dim": None}, "head_dim is null"),
+        (QWEN2, {"use_sliding_window": None}, "use_sliding_window is null"),
+        (QWEN2, {"rope_theta": None}, "rope_theta is null"),
+        (QWEN2, {"rope_parameters": {"rope_theta": None}}, "rope_parameters.rope_theta is null"),
+        (
+            QWEN2,
+            {"rope_scaling": {"rope_type": None, "type": "linear", "factor": 2.0}},
+            "rope_scaling.rope_type is null",
+        ),
+        (QWEN3_MOE, {"num_key_value_heads": None}, "num_key_value_heads is null"),
+        (
+            QWEN2,
+            {"layer_types": ["full_attention"]},
+            "layer_types has 1 entries for num_hidden_layers=28",
+        ),
+        (QWEN2, {"per_layer_config": {"1": {"hidden_size": 8}}}, "per_layer_config"),
+        (
+            QWEN2,
             {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor is not supported",
         ),
@@ -268,6 +310,167 @@ def test_what_megatron_cannot_follow_is_refused_by_field(
         family_of(config).params(config)
         family_of(config).model_fields(config)
     assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "says"),
+    [
+        (QWEN2, {"dtype": "float32"}, "dtype='float32' and torch_dtype='bfloat16'"),
+        (QWEN3_MOE, {"num_local_experts": 64}, "num_experts=128 and num_local_experts=64"),
+        (QWEN3_MOE, {"num_local_experts": None}, "num_experts=128 and num_local_experts=None"),
+        (
+            {**QWEN3_MOE, "model_type": "qwen2_moe"},
+            {"num_local_experts": 64},
+            "num_local_experts=64",
+        ),
+        (
+            QWEN2,
+            {"rope_parameters": {"rope_theta": 1e6}},
+            "rope_parameters.rope_theta=1000000.0 and rope_theta=10000",
+        ),
+        (
+            QWEN2,
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 1e6}},
+            "rope_scaling.rope_theta=1000000.0 and rope_theta=10000",
+        ),
+        (
+            QWEN2,
+            {"rope_scaling": {"type": "linear", "rope_type": "default"}},
+            "rope_scaling.rope_type='default' and rope_scaling.type='linear'",
+        ),
+        (
+            QWEN2,
+            {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}},
+            "are two spellings of one setting and differ",
+        ),
+        (
+            QWEN2,
+            {"rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 2.0}},
+            "'factor': 2.0",
+        ),
+        (
+            QWEN2,
+            {"rope_scaling": YARN, "original_max_position_embeddings": 8192},
+            "original_max_position_embeddings=4096 and original_max_position_embeddings=8192",
+        ),
+        (
+            QWEN2,
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "partial_rotary_factor": 0.25},
+            "rope_parameters.partial_rotary_factor=0.5 and partial_rotary_factor=0.25",
+        ),
+    ],
+)
+def test_two_spellings_that_differ_are_refused_with_both(
+    base: dict[str, Any], change: dict[str, Any], says: str
+) -> None:
+    config = {**base, **change}
+    for read in (family_of(config).params, family_of(config).model_fields):
+        with pytest.raises(UserError, match="config.json: ") as refusal:
+            read(config)
+        assert says in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+LINEAR = {"type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_parameters": None},
+        {"rope_theta": 5e5, "rope_parameters": {}},
+        {"rope_theta": 5e5, "rope_scaling": {}},
+        {"rope_scaling": LINEAR},
+        {"rope_scaling": LINEAR, "rope_theta": 5e5},
+        {"rope_parameters": LINEAR, "rope_theta": 5e5},
+        {"rope_scaling": {**LINEAR, "rope_type": "linear"}, "rope_parameters": {}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+        {
+            "rope_scaling": LINEAR,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        },
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": None, "beta_slow": 0},
+            "original_max_position_embeddings": 32,
+        },
+        {
+            "rope_parameters": {
+                **YARN,
+                "attention_factor": None,
+                "truncate": False,
+                "rope_theta": 5e5,
+            }
+        },
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+        {"original_max_position_embeddings": 32},
+        {"partial_rotary_factor": 1.0},
+        {"rope_parameters": {"partial_rotary_factor": 1.0}, "partial_rotary_factor": 1.0},
+        {"torch_dtype": "float16"},
+        {"dtype": "float16"},
+        {"dtype": None, "torch_dtype": "float16"},
+        {"dtype": "float16", "torch_dtype": "float16"},
+        {"num_key_value_heads": None},
+        {"head_dim": 16},
+        {"tie_word_embeddings": True},
+        {"layer_types": None},
+        {"layer_types": ["full_attention"] * 2},
+        {"num_local_experts": 8},
+        {"num_experts": 8},
+        {"num_experts": 8, "num_local_experts": 8},
+        {"mlp_only_layers": None},
+    ],
+    ids=str,
+)
+def test_every_spelling_means_what_transformers_makes_of_it(change: dict[str, Any]) -> None:
+    """Held to transformers' own objects: config, and rotary embedding, which reads it again."""
+    experts = "experts" in str(change) or "mlp_only" in str(change)
+    config = {"model_type": "qwen3_moe" if experts else "qwen2", **TINY, **change}
+    if experts and "experts" not in str(change):
+        config["num_experts"] = 8
+    fields = family_of(config).model_fields(config)
+    theirs = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    rotary = Qwen2RotaryEmbedding(theirs)
+    assert theirs.rope_parameters["rope_theta"] == fields.gpt["rotary_base"]
+    kind = theirs.rope_parameters["rope_type"]
+    assert fields.gpt["position_embedding_type"] == ("yarn" if kind == "yarn" else "rope")
+    factor = theirs.rope_parameters["factor"] if kind == "linear" else None
+    assert fields.gpt.get("seq_len_interpolation_factor") == factor
+    if kind == "yarn":
+        said, taken = theirs.rope_parameters, fields.config_attributes
+        for name, default in (
+            ("beta_fast", 32),
+            ("beta_slow", 1),
+            ("factor", None),
+            ("original_max_position_embeddings", None),
+        ):
+            ours = taken[f"yarn_{name.replace('factor', 'rotary_scaling_factor')}"]
+            assert ours == (said.get(name) or default), name
+        assert taken["yarn_correction_range_round_to_int"] == said.get("truncate", True)
+        m, m_all = taken["yarn_mscale"], taken["yarn_mscale_all_dim"]
+        growth = 0.1 * math.log(said["factor"])
+        scale = (m * growth + 1) / (m_all * growth + 1) if m is not None else growth + 1
+        assert scale == pytest.approx(rotary.attention_scaling)
+    assert fields.dtype == (theirs.dtype and str(theirs.dtype).removeprefix("torch."))
+    assert fields.gpt["share_embeddings_and_output_weights"] == theirs.tie_word_embeddings
+    ours = fields.transformer
+    assert ours["num_query_groups"] == theirs.num_key_value_heads
+    assert ours["kv_channels"] == getattr(theirs, "head_dim", 32 // 4)
+    assert ours.get("num_moe_experts") == getattr(theirs, "num_experts", None)
+
+
+def test_heads_that_are_left_out_are_as_many_as_transformers_takes() -> None:
+    config = {"model_type": "qwen3_moe", **TINY, "num_experts": 8, "num_attention_heads": 8}
+    del config["num_key_value_heads"]
+    assert family_of(config).model_fields(config).transformer["num_query_groups"] == 4
+    config["model_type"] = "qwen2"
+    with pytest.raises(UserError, match="num_key_value_heads=32 does not divide"):
+        family_of(config).model_fields(config)
 
 
 def test_a_tied_model_may_hold_its_head_twice_and_an_untied_one_not() -> None:

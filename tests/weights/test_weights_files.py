@@ -115,6 +115,16 @@ def test_a_new_dtype_is_written_and_said(tmp_path: Path, single: Path) -> None:
     assert json.loads((tmp_path / "old" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_a_new_dtype_is_said_in_every_spelling_that_the_file_has(
+    tmp_path: Path, single: Path
+) -> None:
+    old = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps({**old, "torch_dtype": old["dtype"]}))
+    write_hf(tmp_path / "out", [("a", torch.ones(2))], source=single, dtype=torch.bfloat16)
+    new = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert new == {**old, "torch_dtype": "bfloat16", "dtype": "bfloat16"}
+
+
 def test_opening_reads_no_data(single: Path) -> None:
     file = single / SINGLE
     expected = {name: tuple(t.shape) for name, t in load_file(file).items()}
