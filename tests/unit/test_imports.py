@@ -25,7 +25,7 @@ MAY_IMPORT = {  # room -> rooms of megatron_gpc that it may import, besides itse
     "metrics": {"algo"},
     "engines": {"weights"},
     "rollout": {"engines", "rewards", "weights"},
-    "server": {"engines", "rollout"},
+    "server": {"engines", "rollout", "weights"},
     "mcore": {"algo", "kernels", "weights", "metrics", "batching"},
     "doctor": {"metrics", "weights"},
 }
