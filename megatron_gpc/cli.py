@@ -273,6 +273,7 @@ def _check(config: Config) -> None:
     """Refuse what cannot work before any process starts."""
     import torch
 
+    from megatron_gpc.algo.schedules import check_schedule
     from megatron_gpc.config.layout import check_layout
     from megatron_gpc.metrics.pass_at_k import pass_ks
     from megatron_gpc.rewards import verifier
@@ -289,6 +290,7 @@ def _check(config: Config) -> None:
     model = None if hf is None else family_of(hf).model_fields(hf)
     check_layout(config, hf, torch.cuda.is_available())
     verifier(config.data.verifier)
+    check_schedule(config.clip, config.train.steps)
     pass_ks(config.eval)
     if not to_be_built:  # otherwise model.build may make them too
         _check_prompts(config)

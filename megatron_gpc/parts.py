@@ -93,7 +93,9 @@ def blamed(key: str, name: str, doing: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise PartError(f"{key}: {name} failed at {doing}: {describe(error)}") from error
+        source = name.rpartition(":")[0]
+        folder = Path(source).parent if source.endswith(".py") else None
+        raise PartError(f"{key}: {name} failed at {doing}: {describe(error, folder)}") from error
 
 
 def describe(error: BaseException, near: Path | None = None) -> str:

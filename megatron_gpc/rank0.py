@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_gpc.algo.advantages import group_advantages
+from megatron_gpc.algo.schedules import CheckedSchedule
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
 from megatron_gpc.engines.colocation import Turns
@@ -121,13 +122,16 @@ class Rank0:
             self._turns.rest()
 
     def begin(self, state: TrainState) -> None:
-        """Continue prompts and metrics where `state` left off; wait for the engines.
+        """Continue schedule, prompts and metrics where `state` left off; wait for the engines.
 
         Raises:
             ServerError, RolloutError: an engine did not start or does not answer.
         """
         if not self.active:
             return
+        self._schedule = CheckedSchedule(self.config.clip, self.config.train.steps)
+        if state.controller:
+            self._schedule.restore(state.controller)
         self.metrics = self._stack.enter_context(MetricsWriter(self.config.run_dir, state.step))
         self.console = self._stack.enter_context(Console(self.config.train.steps, state.step))
         if self.config.rollout.replay:
@@ -140,6 +144,12 @@ class Rank0:
         self._pending = Pending(self.engines, self.collector)
         if state.sampling:
             self._pending.restore(state.sampling)
+
+    def thresholds(self, step: int, entropy: float) -> tuple[Bounds, dict[str, Any]] | None:
+        """Clip thresholds of the step after `step` finished ones, and the schedule's state then."""
+        if not self.active:
+            return None
+        return self._schedule.bounds(step, entropy), self._schedule.state()
 
     # ---- weights ----
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_gpc.algo.correction import correction_weights
-from megatron_gpc.algo.schedules import make_schedule
 from megatron_gpc.batching import mini_batches
 from megatron_gpc.config import Config
 from megatron_gpc.handover import Handover
@@ -48,9 +47,6 @@ def train(config: Config, stop: StopRequest) -> bool:
         state = checkpoints.resume()
         if state is None:
             state = _start(config, policy, hf, params)
-        schedule = make_schedule(config.clip, config.train.steps)
-        if state.controller:
-            schedule.restore(state.controller)
         skipped = SkippedUpdates(config, state.skipped)
         exporter = Exporter(policy.models, params)
         rank0.begin(state)
@@ -85,7 +81,8 @@ def train(config: Config, stop: StopRequest) -> bool:
                 config.train.correction_level,
                 config.train.correction_cap,
             )
-            bounds = schedule.bounds(state.step, float(scored.entropy_T.double().mean()))
+            entropy = float(scored.entropy_T.double().mean())
+            bounds, controller = from_main(rank0.thresholds(state.step, entropy))
             sums = Sums((*UPDATE_MEANS, "grad_norm"), UPDATE_MAXIMA, device())
             updates = mini_batches(
                 batch.num_samples,
@@ -109,9 +106,7 @@ def train(config: Config, stop: StopRequest) -> bool:
             metrics = sums.reduce() | (change.metrics() if change else {})
             clock.lap("seconds_train")
 
-            state = TrainState(
-                state.step + 1, controller=schedule.state(), skipped=list(skipped.names)
-            )
+            state = TrainState(state.step + 1, controller=controller, skipped=list(skipped.names))
             rank0.log(
                 state.step,
                 {

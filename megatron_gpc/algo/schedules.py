@@ -15,18 +15,25 @@ the paper's lambda(k) = 1 - 2k/T.
     OD        s_k = 1  Hi(p)                                 eps_low
               s_k = 0  eps_high                              Lo(p)
 
-A schedule is asked once a training step and its answer holds for all updates of that step.  It
-takes the globally reduced entropy, so every rank that asks gets the same answer.
+A schedule is asked once a training step, on one rank, and its answer holds on all ranks for all
+updates of that step.  It takes the globally reduced entropy.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from megatron_gpc import parts
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.config import ClipConfig
+from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.types import Bounds
+
+KEY = "clip.schedule"
 
 Line = tuple[float, float]  # (slope, intercept) of a threshold over p
 
@@ -41,7 +48,11 @@ def _mix(weight: float, a: Line, b: Line) -> Line:
 
 
 class Schedule(Protocol):
-    """A clip schedule; `make_schedule` builds the configured one."""
+    """A clip schedule: what a class or a factory gives that is called with (clip, steps).
+
+    `clip` is the configuration's section, `steps` T.  Also called with clip.schedule_arguments, by
+    keyword.
+    """
 
     def bounds(self, k: int, entropy: float) -> Bounds:
         """Thresholds of the training step that follows k finished ones.
@@ -141,13 +152,86 @@ SCHEDULES = dict.fromkeys(("static", "hi", "lo", "id", "did"), PhaseSchedule) | 
 }
 
 
-def make_schedule(clip: ClipConfig, steps: int) -> Schedule:
-    """The configured schedule over `steps` training steps: a built-in one or the user's own.
+class CheckedSchedule:
+    """The configured schedule, built in or the user's own; what it gives is checked.
+
+    One rank has it, and the others take its answers: a user's schedule may draw random numbers.
 
     Raises:
-        UserError: it cannot be imported, or cannot be called with (clip, steps) and the arguments.
+        UserError: it cannot be imported, or called with (clip, steps) and the arguments.
+        PartError: (also from every method) it fails, or gives what cannot be used.
     """
-    key, name, arguments = "clip.schedule", clip.schedule, clip.schedule_arguments
-    make = parts.find(key, name, SCHEDULES)
-    parts.check_call(key, name, make, ("clip", "steps"), arguments)
-    return make(clip, steps, **arguments)
+
+    def __init__(self, clip: ClipConfig, steps: int):
+        self.name = clip.schedule
+        make = parts.find(KEY, self.name, SCHEDULES)
+        parts.check_call(KEY, self.name, make, ("clip", "steps"), clip.schedule_arguments)
+        with self._blamed("its start"):
+            self._schedule: Schedule = make(clip, steps, **clip.schedule_arguments)
+
+    def bounds(self, k: int, entropy: float) -> Bounds:
+        doing = f"bounds(k={k}, entropy={entropy:g})"
+        with self._blamed(doing):
+            found = self._schedule.bounds(k, entropy)
+        problem = _problem(found)
+        if problem:
+            raise PartError(f"{KEY}: {self.name}: {doing} gave {found}: {problem}")
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """As it reads when it comes back from a checkpoint."""
+        with self._blamed("state()"):
+            state = self._schedule.state()
+        try:
+            plain = json.loads(json.dumps(state, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            plain = error
+        if not isinstance(plain, dict):
+            raise PartError(
+                f"{KEY}: {self.name}: state() gave {state!r}; expected a dictionary, of what JSON "
+                "can hold"
+            )
+        return plain
+
+    def restore(self, state: dict[str, Any]) -> None:
+        with self._blamed(f"restore({state})"):
+            self._schedule.restore(state)
+
+    def _blamed(self, doing: str) -> AbstractContextManager[None]:
+        return parts.blamed(KEY, self.name, doing)
+
+
+def check_schedule(clip: ClipConfig, steps: int) -> None:
+    """Try the configured schedule out: made-up entropies, and what a restart would do.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    try:
+        first, second = CheckedSchedule(clip, steps), CheckedSchedule(clip, steps)
+        for k in sorted({0, steps // 2, steps - 1}):
+            first.bounds(k, 1.0 / (1 + k))
+        state = first.state()
+        if state:  # as train.py does
+            second.restore(state)
+        if second.state() != state:
+            raise UserError(
+                f"{KEY}: {clip.schedule}: after restore({state}) its state() is {second.state()}; "
+                "a run that is continued would go on otherwise"
+            )
+    except PartError as error:
+        raise UserError(str(error)) from error
+
+
+def _problem(bounds: Any) -> str | None:
+    """Why these are no thresholds to train with; None if they are."""
+    if not isinstance(bounds, Bounds):
+        return "expected megatron_gpc.types.Bounds"
+    numbers = dataclasses.astuple(bounds)
+    if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
+        return "expected four finite numbers"
+    for p in (0.0, 1.0):
+        upper, lower = 1.0 + bounds.eps_high_at(p), 1.0 - bounds.eps_low_at(p)
+        if upper <= 0 or lower >= upper:
+            return f"[{lower:g}, {upper:g}] at p = {p:g} is no interval of positive ratios"
+    return None

@@ -18,6 +18,7 @@ import yaml
 from megatron_gpc.config.file import flatten
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.writer import EVAL_NAME, read_metrics
+from megatron_gpc.parts import short
 
 PLOT_NAME = "plots.png"
 """Where a run's own picture lies in its folder."""
@@ -123,7 +124,8 @@ class Run:
 
     @property
     def schedule(self) -> str:
-        return self.config["clip.schedule"]
+        """A built-in schedule's name; that of a user's own without the folder of its file."""
+        return short(self.config["clip.schedule"])
 
     @property
     def steps(self) -> int:
@@ -212,10 +214,13 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         and len({repr(run.config.get(key)) for run in runs}) > 1
     ]
     texts = {key: _value_texts([run.config.get(key) for run in runs]) for key in differing}
+    heads = {name: short(name) for name in (run.config["clip.schedule"] for run in runs)}
     pooled: dict[str, list[Run]] = {}
     for number, run in enumerate(runs):
         parts = [f"{_short(key, differing)}={texts[key][number]}" for key in differing]
-        pooled.setdefault(" ".join([run.schedule, *parts]), []).append(run)
+        name = run.config["clip.schedule"]
+        head = heads[name] if list(heads.values()).count(heads[name]) == 1 else name
+        pooled.setdefault(" ".join([head, *parts]), []).append(run)
     return [Group(label, members) for label, members in pooled.items()]
 
 

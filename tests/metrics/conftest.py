@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from megatron_gpc import config as cfg
-from megatron_gpc.algo.schedules import make_schedule
+from megatron_gpc.algo.schedules import CheckedSchedule
 from megatron_gpc.config.file import dump
 
 
 def _lines(clip: cfg.ClipConfig, steps: int, made: int, seed: int) -> list[dict[str, float]]:
     noise = np.random.default_rng(seed).standard_normal((made, 4))
-    schedule = make_schedule(clip, steps)
+    schedule = CheckedSchedule(clip, steps)
     lines = []
     for k in range(made):
         entropy = 1.5 + (1.0 - (k / steps - 0.5) ** 2 * 4) * (clip.schedule == "id")

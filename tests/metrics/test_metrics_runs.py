@@ -70,6 +70,14 @@ def test_seeds_are_pooled_and_labels_name_what_differs(write_run):
     assert [group.label for group in group_runs(runs[4:])] == ["id"]
 
 
+def test_a_label_names_a_users_schedule_without_its_folder_unless_two_have_one_name(write_run):
+    own = [load_run(write_run(name)) for name in "abc"]
+    for run, schedule in zip(own, ("/x/own.py:A", "/x/own.py:A", "/y/own.py:A"), strict=True):
+        run.config.update({"clip.schedule": schedule})
+    assert [group.label for group in group_runs(own[:2])] == ["own.py:A"]
+    assert [group.label for group in group_runs(own)] == ["/x/own.py:A", "/y/own.py:A"]
+
+
 def test_labels_leave_out_where_a_run_lies_and_shorten_paths_and_keys():
     def run(seed, **config):
         return Run(None, {"seed": seed, "clip.schedule": "id", **config}, [])

@@ -1,13 +1,22 @@
-"""The schedules against the method's table."""
+"""The schedules against the method's table, and a user's own."""
 
 from __future__ import annotations
+
+import typing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gpc.algo.schedules import OscillatorySchedule, PhaseSchedule, make_schedule
+from megatron_gpc.algo.schedules import (
+    SCHEDULES,
+    CheckedSchedule,
+    OscillatorySchedule,
+    PhaseSchedule,
+    check_schedule,
+)
 from megatron_gpc.config import ClipConfig
+from megatron_gpc.errors import PartError, UserError
 
 T = 100
 PROBABILITIES = (0.0, 0.3, 1.0)
@@ -52,7 +61,7 @@ def std(p: float) -> float:
     ],
 )
 def test_thresholds_match_the_table(schedule, k, high, low):
-    bounds = make_schedule(ClipConfig(schedule=schedule), T).bounds(k, entropy=1.0)
+    bounds = CheckedSchedule(ClipConfig(schedule=schedule), T).bounds(k, entropy=1.0)
     for p in PROBABILITIES:
         assert bounds.eps_high_at(p) == pytest.approx(high(p), abs=1e-12)
         assert bounds.eps_low_at(p) == pytest.approx(low(p), abs=1e-12)
@@ -75,7 +84,7 @@ def test_any_split_reaches_0_at_the_boundary_and_minus_1_at_the_end(split, steps
 
 
 def test_static_uses_separate_thresholds_for_clip_higher():
-    bounds = make_schedule(ClipConfig(schedule="static", eps_high=0.28), T).bounds(7, 1.0)
+    bounds = CheckedSchedule(ClipConfig(schedule="static", eps_high=0.28), T).bounds(7, 1.0)
     assert (bounds.upper_slope, bounds.upper_intercept) == (0.0, 1.28)
     assert (bounds.lower_slope, bounds.lower_intercept) == (0.0, 0.8)
 
@@ -113,3 +122,106 @@ def test_od_state_survives_a_restart():
     second.restore(first.state())
     assert raised(second.bounds(30, 1.0)) and raised(first.bounds(30, 1.0))
     assert second.state() == first.state() == {"s": 1, "initial_entropy": 2.0}
+
+
+OWN = """
+from megatron_gpc.algo.clipping import affine_bounds
+from megatron_gpc.types import Bounds
+
+class Own:
+    def __init__(self, clip, steps, fail_at=None):
+        self.eps, self.steps, self.fail_at, self.asked = clip.eps_high, steps, fail_at, 0
+    def bounds(self, k, entropy):
+        self.asked += 1
+        if k == self.fail_at:
+            raise ValueError("not\\ntoday")
+        return affine_bounds((0.0, self.eps * k / self.steps), (0.0, 0.2))
+    def state(self):
+        return {"asked": self.asked}
+    def restore(self, state):
+        self.asked = state["asked"]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(text, **arguments): the section `clip` with a schedule that a file of `text` defines."""
+
+    def make(text=OWN, **arguments):
+        (tmp_path / "own.py").write_text(text)
+        return ClipConfig(schedule=f"{tmp_path}/own.py:Own", schedule_arguments=arguments)
+
+    return make
+
+
+def test_a_users_schedule_is_built_asked_and_restored(own):
+    clip = own()
+    check_schedule(clip, T)
+    schedule = CheckedSchedule(clip, T)
+    assert schedule.bounds(50, 1.0).eps_high_at(0.3) == pytest.approx(0.1)
+    again = CheckedSchedule(clip, T)
+    again.restore(schedule.state())
+    assert again.state() == {"asked": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "says"),
+    [
+        (
+            ("def restore", "def other"),
+            {},
+            "failed at restore({'asked': 3}): AttributeError",
+        ),
+        (("", ""), {"rate": 3}, "unexpected keyword argument 'rate'"),
+        (
+            ("", ""),
+            {"fail_at": 50},
+            "bounds(k=50, entropy=0.0196078): ValueError: not today (",
+        ),
+        (("fail_at=None", ""), {}, "failed at its start: NameError: name 'fail_at'"),
+        (("return affine", "return 2, affine"), {}, "expected megatron_gpc.types.Bounds"),
+        (("self.eps * k", "float('nan') * k"), {}, "expected four finite numbers"),
+        (("self.eps * k", "str(k) * 1"), {}, "failed at bounds"),
+        (("self.eps * k", "-2 * k"), {}, "is no interval of positive ratios"),
+        (("(0.0, 0.2))", "(-3.0, -0.2))"), {}, "[1.2, 1] at p = 0 is no interval"),
+        (('{"asked": self.asked}', "{1, 2}"), {}, "state() gave {1, 2}; expected a dictionary"),
+        (
+            ('{"asked": self.asked}', "{'x': float('inf')}"),
+            {},
+            "expected a dictionary, of what JSON",
+        ),
+        (('{"asked": self.asked}', "None"), {}, "state() gave None; expected a dictionary"),
+        (('state["asked"]', "7"), {}, "after restore({'asked': 3}) its state() is {'asked': 7}"),
+        (("self.asked += 1", "exit(5)"), {}, "failed at bounds(k=0, entropy=1): SystemExit: 5"),
+        (("class Own", "Own = 3\nclass Other"), {}, "is 3, which cannot be called"),
+    ],
+    ids=str,
+)
+def test_a_users_schedule_that_cannot_work_is_refused_by_name(own, change, arguments, says):
+    clip = own(OWN.replace(*change), **arguments)
+    with pytest.raises(UserError) as error:
+        check_schedule(clip, T)
+    text = str(error.value)
+    assert text.startswith("clip.schedule: ") and "own.py" in text and "\n" not in text
+    assert says in text
+
+
+def test_an_error_in_mid_run_names_the_schedule_and_its_line(own):
+    schedule = CheckedSchedule(own(fail_at=7), T)
+    schedule.bounds(6, 1.0)
+    with pytest.raises(
+        PartError, match=r"own.py:Own failed at bounds\(k=7, .*own.py, line 11"
+    ) as e:
+        schedule.bounds(7, 1.0)
+    assert isinstance(e.value.__cause__, ValueError)
+
+
+def test_built_in_schedules_take_no_arguments_and_are_those_the_key_names():
+    for name in SCHEDULES:
+        check_schedule(ClipConfig(schedule=name), 1)
+        with pytest.raises(UserError, match=f"clip.schedule: {name} takes .*argument 'x'"):
+            check_schedule(ClipConfig(schedule=name, schedule_arguments={"x": 1}), T)
+    (part,) = typing.get_type_hints(ClipConfig, include_extras=True)["schedule"].__metadata__
+    assert set(part.built_in) == set(SCHEDULES)
+    with pytest.raises(UserError, match="is no interval of positive ratios"):
+        check_schedule(ClipConfig(schedule="hi", hi_slope=-2.0), T)

@@ -1,0 +1,52 @@
+"""The files of examples/extend, which docs/extend.md shows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+from commands import ROOT
+
+from megatron_gpc.algo.schedules import CheckedSchedule, check_schedule
+from megatron_gpc.config.file import load
+
+EXAMPLES = sorted((ROOT / "examples" / "extend").glob("*.py"))
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """configured(text): the configuration in a folder with copies of the examples."""
+    for file in EXAMPLES:
+        shutil.copy(file, tmp_path)
+
+    def make(text):
+        file = tmp_path / "config.yaml"
+        basis = "run_dir: run\nmodel: {hf: start}\ndata: {prompts: p.jsonl, verifier: addition}\n"
+        file.write_text(basis + text)
+        return load(file)
+
+    return make
+
+
+def section_of(name):
+    """The lines of configuration that a file's docstring shows."""
+    text = (ROOT / "examples" / "extend" / name).read_text()
+    return re.search(r'^"""[^\n]*\n\n(.*?)^"""$', text, re.S | re.M)[1]
+
+
+def test_the_document_shows_the_files_as_they_are():
+    text = (ROOT / "docs" / "extend.md").read_text()
+    shown = dict(
+        re.findall(r"^examples/extend/(\w+\.py):\n\n```python\n(.*?)```$", text, re.S | re.M)
+    )
+    assert shown == {file.name: file.read_text() for file in EXAMPLES}
+
+
+def test_the_schedule_holds_the_entropy(configured):
+    config = configured(section_of("schedule.py"))
+    check_schedule(config.clip, config.train.steps)
+    schedule = CheckedSchedule(config.clip, config.train.steps)
+    assert schedule.bounds(0, 1.1).eps_high_at(0.0) == pytest.approx(0.5)
+    assert schedule.bounds(1, 1.3).eps_high_at(0.0) == pytest.approx(0.2)
+    assert schedule.bounds(1, 1.3).eps_low_at(0.0) == pytest.approx(0.3)
