@@ -13,7 +13,16 @@ from megatron_gpc import __version__
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, load, warnings
 from megatron_gpc.errors import RunStopped, UserError
-from megatron_gpc.run.stop import SAVED, STOP_SIGNALS, StopRequest, held
+from megatron_gpc.run.say import say
+from megatron_gpc.run.stop import (
+    AT_ONCE,
+    BATCH_SIGNALS,
+    INTERRUPTED,
+    SAVED,
+    STOP_SIGNALS,
+    StopRequest,
+    held,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 where a run ended itself, 2 where the user's input cannot be used (both said in one
-        line, no traceback); 130 where Ctrl-C ended it; otherwise the exit code of the part that
-        failed.
+        line, no traceback); 75 where a run was asked to end and saved; 130 where Ctrl-C ended it;
+        otherwise the exit code of the part that failed.
     """
     parser = _parser()
     # argparse gives up on overrides that follow an option: they are what is left over.
@@ -37,11 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-gpc: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("megatron-gpc: interrupted", file=sys.stderr)
-        return 130
+        say("interrupted")
+        return INTERRUPTED
     except RunStopped as stopped:
-        if os.environ.get("RANK", "0") == "0":  # every rank stops, with the same words
-            print(f"megatron-gpc: {stopped}", file=sys.stderr)
+        say(str(stopped))  # every rank stops, with the same words
         return 1
 
 
@@ -188,7 +196,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from megatron_gpc.run.launch import STACKS_SIGNAL
 
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there are ranks that have stacks
-    with held(STOP_SIGNALS):  # until there are ranks that can hear of them
+    # Until there are ranks that can hear of them.  Ctrl-C ends it at once: nothing is lost yet.
+    with held(BATCH_SIGNALS):
         return _start_or_be_a_rank(arguments)
 
 
@@ -201,9 +210,8 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     from megatron_gpc.run.placement import adopt_rank, my_share
 
     _check(config)
-    if os.environ.get("RANK", "0") == "0":
-        for warning in warnings(config):
-            print(f"megatron-gpc: warning: {warning}", file=sys.stderr)
+    for warning in warnings(config):
+        say(f"warning: {warning}")
     if arguments.dry_run:
         print(dump(config), end="")
         return 0
@@ -219,8 +227,14 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
         lock = prepare(config)  # noqa: F841 - until this process ends
         _check(config)  # again: model.build may just have made the model
         command = ["rank", str(config.run_dir / "config.yaml")]
+    logs = config.run_dir / "logs"
+    say(f"starting {share.ranks} of {share.world} ranks, logs in {logs}")
     passed_on = (*STOP_SIGNALS, STACKS_SIGNAL)
-    return run_ranks(command, share, config.run_dir / "logs", pass_on=passed_on)
+    try:
+        return run_ranks(command, share, logs, pass_on=passed_on)
+    except KeyboardInterrupt:  # the second; the first was passed on
+        say(AT_ONCE)
+        return INTERRUPTED
 
 
 def _status(arguments: argparse.Namespace) -> int:

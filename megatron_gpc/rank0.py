@@ -6,7 +6,6 @@ ranks and no collective hides behind an `if`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +32,7 @@ from megatron_gpc.rollout.prefetch import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
 from megatron_gpc.run.folder import lock
+from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import mark
 from megatron_gpc.run.watchdog import save_mini_batch
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
@@ -69,11 +69,14 @@ class Rank0:
             starter = Starter(
                 config.rollout.server, config.sglang, self._servable(), config.run_dir / "logs"
             )
+            say(starter.what_happens())
             self.engines = self._stack.enter_context(Engines(starter))
             self._turns = Turns(self.engines)
             tokenizer = load_tokenizer(self.hf)
             tokenize = encoder(tokenizer)
             render = chat_renderer(tokenizer, config.data.chat_template)
+            files = filter(None, (config.data.prompts, config.eval.prompts))
+            say(f"reading prompts: {', '.join(map(str, files))}")
             self.held_out = (
                 read_prompts(config.eval.prompts, tokenize, render) if config.eval.prompts else []
             )
@@ -263,6 +266,7 @@ class Rank0:
         if not (self.active and due) or self.config.rollout.replay or not self.held_out:
             return True
         count = self.config.eval.samples
+        say(f"step {step}: evaluating {len(self.held_out)} x {count} held-out samples")
         try:
             samples = self.engines.run(self.evaluator.sample(self.held_out, count, "eval"))
         except WeightsNeeded:
@@ -304,11 +308,7 @@ class Rank0:
         if self.active:
             self.console.close()
             mark(self.config.run_dir, step)
-            print(
-                f"megatron-gpc: asked to end: stopped after step {step}, everything is saved; the "
-                "same command continues",
-                file=sys.stderr,
-            )
+            say(f"stopped after step {step}, everything is saved; the same command continues")
 
     def finish(self) -> None:
         """Plot the run and print its table."""

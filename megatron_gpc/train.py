@@ -18,6 +18,7 @@ from megatron_gpc.mcore.weights import Exporter, load_hf
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.metrics.step import Clock, batch_metrics, bounds_metrics
 from megatron_gpc.rank0 import Rank0
+from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import StopRequest
 from megatron_gpc.run.watchdog import SkippedUpdates, Watchdog
 from megatron_gpc.types import TrainState
@@ -29,8 +30,8 @@ def train(config: Config, stop: StopRequest) -> bool:
     """Run the configured training on this rank; every rank calls it.
 
     Returns:
-        Whether it came to its end; False where `stop` asked for less, on any rank.  What was done
-        is saved then.
+        Whether it came to its end; False if it was stopped early by `stop`, on any rank.  What was
+        done is saved then.
     """
     with (
         process_groups(config),
@@ -60,6 +61,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                 checkpoints.wait()
                 from_main(rank0.stopped(state.step))  # no rank ends before it is written down
                 return False
+            stop.doing = f"saving at the end of step {state.step + 1}"
             clock = Clock(watchdog.alive)
             if not config.rollout.overlap:
                 engines.refresh(state.step, clock)
@@ -128,6 +130,7 @@ def train(config: Config, stop: StopRequest) -> bool:
             clock.lap("seconds_checkpoint")
             seconds_checkpoint = clock.laps["seconds_checkpoint"]
 
+        stop.doing = "all steps are done and saved; the run ends by itself"
         engines.refresh(state.step, Clock(watchdog.alive))
         checkpoints.wait()
         watchdog.alive()
@@ -139,6 +142,7 @@ def _start(
     config: Config, policy: Policy, hf: dict[str, Any], params: Sequence[Param]
 ) -> TrainState:
     """Take the weights of model.hf, a Hugging Face folder or a converted checkpoint."""
+    say(f"reading the weights of {config.model.hf}")
     family = family_of(hf)
     if is_converted(config.model.hf):
         found = places_of(params, family.model_fields(hf))

@@ -47,6 +47,8 @@ class ServerProcess:
     url: str
     end_signal = signal.SIGTERM
     """What asks it to end."""
+    deaf_to = (signal.SIGINT,)
+    """Kept from it for good: Ctrl-C is for whoever started it, and srun sends it to all."""
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=pass_fds,
-                preexec_fn=_before_it_runs,
+                preexec_fn=self._before_it_runs,
                 start_new_session=True,  # for `stop`
             )
 
@@ -98,6 +100,12 @@ class ServerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(KILL_TIMEOUT_S)
 
+    def _before_it_runs(self) -> None:
+        die_with_parent()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.deaf_to)
+        for one in (signal.SIGUSR1, STACKS_SIGNAL):  # Slurm sends them to every process of a step
+            signal.signal(one, signal.SIG_IGN)
+
     def __enter__(self) -> Self:
         return self
 
@@ -108,12 +116,6 @@ class ServerProcess:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
-
-
-def _before_it_runs() -> None:
-    die_with_parent()
-    for one in (signal.SIGUSR1, STACKS_SIGNAL):  # Slurm sends them to every process of a step
-        signal.signal(one, signal.SIG_IGN)
 
 
 class EmbeddedServer(ServerProcess):
@@ -134,7 +136,10 @@ class EmbeddedServer(ServerProcess):
         ServerError: it ended while starting or was not up in time; with the end of its log.
     """
 
-    end_signal = signal.SIGINT  # SIGTERM it ignores: see server.py
+    # Slurm sends SIGTERM to every process of a job that is to end.  The trainer then saves, and
+    # needs samples to come to the end of its step; afterwards it ends this server.
+    deaf_to = (signal.SIGINT, signal.SIGTERM)
+    end_signal = signal.SIGHUP
 
     def __init__(
         self,

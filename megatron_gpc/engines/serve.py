@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from megatron_gpc.engines.starter import Starter
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.run.files import replace_text
 from megatron_gpc.run.launch import own_address
+from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import StopRequest
 from megatron_gpc.weights.folders import hf_folder, is_converted
 
@@ -61,7 +61,7 @@ def serve(config: Config, stop: StopRequest) -> None:
             raise RunStopped(f"{socket.gethostname()}: {error}") from None
         urls = [engine.url for engine in engines.engines]
         _publish(server.urls_file, urls, number, nodes, server.start_timeout_s, stop)
-        print(f"megatron-gpc: serving on {', '.join(urls)}", file=sys.stderr)
+        say(f"serving on {', '.join(urls)}")
         while not _over(stop):
             if engines.exhausted():
                 raise RunStopped(

@@ -47,6 +47,16 @@ class Starter:
         if config.kind == "sglang":
             self.tp_size = int(sglang.args.get("tp_size", sglang.args.get("tp", 1)))
 
+    def what_happens(self) -> str:
+        """For the user, when engines are about to be started or looked for."""
+        config = self.config
+        if config.urls_file is not None:
+            return f"waiting for rollout engines: {config.urls_file} says where they are"
+        if config.urls:
+            return f"waiting for rollout engines at {', '.join(config.urls)}"
+        engines = "1 rollout engine" if config.engines == 1 else f"{config.engines} rollout engines"
+        return f"starting {engines} ({config.kind}), logs in {self.log_dir}"
+
     def port(self, number: int) -> int:
         """Where engine `number` is to listen."""
         return self.config.port + number if self.config.port else free_port(self.host)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_gpc.config.file import dump, flatten
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import replace_text
 from megatron_gpc.run.launch import die_with_parent
+from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import marker
 
 PREPARING = "launch.lock"
@@ -55,10 +57,9 @@ def prepare(config: Config) -> TextIO:
         if _has_checkpoint(config.run_dir) and file.exists():
             changed = _changes(file, text)
             if changed:
-                print(
-                    "megatron-gpc: warning: continuing a run under another configuration; "
-                    f"changed: {', '.join(changed)}",
-                    file=sys.stderr,
+                say(
+                    "warning: continuing a run under another configuration; changed: "
+                    + ", ".join(changed)
                 )
         replace_text(file, text)
     except OSError as error:
@@ -72,7 +73,7 @@ def _set_aside(config: Config) -> None:
     while (aside := config.run_dir.with_name(f"{config.run_dir.name}.old-{number}")).exists():
         number += 1
     config.run_dir.rename(aside)
-    print(f"resume=none: the old run was set aside as {aside}", file=sys.stderr)
+    say(f"resume=none: the old run was set aside as {aside}")
 
 
 def lock(config: Config, name: str = "lock") -> TextIO:
@@ -138,13 +139,20 @@ def build_model(config: Config) -> None:
         raise UserError(f"model.build: {model.build} does not exist")
     # The script has the machine to itself: a thread limit that was meant for ranks is not for it.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    done = subprocess.run(
+    say(f"making the model with {model.build}, once: {model.hf}")
+    with subprocess.Popen(
         [sys.executable, str(model.build), str(model.hf)],
         env=environment,
         preexec_fn=die_with_parent,
-    )
-    if done.returncode or not (model.hf / "config.json").is_file():
+        start_new_session=True,  # a terminal's Ctrl-C is for this process, which ends all of it
+    ) as building:
+        try:
+            exit_code = building.wait()
+        except BaseException:
+            os.killpg(building.pid, signal.SIGKILL)
+            raise
+    if exit_code or not (model.hf / "config.json").is_file():
         raise UserError(
-            f"model.build: {model.build} failed (exit code {done.returncode}) or made no "
+            f"model.build: {model.build} failed (exit code {exit_code}) or made no "
             f"checkpoint in {model.hf}"
         )

@@ -12,14 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 import megatron_gpc
 from megatron_gpc.run.placement import Share
+from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import SAVED, held
 
 LAST_WORDS_S = 3.0
@@ -65,6 +66,9 @@ def run_ranks(
     Returns:
         0; SAVED where the ranks were asked to end and did; or the exit code of the rank that failed
         first (1 where a signal ended it).
+
+    Raises:
+        KeyboardInterrupt: SIGINT is passed on and came a second time; the ranks were killed.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     numbers = range(share.first, share.first + share.ranks)
@@ -73,18 +77,41 @@ def run_ranks(
             old.unlink()
     master = share.master or ("127.0.0.1", free_port())
     started: list[Rank] = []
-    with held(pass_on):
+    with held(pass_on), _noted_interrupts(pass_on) as asked:
         try:
             for number in numbers:
                 started.append(Rank(number, share, master, log_dir, [module, *arguments]))
-            failed = _watch(started, pass_on)
+            failed = _watch(started, pass_on, asked)
+        except KeyboardInterrupt:
+            for rank in started:  # at once: nobody wants to know what they were doing
+                rank.process.kill()
+            raise
         finally:
             _end(started)
+            while signal.sigtimedwait(pass_on, 0):  # what came too late means nothing any more
+                pass
     if not failed:
         return max(rank.process.returncode for rank in started)
     first = min(failed, key=Rank.innocence)
     _report(first, started)
     return first.exit_code()
+
+
+@contextmanager
+def _noted_interrupts(pass_on: Sequence[signal.Signals]) -> Iterator[list[int]]:
+    """A list that SIGINT is added to, where it is to be passed on.
+
+    Held back in this thread it may still reach one that a library has started before.
+    """
+    asked: list[int] = []
+    if signal.SIGINT not in pass_on:
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def own_search_path() -> str:
@@ -228,15 +255,30 @@ def stacks_file(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank_{rank}.stacks"
 
 
-def _watch(ranks: Sequence[Rank], pass_on: Sequence[signal.Signals]) -> list[Rank]:
-    """Wait until all have ended well or one has not; those that failed of themselves."""
+def _watch(
+    ranks: Sequence[Rank], pass_on: Sequence[signal.Signals], asked: list[int]
+) -> list[Rank]:
+    """Wait until all have ended well or one has not; those that failed of themselves.
+
+    Args:
+        asked: signals that came by another way than `pass_on`.
+
+    Raises:
+        KeyboardInterrupt: see `run_ranks`.
+    """
+    interrupted = False
     while not any([rank.has_failed() for rank in ranks]):
         if all(rank.process.returncode is not None for rank in ranks):
             return []
-        asked = signal.sigtimedwait(pass_on, POLL_S)
-        if asked is not None:
+        if (one := signal.sigtimedwait(pass_on, POLL_S)) is not None:
+            asked.append(one.si_signo)
+        while asked:
+            number = asked.pop(0)
+            if interrupted and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            interrupted = interrupted or number == signal.SIGINT
             for rank in ranks:
-                rank.process.send_signal(asked.si_signo)
+                rank.process.send_signal(number)
     deadline = time.monotonic() + LAST_WORDS_S
     while any([rank.process.poll() is None for rank in ranks]) and time.monotonic() < deadline:
         for rank in ranks:
@@ -278,9 +320,9 @@ def _report(first: Rank, ranks: Sequence[Rank]) -> None:
     error, traceback = first.said()
     if error.startswith(_SPEAK_FOR_THEMSELVES):
         if ranks[0].log or error != ranks[0].said()[0]:
-            _say(f"rank {first.number}: {error.partition(': ')[2]}")
+            say(f"rank {first.number}: {error.partition(': ')[2]}")
     elif first.is_silent():
-        _say(
+        say(
             f"rank {first.number} ended the run: no sign of life for guard.silent_minutes; the "
             f"stacks of all threads: {first.stacks.with_name('rank_*.stacks')}"
         )
@@ -290,12 +332,8 @@ def _report(first: Rank, ranks: Sequence[Rank]) -> None:
         code = first.process.returncode
         how = f", ended by {signal.Signals(-code).name}" if first.was_killed() else ""
         if first.log and traceback:
-            _say(f"rank {first.number} failed first{how}; what it said, the end of {first.log}:")
+            say(f"rank {first.number} failed first{how}; what it said, the end of {first.log}:")
             print(traceback, file=sys.stderr)
         else:
             words = "it had said nothing" if first.log else "what it said stands above"
-            _say(f"rank {first.number} failed first{how}; {words}")
-
-
-def _say(text: str) -> None:
-    print(f"megatron-gpc: {text}", file=sys.stderr)
+            say(f"rank {first.number} failed first{how}; {words}")

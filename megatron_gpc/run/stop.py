@@ -1,22 +1,31 @@
 """Ending a run early, on request, so that the same command continues it.
 
-SIGUSR1 (Slurm's --signal, ahead of a time limit or of preemption) and SIGTERM (scancel) ask for it.
-All ranks agree at the end of a training step, save, and end with exit code `SAVED`.
+SIGUSR1 (Slurm's --signal, ahead of a time limit or of preemption), SIGTERM (scancel) and SIGINT
+(Ctrl-C) ask for it.  All ranks agree before a training step, save, and end with exit code `SAVED`.
+A second Ctrl-C ends everything at once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.say import say
 
 SAVED = 75
 """Exit code of a run that was asked to end and can be continued (EX_TEMPFAIL of sysexits.h)."""
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+INTERRUPTED = 130
+"""Exit code where Ctrl-C ended it and nothing was saved, as shells have it."""
+BATCH_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+"""From the batch system."""
+STOP_SIGNALS = (*BATCH_SIGNALS, signal.SIGINT)
+AT_ONCE = "interrupted: ended at once; what no checkpoint holds is lost"
 
 
 @contextmanager
@@ -33,13 +42,29 @@ def held(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 class StopRequest:
-    """From now on a stop signal ends nothing by itself; it is noted here.  In the main thread."""
+    """From now on a stop signal ends nothing by itself; it is noted here.  In the main thread.
+
+    The second Ctrl-C ends this process at once.  A rank of `launch.run_ranks` leaves that to its
+    launcher: a terminal sends SIGINT to both, and the launcher passes it on.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.doing = "the run is still starting, and stops before its next step"
+        """What becomes of a request that comes now; said when one does."""
+        # `run_ranks` holds SIGINT back where it starts ranks; nobody else does.
+        self._launched = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        # Blocked here, and so in whatever is started from here: a terminal and srun send SIGINT to
+        # servers and workers too.  The listening thread takes it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # Written to when the signal comes, even while this thread waits inside a collective.
+        signal.set_wakeup_fd(writer)
         for one in STOP_SIGNALS:
             signal.signal(one, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        threading.Thread(target=self._listen, args=(reader,), name="stop", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, BATCH_SIGNALS)
 
     def over(self) -> None:
         """The run has ended: signals that come while this process does so mean nothing any more."""
@@ -47,7 +72,25 @@ class StopRequest:
             signal.signal(one, signal.SIG_IGN)
 
     def _note(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
+
+    def _listen(self, reader: int) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        heard: set[int] = set()
+        while number := os.read(reader, 1)[0]:
+            if number not in STOP_SIGNALS:
+                continue
+            self.received = self.received or signal.Signals(number)
+            interrupt = number == signal.SIGINT
+            if number not in heard and (interrupt or not heard):
+                say(self._answer(interrupt))
+            elif interrupt and not self._launched:
+                say(AT_ONCE)
+                os._exit(INTERRUPTED)  # the kernel ends what this process has started
+            heard.add(number)
+
+    def _answer(self, interrupt: bool) -> str:
+        return f"asked to end: {self.doing}" + ("; Ctrl-C again ends at once" if interrupt else "")
 
 
 def marker(run_dir: Path) -> Path:

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from hmac import compare_digest
 from pathlib import Path
 from typing import Any
@@ -366,9 +366,6 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        # Slurm sends it to every process of a job that is to end.  The trainer then saves, and
-        # needs samples to come to the end of its step; afterwards it ends this server.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         yield
         self.engine.close()
 
@@ -437,9 +434,10 @@ def main() -> None:
         os.write(args.port_fd, f"{port}\n".encode())
         os.close(args.port_fd)
     app = Server(engine, tokenizer, str(args.model_path)).app(api_key)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)).run(
-        sockets=[listener]
-    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn's own two end it too, if they come
+    with suppress(KeyboardInterrupt):  # which uvicorn raises once it has ended
+        server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The format is megatron-core's `torch_dist`, with SHA256SUMS beside it.  See docs
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from megatron_gpc.mcore.checkpoint.writer import RankWriter, Written, strategy
 from megatron_gpc.mcore.policy import Policy
 from megatron_gpc.mcore.setup import from_main, is_main, sum_over_ranks
 from megatron_gpc.run.files import LAST, problems, sha256
+from megatron_gpc.run.say import say
 from megatron_gpc.types import TrainState
 
 __all__ = ["Checkpoints", "load_weights"]
@@ -73,14 +73,14 @@ class Checkpoints:
         for folder in reversed(_on_main(found, f"{run_dir}/checkpoints: cannot be used")):
             wrong = problems(folder, dist.get_rank(), dist.get_world_size())
             if not (wrong := sorted({one for share in _gather(wrong) for one in share})):
+                step, name = folders.step_of(folder), f"{folder.parent.name}/{folder.name}"
+                say(f"resuming from step {step} ({name})")
                 return take_over(self.config, self.policy, folder)
             aside = _on_main(lambda f=folder: folders.set_aside(f), f"{folder}: cannot be renamed")
-            if is_main():
-                print(
-                    f"megatron-gpc: warning: {folder} is damaged: {'; '.join(wrong)}; "
-                    f"it was renamed to {aside.name}, the one before is looked at",
-                    file=sys.stderr,
-                )
+            say(
+                f"warning: {folder} is damaged: {'; '.join(wrong)}; "
+                f"it was renamed to {aside.name}, the one before is looked at"
+            )
         if damaged := from_main(folders.damaged(run_dir) if is_main() else None):
             names = ", ".join(folder.name for folder in damaged)
             raise UserError(

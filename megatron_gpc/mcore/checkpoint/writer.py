@@ -112,7 +112,7 @@ def _write(
 ) -> None:
     """In the forked process: write, bring to the disk, hash, report."""
     die_with_parent()
-    for one in (signal.SIGINT, *STOP_SIGNALS):
+    for one in STOP_SIGNALS:
         signal.signal(one, signal.SIG_IGN)  # the rank decides when to stop
     gc.disable()  # CUDA tensors of the rank must not be freed here
     try:

@@ -1,0 +1,158 @@
+"""Ctrl-C in a terminal: the first lets a run save, the second ends all of it at once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from commands import COMMAND, CONFIG, ROOT, metrics, pids_using
+from rollout_models import build_model
+
+from megatron_gpc.mcore.checkpoint.folder import checkpoints
+from megatron_gpc.run.stop import INTERRUPTED, SAVED, marker
+
+pytestmark = pytest.mark.timeout(300)
+WITHIN_S = 60.0
+
+
+class Terminal:
+    """`megatron-gpc ARGUMENTS` in the foreground of a terminal of its own."""
+
+    def __init__(self, *arguments: str, command: tuple[str, ...] = COMMAND):
+        self._master, slave = pty.openpty()
+
+        def take_terminal() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            **{"stdin": slave, "stdout": slave, "stderr": slave, "cwd": ROOT},
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
+        os.close(slave)
+        self._raw = ""
+
+    @property
+    def text(self) -> str:
+        """What it has said, without colours and breaks of lines."""
+        return " ".join(re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", self._raw).split())
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C: the kernel sends SIGINT to every process of the foreground group."""
+        os.write(self._master, b"\x03")
+
+    def await_text(self, wanted: str) -> None:
+        self.wait_until(lambda: wanted in self.text)
+
+    def wait_until(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + WITHIN_S
+        while not true():
+            assert self._read() and time.monotonic() < deadline, self.text
+        self._read()
+
+    def end(self) -> int:
+        """Its exit code; `text` is then all that it said."""
+        deadline = time.monotonic() + WITHIN_S
+        while self._read():
+            assert time.monotonic() < deadline, self.text
+        code = self.process.wait(WITHIN_S)
+        assert "Traceback" not in self.text and "KeyboardInterrupt" not in self.text, self.text
+        return code
+
+    def _read(self) -> bool:
+        """Take what there is; False once every process has let go of the terminal."""
+        if select.select([self._master], [], [], 0.05)[0]:
+            try:
+                self._raw += os.read(self._master, 65536).decode(errors="replace")
+            except OSError:  # EIO: nobody has it open any more
+                return False
+        return True
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = build_model(tmp_path_factory.mktemp("model") / "hf", seed=0)
+    (folder / "prompts.jsonl").write_text('{"prompt": "500=", "label": 500}\n' * 4)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def terminal(model, run) -> Iterator[Callable[..., Terminal]]:
+    """terminal(command, *overrides): starts `megatron-gpc COMMAND` on a tiny random model."""
+    opened = []
+
+    def start(command: str, *overrides: str, **options) -> Terminal:
+        opened.append(
+            Terminal(
+                *(command, str(CONFIG), f"run_dir={run}", f"model.hf={model}", "plots=false"),
+                *(f"data.prompts={model}/prompts.jsonl", "eval.prompts=null", "parallel.pp=1"),
+                *("parallel.tp=1", "rollout.prompts_per_step=4", "train.mini_batches=1"),
+                *("train.steps=100000", "checkpoint.every=0", *overrides),
+                **options,
+            )
+        )
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+    assert not pids_using(run)
+
+
+def _steps(run: Path) -> int:
+    return len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def _quiet_server(run: Path) -> bool:
+    return "Traceback" not in (run / "logs" / "server.log").read_text()
+
+
+def test_the_first_saves_and_says_so_and_the_same_command_says_where_it_continues(terminal, run):
+    first = terminal("train", "parallel.tp=2")
+    first.wait_until(lambda: _steps(run) >= 2)
+    first.interrupt()
+    first.await_text("asked to end: saving at the end of step ")
+    assert first.end() == SAVED
+    assert "; Ctrl-C again ends at once" in first.text
+    assert marker(run).exists()
+    (saved,) = checkpoints(run)
+    assert _quiet_server(run) and not pids_using(run)
+    again = terminal("train", "parallel.tp=2")
+    again.await_text(f"resuming from step {_steps(run)} (checkpoints/{saved.name})")
+    again.interrupt()
+    assert again.end() == SAVED
+
+
+def test_the_second_ends_everything_at_once(terminal, run):
+    it = terminal("train", "parallel.tp=2", "rollout.max_response_tokens=1000")
+    it.wait_until(lambda: _steps(run) >= 1)
+    it.interrupt()
+    it.await_text("Ctrl-C again ends at once")
+    it.interrupt()
+    begin = time.monotonic()
+    assert it.end() == INTERRUPTED
+    assert time.monotonic() - begin < 10
+    assert "interrupted: ended at once" in it.text
+    assert not pids_using(run) and not marker(run).exists()
