@@ -7,7 +7,7 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare study test test-slurm test-sglang chaos lint bench layouts clean help
+.PHONY: run compare study test test-slurm test-sglang chaos lint bench layouts docs clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
@@ -19,6 +19,7 @@ help:
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
 	@echo "make bench    measure log-prob + entropy at V = 151,936, checkpoints, clipping"
 	@echo "make layouts  hold every layout to float64 and print the table of docs/layouts.md"
+	@echo "make docs     write docs/config.md from the docstrings of the configuration"
 	@echo "make lint     ruff and pyright"
 
 .venv/.installed: setup.py
@@ -69,8 +70,12 @@ bench: .venv/.installed
 layouts: .venv/.installed
 	PYTHONPATH=tests:. $(BIN)/python tests/ranks/layouts.py
 
+docs: .venv/.installed
+	$(BIN)/python tools/config_docs.py > docs/config.md
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
