@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 from megatron_gpc.config import ParallelConfig
-from megatron_gpc.types import MicroBatch, RolloutBatch, Sample
+from megatron_gpc.types import MicroBatch, RolloutBatch, Sample, TokenStreams
 
 
 def pack(samples: list[Sample], advantages_N: torch.Tensor) -> RolloutBatch:
@@ -34,6 +34,26 @@ def pack(samples: list[Sample], advantages_N: torch.Tensor) -> RolloutBatch:
         rollout_logp_T=torch.tensor([p for s in samples for p in s.logprobs], dtype=torch.float32),
         rewards_N=torch.tensor([s.reward for s in samples], dtype=torch.float32),
         advantages_N=advantages_N,
+    )
+
+
+def token_streams(
+    batch: RolloutBatch,
+    old_logp_T: torch.Tensor,
+    weights_T: torch.Tensor,
+    reference_logp_T: torch.Tensor | None = None,
+) -> TokenStreams:
+    """What the loss reads of the batch's response tokens; the arguments are fields of it."""
+    lengths_N = batch.response_lengths_N
+    return TokenStreams(
+        old_logp_T=old_logp_T,
+        rollout_logp_T=batch.rollout_logp_T,
+        advantages_T=batch.advantages_N.repeat_interleave(lengths_N),
+        weights_T=weights_T,
+        sample_T=torch.arange(batch.num_samples).repeat_interleave(lengths_N),
+        lengths_T=lengths_N.repeat_interleave(lengths_N),
+        num_samples=batch.num_samples,
+        reference_logp_T=reference_logp_T,
     )
 
 

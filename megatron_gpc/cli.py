@@ -287,11 +287,12 @@ def _check(config: Config) -> None:
     """Refuse what cannot work before any process starts."""
     import torch
 
+    from megatron_gpc.algo.losses import Objective
     from megatron_gpc.algo.schedules import check_schedule
     from megatron_gpc.config.layout import check_layout
     from megatron_gpc.metrics.pass_at_k import pass_ks
     from megatron_gpc.rewards import verifier
-    from megatron_gpc.weights import family_of
+    from megatron_gpc.weights import check_reference, family_of
     from megatron_gpc.weights.folders import read_hf_config
 
     to_be_built = config.model.build is not None and not config.model.hf.exists()
@@ -303,6 +304,8 @@ def _check(config: Config) -> None:
     hf = None if to_be_built else read_hf_config(config.model.hf)
     model = None if hf is None else family_of(hf).model_fields(hf)
     check_layout(config, hf, torch.cuda.is_available())
+    check_reference(config, hf)
+    Objective(config)  # calls it on a made-up example
     verifier(config.data.verifier)
     check_schedule(config.clip, config.train.steps)
     pass_ks(config.eval)

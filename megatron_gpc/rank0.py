@@ -35,7 +35,7 @@ from megatron_gpc.run.folder import lock
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import mark
 from megatron_gpc.run.watchdog import save_mini_batch
-from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TrainState
+from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TokenStreams, TrainState
 from megatron_gpc.weights import HFReader, carry_over, family_of, write_single
 from megatron_gpc.weights.convert import hf_tensors
 from megatron_gpc.weights.folders import hf_folder, is_converted, read_hf_config
@@ -287,12 +287,12 @@ class Rank0:
         file: Path,
         batch: RolloutBatch,
         samples: list[int],
-        old_logp_T: torch.Tensor,
+        streams: TokenStreams,
         bounds: Bounds,
     ) -> None:
         """Save the mini-batch of an update that was left out, and say so."""
         if self.active:
-            save_mini_batch(file, batch, samples, old_logp_T, bounds)
+            save_mini_batch(file, batch, samples, streams, bounds)
             self.console.warn(
                 f"loss or gradient is not finite: the update was left out; its mini-batch: {file}"
             )

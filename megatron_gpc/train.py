@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_gpc.algo.correction import correction_weights
-from megatron_gpc.batching import mini_batches
+from megatron_gpc.batching import mini_batches, token_streams
 from megatron_gpc.config import Config
 from megatron_gpc.handover import Handover
 from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints, load_weights
 from megatron_gpc.mcore.entropy_change import EntropyChange
-from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
+from megatron_gpc.mcore.policy import UPDATE_MAXIMA, Policy
+from megatron_gpc.mcore.reference import Reference
 from megatron_gpc.mcore.setup import device, from_main, is_main, on_any_rank, process_groups
 from megatron_gpc.mcore.weights import Exporter, load_hf
 from megatron_gpc.metrics.reduce import Sums
@@ -47,7 +49,13 @@ def train(config: Config, stop: StopRequest) -> bool:
         checkpoints = Checkpoints(config, policy)
         state = checkpoints.resume()
         if state is None:
-            state = _start(config, policy, hf, params)
+            _load(config.model.hf, policy, hf, params)
+            policy.weights_changed()
+            state = TrainState()
+        reference = None
+        if config.kl.coef > 0:
+            folder = config.kl.reference or config.model.hf
+            reference = Reference(policy, lambda: _load(folder, policy, hf, params))
         skipped = SkippedUpdates(config, state.skipped)
         exporter = Exporter(policy.models, params)
         rank0.begin(state)
@@ -83,9 +91,12 @@ def train(config: Config, stop: StopRequest) -> bool:
                 config.train.correction_level,
                 config.train.correction_cap,
             )
+            reference_logp_T = reference.score(batch) if reference else None
+            streams = token_streams(batch, old_logp_T, weights_T, reference_logp_T)
+            streams = policy.objective.prepare(streams, scored, state.step + 1, config.seed)
             entropy = float(scored.entropy_T.double().mean())
             bounds, controller = from_main(rank0.thresholds(state.step, entropy))
-            sums = Sums((*UPDATE_MEANS, "grad_norm"), UPDATE_MAXIMA, device())
+            sums = Sums((*policy.update_means, "grad_norm"), UPDATE_MAXIMA, device())
             updates = mini_batches(
                 batch.num_samples,
                 config.train.mini_batches,
@@ -97,11 +108,11 @@ def train(config: Config, stop: StopRequest) -> bool:
             if config.diagnostics.entropy_change:
                 change = EntropyChange(policy, batch, scored)
             for number, samples in enumerate(updates, start=1):
-                updated = policy.update(batch, samples, old_logp_T, weights_T, bounds, sums)
+                updated = policy.update(batch, samples, streams, bounds, sums)
                 watchdog.alive()
                 if updated["skipped"]:
                     file = skipped.add(state.step + 1, number)
-                    rank0.keep_skipped(file, batch, samples, old_logp_T, bounds)
+                    rank0.keep_skipped(file, batch, samples, streams, bounds)
                     skipped.check()
                 else:
                     sums.add("grad_norm", updated["grad_norm"], 1)
@@ -138,19 +149,14 @@ def train(config: Config, stop: StopRequest) -> bool:
         return True
 
 
-def _start(
-    config: Config, policy: Policy, hf: dict[str, Any], params: Sequence[Param]
-) -> TrainState:
-    """Take the weights of model.hf, a Hugging Face folder or a converted checkpoint."""
-    say(f"reading the weights of {config.model.hf}")
+def _load(folder: Path, policy: Policy, hf: dict[str, Any], params: Sequence[Param]) -> None:
+    """Put a checkpoint's weights into the network: a Hugging Face folder's or a converted one's."""
+    say(f"reading the weights of {folder}")
     family = family_of(hf)
-    if is_converted(config.model.hf):
-        found = places_of(params, family.model_fields(hf))
-        load_weights(config.model.hf, policy.models, found)
+    if is_converted(folder):
+        load_weights(folder, policy.models, places_of(params, family.model_fields(hf)))
     else:
-        load_hf(policy.models, params, config.model.hf, family.copies(hf))
-    policy.weights_changed()
-    return TrainState()
+        load_hf(policy.models, params, folder, family.copies(hf))
 
 
 def _save(checkpoints: Checkpoints, rank0: Rank0, state: TrainState) -> None:

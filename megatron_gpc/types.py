@@ -14,6 +14,7 @@ that the tokens were sampled from, that is, after division by the sampling tempe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,48 @@ class TokenStats:
     def device(self) -> torch.device:
         """Asked by megatron-core's schedules of what a mixture of experts returns."""
         return self.logp_T.device
+
+
+@dataclass(frozen=True)
+class TokenStreams:
+    """What a loss reads of every response token of a step, besides what the policy says of it.
+
+    All [T], packed as RolloutBatch's response tokens, without gradient, the same on every rank.  A
+    new term of the objective is a new field here, and no signature on the way changes.
+    """
+
+    old_logp_T: torch.Tensor
+    """ln q, where the importance ratio is p/q (train.old_logprobs says whose they are)."""
+    rollout_logp_T: torch.Tensor
+    """The server's log-probs."""
+    advantages_T: torch.Tensor
+    """The advantage of the token's sample."""
+    weights_T: torch.Tensor
+    """Importance weights, at least 0 (algo/correction.py)."""
+    sample_T: torch.Tensor
+    """Which sample of the rollout it belongs to, int64."""
+    lengths_T: torch.Tensor
+    """Response tokens of that sample, int64."""
+    num_samples: int
+    """N of the rollout."""
+    reference_logp_T: torch.Tensor | None = None
+    """Log-probs of the reference model; None with kl.coef=0."""
+    prepared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the loss's `prepare` gave, by name."""
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenStreams:
+        """The same with `change` done to every tensor."""
+        changed = {
+            name: change(value)
+            for name, value in vars(self).items()
+            if name not in ("num_samples", "prepared") and value is not None
+        }
+        prepared = {name: change(value) for name, value in self.prepared.items()}
+        return replace(self, **changed, prepared=prepared)
+
+    def at(self, slots_T: torch.Tensor) -> TokenStreams:
+        """Those of some tokens, by where they stand in the rollout's packed arrays."""
+        return self.map(lambda values_T: values_T[slots_T])
 
 
 @dataclass

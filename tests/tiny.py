@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from megatron_gpc.algo.advantages import group_advantages
-from megatron_gpc.batching import pack
+from megatron_gpc.batching import pack, token_streams
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import load
-from megatron_gpc.types import Prompt, RolloutBatch, Sample
+from megatron_gpc.types import Prompt, RolloutBatch, Sample, TokenStreams
 
 VOCAB = 100  # no multiple of 128: rows of padding exist at every tp
 
@@ -80,3 +80,8 @@ def random_batch(
             samples.append(Sample(prompt, i, response, logprobs, "", "stop", spans, reward))
     rewards_N = torch.tensor([s.reward for s in samples])
     return pack(samples, group_advantages(rewards_N, torch.arange(len(samples)) // group, "std"))
+
+
+def plain_streams(batch: RolloutBatch) -> TokenStreams:
+    """Old log-probs are the server's, and every token's importance weight is 1."""
+    return token_streams(batch, batch.rollout_logp_T, torch.ones_like(batch.rollout_logp_T))

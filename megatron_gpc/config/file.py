@@ -106,6 +106,14 @@ def warnings(config: Config) -> list[str]:
             f"clip.schedule={config.clip.schedule} changes nothing; raise train.mini_batches or "
             "train.epochs, or set train.old_logprobs=rollout"
         )
+    if config.kl.reference and config.kl.coef == 0:
+        found.append("kl.reference is not used, because kl.coef is 0; set kl.coef above 0")
+    if train.loss == "gspo" and config.clip.schedule != "static":
+        found.append(
+            f"clip.schedule={config.clip.schedule} changes nothing: train.loss=gspo has thresholds "
+            "of its own, train.loss_arguments.eps_low and eps_high; set clip.schedule=static to "
+            "say so"
+        )
     return found
 
 

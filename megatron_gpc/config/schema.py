@@ -21,6 +21,7 @@ from megatron_gpc.config.types import (
     Part,
     PositiveFloat,
     PositiveInt,
+    PositiveShare,
     Regions,
     Urls,
     section,
@@ -201,6 +202,19 @@ class TrainConfig:
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens of one forward pass, prompts included; a longer sequence goes alone.  Left out,
     micro_batch_size is the only limit."""
+    loss: typing.Annotated[str, Part("clip", "gspo", "cispo", "clip-cov")] = "clip"
+    """The objective.  `clip`: PPO's, each token's ratio bounded by the section `clip`; `gspo`: a
+    sequence's ratio bounded (arXiv 2507.18071); `cispo`: the importance weight bounded, every
+    gradient kept (arXiv 2506.13585); `clip-cov`: `clip` without a few tokens of high covariance of
+    log-prob and advantage (arXiv 2505.22617).  Or your own, as `package.module:name` or
+    `path/to/file.py:name` (docs/extend.md)."""
+    loss_arguments: Arguments = dataclasses.field(default_factory=dict)
+    """Passed to the loss by keyword.  `clip` takes none.  `gspo`: eps_low (default 3e-4) and
+    eps_high (4e-4), how far a sequence's ratio may go below and above 1, and average (`sequence`:
+    all sequences weigh the same; or `token`).  `cispo`: eps_low (default none) and eps_high
+    (default: the upper threshold of the section `clip`), how far the weight may go below and above
+    1.  `clip-cov`: share (2e-4) of all tokens that are left out, drawn among those with a
+    covariance between low (1.0) and high (5.0)."""
     advantage: Literal["std", "mean"] = "std"
     """Reward minus the group's mean, divided by the group's standard deviation (GRPO) or not
     (`mean`, Dr. GRPO)."""
@@ -219,6 +233,19 @@ class TrainConfig:
     """Weight of an entropy bonus in the objective; 0 keeps no state for its gradient."""
     logit_chunk_tokens: PositiveInt = 1024
     """Tokens whose fp32 logits exist at the same time in log-prob and entropy."""
+
+
+@section
+class KLConfig:
+    """A penalty for leaving a reference model, added to any loss."""
+
+    coef: NonNegativeFloat = 0.0
+    """Weight of the mean over all response tokens of k3 = r - 1 - ln r with r = p_reference / p,
+    whose mean over samples is the KL divergence (GRPO, arXiv 2402.03300, equation 4).  Above 0
+    the reference scores every rollout once, and its weights wait in CPU memory meanwhile."""
+    reference: Path | None = None
+    """The reference, in the formats of model.hf and of the same architecture; left out, model.hf
+    itself, also in a run that is continued."""
 
 
 @section
@@ -254,11 +281,11 @@ class ClipConfig:
     `package.module:name` or `path/to/file.py:name` (docs/extend.md)."""
     schedule_arguments: Arguments = dataclasses.field(default_factory=dict)
     """Passed to a schedule of your own by keyword."""
-    eps_low: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
+    eps_low: PositiveShare = 0.2
     """Standard lower threshold (eps_std in the paper)."""
     eps_high: PositiveFloat = 0.2
     """Standard upper threshold (eps_std in the paper)."""
-    phase_split: typing.Annotated[float, Field(gt=0, lt=1)] = 0.5
+    phase_split: PositiveShare = 0.5
     """s: share of the run that phase 1 of `id` and `did` takes."""
     hi_slope: FiniteFloat = -0.25
     """a_hi in Hi(p) = a_hi p + b_hi, the upper threshold that raises entropy."""
@@ -266,9 +293,9 @@ class ClipConfig:
     """b_hi."""
     lo_slope: FiniteFloat = -0.13
     """a_lo in Lo(p) = a_lo p + b_lo, the lower threshold that lowers entropy."""
-    lo_intercept: typing.Annotated[float, Field(gt=0, lt=1)] = 0.3
+    lo_intercept: PositiveShare = 0.3
     """b_lo."""
-    od_floor: typing.Annotated[float, Field(gt=0, lt=1)] = 0.2
+    od_floor: PositiveShare = 0.2
     """H_min / H_init: the entropy at which `od` turns to raising it, as a share of the first."""
     regions: Regions = ("e1", "e2", "e3", "e4")
     """Entropy regions (docs/entropy.md) whose tokens give gradient, one or a list; for controlled
@@ -370,6 +397,7 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     sglang: SGLangConfig = dataclasses.field(default_factory=SGLangConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    kl: KLConfig = dataclasses.field(default_factory=KLConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     diagnostics: DiagnosticsConfig = dataclasses.field(default_factory=DiagnosticsConfig)

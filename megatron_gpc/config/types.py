@@ -16,6 +16,7 @@ PositiveInt = typing.Annotated[int, Field(ge=1)]
 NonNegativeInt = typing.Annotated[int, Field(ge=0)]
 PositiveFloat = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = typing.Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveShare = typing.Annotated[float, Field(gt=0, lt=1)]
 FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
 
 

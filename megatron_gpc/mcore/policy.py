@@ -4,7 +4,7 @@ How a gradient is scaled, from one token to the optimizer (megatron-core with
 calculate_per_token_loss=True):
 
 1. A micro-batch's loss is a SUM over the response tokens that this rank predicts
-   (algo/policy_loss.py).  A token has its row on exactly one data- and context-parallel rank
+   (algo/losses).  A token has its row on exactly one data- and context-parallel rank
    (batching.py).
 2. pipeline_parallel/schedules.py leaves the sum undivided and adds up the token counts that the
    loss function returns, on the last stage; gradients of micro-batches add up in DDP's buffer.
@@ -33,12 +33,13 @@ tests/ranks/test_layouts.py holds every layout to a float64 gradient of the loss
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
@@ -47,16 +48,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_gpc.algo.policy_loss import PolicyLoss, policy_loss
+from megatron_gpc.algo.kl import k3
+from megatron_gpc.algo.losses import LossInputs, LossOutputs, Objective
 from megatron_gpc.algo.regions import REGIONS, RegionSums, keep_regions, region_masks, region_sums
 from megatron_gpc.batching import context_part, micro_batches, multiples
 from megatron_gpc.config import Config
-from megatron_gpc.config.types import Region
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
 from megatron_gpc.mcore.setup import device, on_any_rank, sum_over_ranks
 from megatron_gpc.metrics.reduce import Sums
-from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats
+from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats, TokenStreams
 from megatron_gpc.weights import ModelFields
 
 CLIP_FRACTIONS, GRADIENT_SHARES, DH_PREDICTED = (
@@ -68,6 +69,8 @@ UPDATE_MEANS = (
     *(*CLIP_FRACTIONS, *GRADIENT_SHARES, *DH_PREDICTED, "dh_predicted"),
 )
 UPDATE_MAXIMA = ("ratio_max",)
+KL = "kl"
+"""The mean with kl.coef above 0."""
 
 
 class Policy:
@@ -75,6 +78,13 @@ class Policy:
 
     def __init__(self, config: Config, fields: ModelFields):
         self.config = config
+        self.objective = Objective(config)
+        self.update_means = (
+            *UPDATE_MEANS,
+            *self.objective.metrics,
+            *((KL,) if config.kl.coef else ()),
+        )
+        """UPDATE_MEANS, and what the configured loss and penalty measure."""
         self.models = build_model(config, fields)
         core = self.models[0].config
         ddp = ddp_config(config)
@@ -114,8 +124,7 @@ class Policy:
         self,
         batch: RolloutBatch,
         samples: list[int],
-        old_logp_T: torch.Tensor,
-        weights_T: torch.Tensor,
+        streams: TokenStreams,
         bounds: Bounds,
         sums: Sums,
     ) -> dict[str, float]:
@@ -127,16 +136,15 @@ class Policy:
         Args:
             batch: the step's rollout.
             samples: sample numbers of the mini-batch, the same on every rank.
-            old_logp_T: old log-probs of all response tokens of the rollout, packed as `batch` is.
-            weights_T: each token's importance weight (algo/correction.py), packed likewise.
+            streams: what the loss reads of the rollout's response tokens.
             bounds: this training step's thresholds.
-            sums: takes this rank's share of UPDATE_MEANS and UPDATE_MAXIMA.
+            sums: takes this rank's share of `update_means` and UPDATE_MAXIMA.
 
         Returns:
             grad_norm (before clipping, over all ranks), learning_rate, and skipped: whether the
             update was left out.
         """
-        results = self.gradient(batch, samples, old_logp_T, weights_T, bounds)
+        results = self.gradient(batch, samples, streams, bounds)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         loss_is_finite = all(bool(loss.loss_sum.isfinite()) for _, loss, _ in results)
@@ -171,10 +179,9 @@ class Policy:
         self,
         batch: RolloutBatch,
         samples: list[int],
-        old_logp_T: torch.Tensor,
-        weights_T: torch.Tensor,
+        streams: TokenStreams,
         bounds: Bounds,
-    ) -> list[tuple[MicroBatch, PolicyLoss, RegionSums]]:
+    ) -> list[tuple[MicroBatch, LossOutputs, RegionSums]]:
         """The gradient of one mini-batch, over all ranks, into megatron-core's buffers.
 
         Arguments as of `update`.
@@ -185,15 +192,13 @@ class Policy:
             ranks.  Nothing on the other stages.
         """
         self._clear_gradient()
-        token_advantages_T = batch.advantages_N.repeat_interleave(batch.response_lengths_N)
         loss = partial(
             _update_loss,
-            old_logp_T=old_logp_T,
-            # w min(r A, clip(r) A) = min(r (w A), clip(r) (w A)), because w is not negative
-            advantages_T=token_advantages_T * weights_T,
+            objective=self.objective,
+            streams=streams.map(lambda values_T: values_T.to(device())),
             bounds=bounds,
-            entropy_coef=self.config.train.entropy_coef,
-            kept=self.config.clip.regions,
+            mini_batch=(len(samples), int(batch.response_lengths_N[samples].sum())),
+            config=self.config,
         )
         return self._run(batch, samples, loss, forward_only=False)
 
@@ -263,34 +268,52 @@ def _update_loss(
     micro: MicroBatch,
     stats: TokenStats,
     *,
-    old_logp_T: torch.Tensor,
-    advantages_T: torch.Tensor,
+    objective: Objective,
+    streams: TokenStreams,
     bounds: Bounds,
-    entropy_coef: float,
-    kept: Sequence[Region],
-) -> tuple[torch.Tensor, torch.Tensor, tuple[MicroBatch, PolicyLoss, RegionSums]]:
+    mini_batch: tuple[int, int],
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[MicroBatch, LossOutputs, RegionSums]]:
     """(summed loss, token count, result), as the schedules want it."""
-    to = stats.logp_T.device
-    advantages_T = advantages_T[micro.slots_T].to(to)
+    streams = streams.at(micro.slots_T.to(stats.device))
+    # w min(r A, clip(r) A) = min(r (w A), clip(r) (w A)), because w is not negative
+    advantages_T = streams.advantages_T * streams.weights_T
     constant = TokenStats(
         stats.logp_T.detach(), stats.entropy_T.detach(), stats.sum_p2_T, stats.sum_p2_logp_T
     )
     masks = region_masks(constant.logp_T, constant.entropy_T, advantages_T)
-    result = policy_loss(
-        stats.logp_T,
-        old_logp_T[micro.slots_T].to(to),
-        keep_regions(advantages_T, masks, kept),
-        bounds,
-        stats.entropy_T,
-        entropy_coef,
+    outputs = objective(
+        LossInputs(
+            stats.logp_T,
+            stats.entropy_T,
+            keep_regions(advantages_T, masks, config.clip.regions),
+            bounds,
+            streams,
+            *mini_batch,
+            add_over_ranks=_add_over_context_ranks,
+        )
     )
+    loss_sum, metrics = outputs.loss_sum, dict(outputs.metrics)
+    if config.train.entropy_coef != 0.0:
+        loss_sum = loss_sum - config.train.entropy_coef * stats.entropy_T.sum()
+    if streams.reference_logp_T is not None:
+        kl_T = k3(stats.logp_T, streams.reference_logp_T)
+        loss_sum = loss_sum + config.kl.coef * kl_T.sum()
+        metrics[KL] = kl_T.detach()
     # asked of autograd, so that it is what the objective gives each token, whatever that is
-    (loss_grad_T,) = torch.autograd.grad(result.loss_sum, stats.logp_T, retain_graph=True)
-    clipped_T = result.clipped_low_T | result.clipped_high_T
+    (loss_grad_T,) = torch.autograd.grad(loss_sum, stats.logp_T, retain_graph=True)
+    clipped_T = outputs.clipped_low_T | outputs.clipped_high_T
     regions = region_sums(constant, masks, -loss_grad_T, clipped_T)
     # the schedule frees the loss after its backward pass
-    result_kept = replace(result, loss_sum=result.loss_sum.detach().clone())
-    return result.loss_sum, _count(micro, stats), (micro, result_kept, regions)
+    kept = replace(outputs, loss_sum=loss_sum.detach().clone(), metrics=metrics)
+    return loss_sum, _count(micro, stats), (micro, kept, regions)
+
+
+def _add_over_context_ranks(sums: torch.Tensor) -> torch.Tensor:
+    """All of them run the same micro-batches in the same order, so all enter."""
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+    return sums
 
 
 def _entropy_loss(
@@ -303,13 +326,15 @@ def _count(micro: MicroBatch, stats: TokenStats) -> torch.Tensor:
     return torch.tensor(len(micro.slots_T), dtype=torch.int, device=stats.device)
 
 
-def _add(sums: Sums, micro: MicroBatch, loss: PolicyLoss) -> None:
-    """UPDATE_MEANS, but for the regions', and UPDATE_MAXIMA of one micro-batch."""
+def _add(sums: Sums, micro: MicroBatch, loss: LossOutputs) -> None:
+    """`update_means`, but for the regions', and UPDATE_MAXIMA of one micro-batch."""
     count = len(micro.slots_T)
     sums.add("loss", loss.loss_sum, count)
     sums.add("ratio_mean", loss.ratio_T.sum(), count)
     sums.add("clip_fraction_low", loss.clipped_low_T.sum(), count)
     sums.add("clip_fraction_high", loss.clipped_high_T.sum(), count)
+    for name, values_T in loss.metrics.items():
+        sums.add(name, values_T.sum(), count)
     if count:
         sums.add_max("ratio_max", loss.ratio_T.max())
     sums.add("padding_fraction", micro.padding, sum(micro.lengths_B))

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, recor
 from megatron_gpc.config import Config
 from megatron_gpc.errors import RunStopped
 from megatron_gpc.run.launch import STACKS_SIGNAL, stacks_file
-from megatron_gpc.types import Bounds, RolloutBatch
+from megatron_gpc.types import Bounds, RolloutBatch, TokenStreams
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,26 +64,31 @@ class SkippedUpdates:
 
 
 def save_mini_batch(
-    file: Path, batch: RolloutBatch, samples: list[int], old_logp_T: torch.Tensor, bounds: Bounds
+    file: Path, batch: RolloutBatch, samples: list[int], streams: TokenStreams, bounds: Bounds
 ) -> None:
     """Write what an update saw, for `torch.load(file)`; the file appears whole or not at all.
 
     A dictionary: `samples` (their numbers in the rollout), `tokens` (one int64 tensor a sample,
-    prompt and response), `prompt_lengths_N`, `rewards_N`, `advantages_N`, `rollout_logp` and
-    `old_logp` (one fp32 tensor a sample, response tokens alone), `bounds` (Bounds' four numbers).
+    prompt and response), `prompt_lengths_N`, `rewards_N`, `advantages_N`, `bounds` (Bounds' four
+    numbers), and what the loss read of response tokens alone, one tensor a sample: `rollout_logp`,
+    `old_logp`, `weights`, with a reference model `reference_logp`, and what the loss's `prepare`
+    gave under its names in `prepared`.
     """
     starts_N = batch.starts_N
     ends_N = starts_N + batch.prompt_lengths_N + batch.response_lengths_N
+    of_samples = [streams.at(batch.response_slice(n)).map(torch.Tensor.clone) for n in samples]
     content = {
         "samples": samples,
         "tokens": [batch.tokens[starts_N[n] : ends_N[n]].clone() for n in samples],
         "prompt_lengths_N": batch.prompt_lengths_N[samples],
         "rewards_N": batch.rewards_N[samples],
         "advantages_N": batch.advantages_N[samples],
-        "rollout_logp": [batch.rollout_logp_T[batch.response_slice(n)].clone() for n in samples],
-        "old_logp": [old_logp_T[batch.response_slice(n)].clone() for n in samples],
         "bounds": asdict(bounds),
+        "prepared": {name: [one.prepared[name] for one in of_samples] for name in streams.prepared},
     }
+    for name in ("rollout_logp", "old_logp", "weights", "reference_logp"):
+        if getattr(streams, f"{name}_T") is not None:
+            content[name] = [getattr(one, f"{name}_T") for one in of_samples]
     file.parent.mkdir(exist_ok=True)
     part = file.with_name(file.name + ".part")
     torch.save(content, part)

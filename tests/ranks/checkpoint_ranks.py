@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from ranks import policy_of
-from tiny import random_batch
+from tiny import plain_streams, random_batch
 
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.config import Config
@@ -35,9 +35,7 @@ def update(policy: Any, seed: int) -> tuple[float, float, float]:
 
     batch, sums = random_batch(seed=seed), Sums(UPDATE_MEANS, UPDATE_MAXIMA)
     samples = list(range(batch.num_samples))
-    updated = policy.update(
-        batch, samples, batch.rollout_logp_T, torch.ones_like(batch.rollout_logp_T), BOUNDS, sums
-    )
+    updated = policy.update(batch, samples, plain_streams(batch), BOUNDS, sums)
     return sums.reduce()["loss"], updated["grad_norm"], updated["learning_rate"]
 
 

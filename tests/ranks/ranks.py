@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tiny import plain_streams
 
 from megatron_gpc.config import Config
 from megatron_gpc.types import Bounds, RolloutBatch
@@ -110,14 +111,14 @@ def score_and_update_in_reverse(*arguments: Any) -> dict[str, dict[str, Any]]:
 def _score_and_update(
     config: Config, batch: RolloutBatch, bounds: Bounds, samples: list[int] | None
 ) -> dict[str, Any]:
-    from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
+    from megatron_gpc.mcore.policy import UPDATE_MAXIMA
     from megatron_gpc.metrics.reduce import Sums
 
     policy, params = start(config)
     scored = policy.score(batch)
     samples = list(range(batch.num_samples)) if samples is None else samples
-    weights_T = torch.ones_like(batch.rollout_logp_T)
-    given = (batch, samples, batch.rollout_logp_T, weights_T, bounds)
+    streams = policy.objective.prepare(plain_streams(batch), scored, 1, config.seed)
+    given = (batch, samples, streams, bounds)
     calls = count_attention(policy)
     # slot of a response token -> (clipped below, clipped above), for the tokens of this rank
     clipped = {}
@@ -126,7 +127,7 @@ def _score_and_update(
         clipped.update(zip(micro.slots_T.tolist(), flags, strict=True))
     attention_calls = len(calls)
     before = gather(policy, params, lambda p: p)
-    sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
+    sums = Sums(policy.update_means, UPDATE_MAXIMA)
     updated = policy.update(*given, sums)
     after = gather(policy, params, lambda p: p)
     found = {"scored": scored, "clipped": clipped, "attention_calls": attention_calls}
@@ -156,8 +157,7 @@ def entropy_change(
             policy.update(
                 batch,
                 samples,
-                batch.rollout_logp_T,
-                torch.ones_like(batch.rollout_logp_T),
+                plain_streams(batch),
                 bounds,
                 Sums(UPDATE_MEANS, UPDATE_MAXIMA),
             )
@@ -301,8 +301,7 @@ def after_updates(
                 policy.update(
                     batch,
                     list(range(batch.num_samples)),
-                    batch.rollout_logp_T,
-                    torch.ones_like(batch.rollout_logp_T),
+                    plain_streams(batch),
                     bounds,
                     sums,
                 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import plain_streams
 
 from megatron_gpc.config import Config
 from megatron_gpc.types import Bounds, RolloutBatch, TrainState
@@ -86,7 +87,7 @@ def start_update_save(
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
     from megatron_gpc.mcore.weights import Exporter
     from megatron_gpc.metrics.reduce import Sums
-    from megatron_gpc.train import _start
+    from megatron_gpc.train import _load
     from megatron_gpc.weights import family_of
     from megatron_gpc.weights.folders import read_hf_config
 
@@ -95,20 +96,20 @@ def start_update_save(
         family = family_of(hf_config)
         policy = Policy(config, family.model_fields(hf_config))
         params = family.params(hf_config, config.parallel.tp)
-        state = _start(config, policy, hf_config, params)
+        _load(config.model.hf, policy, hf_config, params)
+        policy.weights_changed()
         policy.score(batch)
         samples = list(range(batch.num_samples))
         sums = Sums(UPDATE_MEANS, UPDATE_MAXIMA)
         policy.update(
             batch,
             samples,
-            batch.rollout_logp_T,
-            torch.ones_like(batch.rollout_logp_T),
+            plain_streams(batch),
             bounds,
             sums,
         )
         saving = Checkpoints(config, policy)
-        saving.save(TrainState(state.step + 1))
+        saving.save(TrainState(1))
         saving.wait()
         (folder,) = checkpoints(config.run_dir)
         return folder, dict(Exporter(policy.models, params).tensors())

@@ -1,4 +1,4 @@
-"""The objective against the textbook, and where its gradient must vanish."""
+"""The default objective against the textbook, and where its gradient must vanish."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gpc.algo.clipping import affine_bounds, ratio_interval
-from megatron_gpc.algo.policy_loss import policy_loss
+from megatron_gpc.algo.losses import LossInputs, LossOutputs
+from megatron_gpc.algo.losses.clip import clip
+from megatron_gpc.types import Bounds, TokenStreams
 
 seeds = st.integers(0, 10_000)
 
@@ -20,6 +22,17 @@ def tokens(seed: int, count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torc
     old_logp_T = -3 * torch.rand(count, generator=draw)
     logp_T = (old_logp_T + 0.4 * torch.randn(count, generator=draw)).clamp(max=-1e-3)
     return logp_T.requires_grad_(), old_logp_T, torch.randn(count, generator=draw)
+
+
+def policy_loss(
+    logp_T: torch.Tensor, old_logp_T: torch.Tensor, adv_T: torch.Tensor, bounds: Bounds
+) -> LossOutputs:
+    """The default loss of tokens that are one sample."""
+    none_T, tokens = torch.zeros_like(old_logp_T), len(old_logp_T)
+    streams = TokenStreams(
+        *(old_logp_T, old_logp_T, adv_T, none_T + 1, none_T.long(), none_T.long() + tokens, 1)
+    )
+    return clip(LossInputs(logp_T, none_T, adv_T, bounds, streams, 1, tokens))
 
 
 @given(seeds, st.floats(0.01, 0.6), st.floats(0.01, 0.6))
@@ -81,17 +94,6 @@ def test_clip_counts_need_the_right_sign_of_the_advantage():
     result = policy_loss(logp_T, old_logp_T, adv_T, affine_bounds((0.0, 0.2), (0.0, 0.2)))
     assert result.clipped_high_T.tolist() == [True, False, False, False]
     assert result.clipped_low_T.tolist() == [False, False, False, True]
-
-
-def test_entropy_bonus_adds_its_sum_and_its_gradient():
-    logp_T, old_logp_T, adv_T = tokens(0)
-    entropy_T = torch.rand(len(logp_T), requires_grad=True)
-    bounds = affine_bounds((0.0, 0.2), (0.0, 0.2))
-    plain = policy_loss(logp_T, old_logp_T, adv_T, bounds)
-    bonus = policy_loss(logp_T, old_logp_T, adv_T, bounds, entropy_T, entropy_coef=0.25)
-    bonus.loss_sum.backward()
-    torch.testing.assert_close(bonus.loss_sum, plain.loss_sum - 0.25 * entropy_T.sum())
-    assert (entropy_T.grad == -0.25).all()
 
 
 def test_no_tokens_give_a_zero_loss_that_still_has_a_gradient():

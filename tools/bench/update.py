@@ -36,8 +36,9 @@ from rich.table import Table
 
 from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.algo.clipping import affine_bounds
-from megatron_gpc.algo.policy_loss import PolicyLoss, policy_loss
-from megatron_gpc.batching import mini_batches, pack
+from megatron_gpc.algo.losses import LossInputs, LossOutputs
+from megatron_gpc.algo.losses.clip import clip
+from megatron_gpc.batching import mini_batches, pack, token_streams
 from megatron_gpc.config.file import load
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.run.launch import run_ranks
@@ -50,19 +51,14 @@ PPO, GPC = affine_bounds((0.0, 0.2), (0.0, 0.2)), affine_bounds((-0.25, 0.5), (0
 GROUPS, GROUP, PROMPT = 8, 8, 16
 
 
-def textbook(
-    logp_T: torch.Tensor,
-    old_logp_T: torch.Tensor,
-    advantages_T: torch.Tensor,
-    bounds: Bounds,
-    *unused: Any,
-) -> PolicyLoss:
+def textbook(inputs: LossInputs) -> LossOutputs:
     """PPO's clip as everyone writes it (arXiv 1707.06347, equation 7)."""
-    ratio_T = torch.exp(logp_T - old_logp_T)
+    advantages_T = inputs.advantages_T
+    ratio_T = torch.exp(inputs.logp_T - inputs.streams.old_logp_T)
     clipped_T = torch.clamp(ratio_T, 0.8, 1.2)
     loss_sum = -torch.min(ratio_T * advantages_T, clipped_T * advantages_T).sum()
     ratio_T = ratio_T.detach()
-    return PolicyLoss(
+    return LossOutputs(
         loss_sum=loss_sum,
         ratio_T=ratio_T,
         clipped_low_T=(ratio_T < 0.8) & (advantages_T < 0),
@@ -107,10 +103,12 @@ def measure(folder: Path, rounds: int, tokens: int) -> dict[str, list[float]]:
     hf = json.loads((folder / "config.json").read_text())
 
     def without_regions(micro: Any, stats: Any, *, loss: Any, **given: Any) -> Any:
-        slots = micro.slots_T
-        old_logp_T, advantages_T = given["old_logp_T"][slots], given["advantages_T"][slots]
+        streams = given["streams"].at(micro.slots_T.to(device()))
         result = loss(
-            stats.logp_T, old_logp_T.to(device()), advantages_T.to(device()), given["bounds"]
+            LossInputs(
+                *(stats.logp_T, stats.entropy_T, streams.advantages_T, given["bounds"], streams),
+                *given["mini_batch"],
+            )
         )
         kept = dataclasses.replace(result, loss_sum=result.loss_sum.detach().clone())
         return result.loss_sum, module._count(micro, stats), (micro, kept, None)
@@ -127,8 +125,9 @@ def measure(folder: Path, rounds: int, tokens: int) -> dict[str, list[float]]:
             scored = policy.score(batch)
             sums = Sums(module.UPDATE_MEANS, module.UPDATE_MAXIMA, device())
             measured = EntropyChange(policy, batch, scored) if change else None
+            streams = token_streams(batch, scored.logp_T, weights_T)
             for samples in updates:
-                policy.update(batch, samples, scored.logp_T, weights_T, bounds, sums)
+                policy.update(batch, samples, streams, bounds, sums)
             sums.reduce()
             if measured:
                 measured.metrics()
@@ -146,7 +145,7 @@ def measure(folder: Path, rounds: int, tokens: int) -> dict[str, list[float]]:
 
         ways = {
             "PPO": lambda: bare(PPO, textbook),
-            "GPC": lambda: bare(GPC, policy_loss),
+            "GPC": lambda: bare(GPC, clip),
             "regions": lambda: step(GPC),
             "change": lambda: step(GPC, change=True),
         }

@@ -1,0 +1,140 @@
+"""A loss is called on a made-up example before a run begins, and refused where it would fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_gpc.algo.clipping import affine_bounds
+from megatron_gpc.algo.losses.interface import LossInputs, LossOutputs
+from megatron_gpc.errors import UserError
+from megatron_gpc.parts import describe
+from megatron_gpc.types import TokenStats, TokenStreams
+
+LENGTHS = torch.tensor([4, 1, 7, 2])
+"""Response tokens of the example's samples."""
+
+
+def try_out(name: str, loss: Any, reference: bool) -> LossOutputs:
+    """What a loss gives for the example.
+
+    Args:
+        name: of the loss, for messages.
+        reference: whether there are log-probs of a reference model.
+
+    Raises:
+        UserError: it fails, does not give LossOutputs of the right shapes, gives no finite loss and
+            gradient, fails without tokens, or its loss is no sum over sequences.
+    """
+    inputs = made_up(reference)
+    try:
+        if hasattr(loss, "prepare"):
+            scored = TokenStats(inputs.logp_T.detach(), *inputs.entropy_T.expand(3, -1))
+            streams = prepare(loss, inputs.streams, scored, 1, 0)
+            inputs = replace(inputs, streams=streams)
+        outputs, loss_sum = _called(loss, inputs)
+        _called(loss, part(inputs, torch.zeros_like(inputs.logp_T, dtype=torch.bool)))
+        first_T = inputs.streams.sample_T < 2
+        cut = sum(_called(loss, part(inputs, held_T))[1] for held_T in (first_T, ~first_T))
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"train.loss: {name} failed on a made-up example: {describe(error)}"
+        ) from error
+    if abs(loss_sum - cut) > 1e-4 * (1 + abs(loss_sum)):
+        raise UserError(
+            f"train.loss: {name}: the loss of four sequences is {loss_sum:.6g}, that of the first "
+            f"two and the last two together {cut:.6g}; loss_sum has to be a sum over tokens, not a "
+            "mean: it is divided by the number of all tokens later"
+        )
+    return outputs
+
+
+def prepare(
+    loss: Any, streams: TokenStreams, scored: TokenStats, step: int, seed: int
+) -> TokenStreams:
+    """The streams with what the loss's `prepare` gave; its arguments are PreparedLoss's.
+
+    Raises:
+        ValueError: it gave no mapping of names to tensors [T].
+    """
+    prepared = loss.prepare(streams, scored, step, seed)
+    if not isinstance(prepared, Mapping):
+        raise ValueError(f"prepare() returned {type(prepared).__name__}, expected a mapping")
+    for name, values_T in prepared.items():
+        _check_values(f"prepare()[{name!r}]", values_T, len(streams.old_logp_T))
+    return replace(streams, prepared=prepared)
+
+
+def made_up(reference: bool) -> LossInputs:
+    """A mini-batch of sequences with advantages of both signs and ratios around 1."""
+    draw = torch.Generator().manual_seed(0)
+    sample_T = torch.arange(len(LENGTHS)).repeat_interleave(LENGTHS)
+    tokens = len(sample_T)
+    old_logp_T = -3 * torch.rand(tokens, generator=draw) - 0.5
+    logp_T = old_logp_T + 0.4 * torch.randn(tokens, generator=draw).clamp(max=1)
+    streams = TokenStreams(
+        old_logp_T=old_logp_T,
+        rollout_logp_T=old_logp_T.clone(),
+        advantages_T=torch.tensor([1.0, -1.0, 0.5, 0.0])[sample_T],
+        weights_T=torch.ones(tokens),
+        sample_T=sample_T,
+        lengths_T=LENGTHS[sample_T],
+        num_samples=len(LENGTHS),
+        reference_logp_T=old_logp_T - 0.1 if reference else None,
+    )
+    return LossInputs(
+        logp_T=logp_T.requires_grad_(),
+        entropy_T=torch.rand(tokens, generator=draw),
+        advantages_T=streams.advantages_T,
+        bounds=affine_bounds((-0.25, 0.5), (0.0, 0.2)),
+        streams=streams,
+        mini_batch_samples=len(LENGTHS),
+        mini_batch_tokens=tokens,
+    )
+
+
+def part(inputs: LossInputs, held_T: torch.Tensor) -> LossInputs:
+    """Some tokens of an example, as a micro-batch of the same mini-batch."""
+    return replace(
+        inputs,
+        logp_T=inputs.logp_T.detach()[held_T].requires_grad_(),
+        entropy_T=inputs.entropy_T[held_T],
+        advantages_T=inputs.advantages_T[held_T],
+        streams=inputs.streams.at(held_T),
+    )
+
+
+def _called(loss: Any, inputs: LossInputs) -> tuple[LossOutputs, float]:
+    """Outputs and the loss; ValueError where they cannot be trained with."""
+    outputs, tokens = loss(inputs), len(inputs.logp_T)
+    what = f"for {tokens} tokens"
+    if not isinstance(outputs, LossOutputs):
+        raise ValueError(f"it returned {type(outputs).__name__}, expected LossOutputs")
+    if not isinstance(outputs.loss_sum, torch.Tensor) or outputs.loss_sum.shape != ():
+        raise ValueError(f"{what} loss_sum is {outputs.loss_sum!r}, expected a tensor of one value")
+    if not outputs.loss_sum.requires_grad:
+        raise ValueError(f"{what} loss_sum has no gradient; it has to depend on inputs.logp_T")
+    (grad_T,) = torch.autograd.grad(outputs.loss_sum, inputs.logp_T, allow_unused=True)
+    if grad_T is None:
+        raise ValueError(f"{what} loss_sum does not depend on inputs.logp_T")
+    if not (outputs.loss_sum.isfinite() and grad_T.isfinite().all()):
+        raise ValueError(f"{what} loss_sum or its gradient is not finite")
+    flags = ("clipped_low_T", "clipped_high_T")
+    for name in ("ratio_T", *flags):
+        _check_values(name, getattr(outputs, name), tokens, name in flags)
+    for name, values_T in outputs.metrics.items():
+        _check_values(f"metrics[{name!r}]", values_T, tokens)
+    return outputs, float(outputs.loss_sum.detach())
+
+
+def _check_values(name: str, values_T: Any, tokens: int, flags: bool = False) -> None:
+    found = type(values_T).__name__
+    if isinstance(values_T, torch.Tensor):
+        found = f"{values_T.dtype} {list(values_T.shape)}"
+        if values_T.shape == (tokens,) and not (flags and values_T.dtype is not torch.bool):
+            return
+    kind = "bool " if flags else ""
+    raise ValueError(f"{name} is {found}, expected a {kind}tensor of shape [{tokens}]")

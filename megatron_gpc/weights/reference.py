@@ -1,0 +1,63 @@
+"""Whether a checkpoint can be the reference of the KL term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_gpc.config import Config
+from megatron_gpc.errors import UserError
+from megatron_gpc.weights.families import family_of
+from megatron_gpc.weights.fields import ModelFields
+from megatron_gpc.weights.folders import is_converted, read_hf_config
+from megatron_gpc.weights.hf_files import HFReader
+from megatron_gpc.weights.places import places_of
+
+
+def check_reference(config: Config, hf: Mapping[str, Any] | None) -> None:
+    """Hold kl.reference to the model, if it is needed and not model.hf itself; reads no weights.
+
+    Args:
+        hf: the model's config.json; None where model.build has yet to make it.
+
+    Raises:
+        UserError: it is not there, of another architecture, or lacks weights.
+    """
+    folder = config.kl.reference
+    if config.kl.coef == 0 or folder is None:
+        return
+    if not folder.is_dir():
+        raise UserError(f"kl.reference: {folder} is not there; name the folder of a checkpoint")
+    try:
+        found = read_hf_config(folder)
+        family = family_of(found)
+        params = family.params(found, config.parallel.tp)
+        fields = family.model_fields(found)
+        if hf is not None:
+            _check_same(folder, fields, family_of(hf).model_fields(hf))
+        if is_converted(folder):
+            from megatron_gpc.weights.megatron_files import MegatronReader  # its imports: a second
+
+            MegatronReader(folder).check(places_of(params, fields))
+        else:
+            HFReader(folder).check(params, family.copies(found))
+    except UserError as error:
+        raise UserError(f"kl.reference: {error}") from None
+
+
+def _check_same(folder: Path, reference: ModelFields, model: ModelFields) -> None:
+    there, here = (
+        {**m.transformer, **m.gpt, **m.config_attributes, "vocab_size": m.vocab_size}
+        for m in (reference, model)
+    )
+    differing = [
+        f"{name} is {there.get(name)} and not {here.get(name)}"
+        for name in sorted({**there, **here})
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} is of another architecture than model.hf: {', '.join(differing[:3])}; name "
+            "a checkpoint of the same one"
+        )
