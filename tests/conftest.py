@@ -7,16 +7,22 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hashlib
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import hypothesis
 import pytest
+import warm
 from commands import ROOT
 from pool import Pools
+
+warm.install()
+BUILD = ROOT / "examples" / "arithmetic" / "build.py"
 
 # Two cores that others may use: a slow example is no failure.  Fixed examples: a red run can be
 # redone.
@@ -41,29 +47,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_needs_warm_start)
 
 
+def _kept_start() -> Path:
+    """Where the example's start is kept, from run to run; elsewhere once it would be another."""
+    sources = (BUILD, ROOT / "megatron_gpc" / "rewards" / "addition.py")
+    versions = [metadata.version(name) for name in ("torch", "transformers", "tokenizers")]
+    made_of = repr([versions, *(file.read_bytes() for file in sources)])
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    return ROOT / "build" / "tests" / f"arithmetic-{digest}"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _build(request, tmp_path_factory) -> Iterator[Path]:
-    """Where the first process that runs tests builds the example's start, if need be."""
+    """The log of the first process that runs tests: it builds the example's start, if need be."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if worker else base) / "arithmetic"
-    if worker not in (None, "gw0") or not any(map(_needs_warm_start, request.session.items)):
-        yield folder
+    log = (base.parent if worker else base) / "build.log"
+    wanted = any(map(_needs_warm_start, request.session.items)) and not _kept_start().exists()
+    if worker not in (None, "gw0") or not wanted:
+        yield log
         return
-    folder.mkdir()
-    script = ROOT / "examples" / "arithmetic" / "build.py"
-    command = '"$0" "$1" start >log 2>&1; echo $? >part; mv part exit_code'
-    building = subprocess.Popen(["sh", "-c", command, sys.executable, script], cwd=folder)
-    yield folder
+    made = base / "start"
+    kept = _kept_start()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    command = '{ "$0" "$1" "$2" && mv -T "$2" "$3"; } >"$4" 2>&1 || mv "$4" "$4.failed"'
+    building = subprocess.Popen(["sh", "-c", command, sys.executable, BUILD, made, kept, log])
+    yield log
     building.wait()  # another process may need it
 
 
 @pytest.fixture(scope="session")
 def warm_start(_build) -> Path:
-    """examples/arithmetic/build.py's output: checkpoint, tokenizer, prompts."""
-    deadline = time.monotonic() + 840
-    while not (_build / "exit_code").exists():
+    """examples/arithmetic/build.py's output: checkpoint, tokenizer, prompts; only to be read."""
+    deadline, failed = time.monotonic() + 840, _build.with_name("build.log.failed")
+    while not _kept_start().exists():
+        assert not failed.exists(), failed.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert (_build / "exit_code").read_text() == "0\n", (_build / "log").read_text()
-    return _build / "start"
+    return _kept_start()
