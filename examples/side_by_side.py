@@ -52,17 +52,20 @@ def run_side_by_side(
     waiting = [name for name, one in configs.items() if not _is_finished(one)]
     progress = _Progress({name: configs[name] for name in waiting}, len(runs))
     running: dict[str, subprocess.Popen[bytes]] = {}
+    said_before: dict[str, int] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
+                log = out / f"{name}.log"
+                said_before[name] = log.stat().st_size if log.exists() else 0
                 running[name] = _start(config, out / f"{name}.log", arguments[name])
             time.sleep(POLL_S)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 if running.pop(name).returncode:
                     log = out / f"{name}.log"
-                    said = log.read_text()[-LAST_WORDS:]
-                    raise RunStopped(f"{name} failed; {log} ends with\n{said}")
+                    said = log.read_bytes()[said_before[name] :].decode(errors="replace")
+                    raise RunStopped(f"{name} failed; {log} ends with\n{said[-LAST_WORDS:]}")
                 progress.done(name)
     finally:
         for process in running.values():

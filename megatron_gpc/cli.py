@@ -120,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="JSON file to write (default: RUN_DIR/evaluations/NAME.json)",
+        help="JSON file to write (default: a file of its own in evaluations/ of the run that saved "
+        "the checkpoint, or beside run_dir where none did)",
     )
     held_out.set_defaults(run=_eval)
 
@@ -206,7 +207,7 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     import torch
 
     from megatron_gpc.run.folder import prepare
-    from megatron_gpc.run.launch import STACKS_SIGNAL, run_ranks
+    from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
     from megatron_gpc.run.placement import adopt_rank, my_share
 
     _check(config)
@@ -217,6 +218,8 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
         return 0
     gpus = torch.cuda.device_count()
     if adopt_rank(config.parallel, gpus):
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()  # torchrun itself leaves its ranks behind at a second Ctrl-C
         if os.environ["RANK"] == "0":
             lock = prepare(config)  # noqa: F841 - until this process ends
             _check(config)
@@ -255,7 +258,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from megatron_gpc.engines.serve import serve
 
     serve(load(arguments.config, arguments.overrides), stop)
-    return 0
+    return INTERRUPTED if stop.received is signal.SIGINT else 0
 
 
 def _rank(arguments: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ from megatron_gpc.rollout.evaluation import as_evaluated, distinct_right, nucleu
 from megatron_gpc.rollout.prefetch import Pending
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
-from megatron_gpc.run.folder import lock
+from megatron_gpc.run.lock import take
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import mark
 from megatron_gpc.run.watchdog import save_mini_batch
@@ -63,7 +63,7 @@ class Rank0:
             return self
         config, self._stack = self.config, ExitStack()
         try:
-            self._stack.enter_context(lock(config))
+            self._stack.enter_context(take(config.run_dir))
             if config.rollout.replay:
                 return self
             starter = Starter(

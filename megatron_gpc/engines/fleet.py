@@ -18,7 +18,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -38,6 +38,8 @@ T = TypeVar("T")
 P = TypeVar("P", bound=ServerProcess)
 Memory = Literal["weights", "kv_cache"]
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+POLL_S = 0.5
+"""How often is looked whether a start is still wanted [s]."""
 WATCH_S = 1.0
 """How often engines are looked at [s]."""
 LONG_S = 3600.0
@@ -110,6 +112,7 @@ class Engines:
 
     def __exit__(self, *_: object) -> None:
         self._closing = True
+        self.starter.given_up.set()
         self._starting.cancel()
         with suppress(RuntimeError, TimeoutError):
             asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(30)
@@ -120,15 +123,24 @@ class Engines:
                 process.stop()
         self._starters.shutdown(wait=True, cancel_futures=True)
 
-    def await_started(self) -> None:
+    def await_started(self, over: Callable[[], bool] = lambda: False) -> bool:
         """Wait until all engines are up, at the start of a run.
+
+        Returns:
+            False if `over` said meanwhile that they are not needed any more.
 
         Raises:
             ServerError: one did not start.
             ServerUnavailable: one that others started does not answer.
             UserError: urls_file or api_key_file cannot be used.
         """
-        self._starting.result(self.config.start_timeout_s + 60)
+        deadline = time.monotonic() + self.config.start_timeout_s + 60
+        while not over():
+            wait([self._starting], POLL_S)
+            if self._starting.done() or time.monotonic() > deadline:
+                self._starting.result(0)
+                return True
+        return False
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do it on the engines' loop and wait for it; from any other thread."""

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ STOP_TIMEOUT_S = 5.0
 """How long a server may take to end by itself before it is killed."""
 KILL_TIMEOUT_S = 60.0
 """How long a busy machine may take to be rid of one that was killed."""
+LOOK_S = 0.2
+"""How often a server that starts is looked at [s]."""
 LOG_LINES = 20
 
 
@@ -42,6 +45,7 @@ class ServerProcess:
         environment: all of its environment.
         log_file: file that the server's output is appended to.
         pass_fds: file descriptors that it inherits.
+        given_up: once set, a start is not waited for any longer.
     """
 
     url: str
@@ -57,11 +61,14 @@ class ServerProcess:
         environment: Mapping[str, str],
         log_file: Path,
         pass_fds: Sequence[int] = (),
+        given_up: threading.Event | None = None,
     ):
         self.name = name
+        self._given_up = given_up or threading.Event()
         self._log = Path(log_file)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as output:
+            self._log_begin = output.tell()  # before it stands what earlier servers said
             self._process = subprocess.Popen(
                 command,
                 env=environment,
@@ -75,13 +82,19 @@ class ServerProcess:
 
     def failure(self, what: str) -> ServerError:
         """An error about this server that ends with what it logged last."""
-        lines = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        with self._log.open("rb") as log:
+            log.seek(self._log_begin)
+            lines = log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
         return ServerError(f"{self.name} {what}; last lines of {self._log}:\n" + "\n".join(lines))
 
     def ended(self) -> ServerError:
         """The error for a server that ended while starting; waits for its end."""
         self.stop()
         return self.failure(f"ended while starting (exit code {self._process.returncode})")
+
+    def _check_wanted(self) -> None:
+        if self._given_up.is_set():
+            raise ServerError(f"{self.name}: nobody waits for it any longer")
 
     @property
     def pid(self) -> int:
@@ -131,6 +144,7 @@ class EmbeddedServer(ServerProcess):
         dtype: of weights and activations; "auto" takes the checkpoint's.
         threads: CPU threads of the engine.
         max_running: sequences decoded at the same time.
+        given_up: see `ServerProcess`.
 
     Raises:
         ServerError: it ended while starting or was not up in time; with the end of its log.
@@ -153,6 +167,7 @@ class EmbeddedServer(ServerProcess):
         dtype: str = "auto",
         threads: int = 1,
         max_running: int = 256,
+        given_up: threading.Event | None = None,
     ):
         receiver, sender = os.pipe()
         try:
@@ -175,6 +190,7 @@ class EmbeddedServer(ServerProcess):
                 },
                 log_file,
                 pass_fds=[sender],
+                given_up=given_up,
             )
         finally:
             os.close(sender)  # or the end of the server would never show as the end of the pipe
@@ -191,8 +207,11 @@ class EmbeddedServer(ServerProcess):
         deadline = time.monotonic() + timeout_s
         sent = b""
         while not sent.endswith(b"\n"):
+            self._check_wanted()
             left = max(deadline - time.monotonic(), 0.0)
-            if not select.select([receiver], [], [], left)[0]:
+            if not select.select([receiver], [], [], min(left, LOOK_S))[0]:
+                if left:
+                    continue
                 raise self.failure(f"was not up after {timeout_s:g} s")
             piece = os.read(receiver, 16)
             if not piece:
@@ -215,6 +234,7 @@ class SGLangServer(ServerProcess):
         log_file: file that the server's output is appended to.
         start_timeout_s: how long it may take until it is healthy [s].
         health: where it says whether it is.
+        given_up: see `ServerProcess`.
 
     Raises:
         ServerError: it ended while starting or was not healthy in time; with the end of its log.
@@ -229,6 +249,7 @@ class SGLangServer(ServerProcess):
         log_file: Path,
         start_timeout_s: float,
         health: str = "/health",
+        given_up: threading.Event | None = None,
     ):
         given = {"host": "127.0.0.1", **args}
         given["port"] = given.get("port") or free_port(given["host"])
@@ -238,6 +259,7 @@ class SGLangServer(ServerProcess):
             [str(python), "-P", "-m", module, *command_line_arguments(given)],
             {"HF_HUB_OFFLINE": "1", **_without_ranks(os.environ), **environment},
             log_file,
+            given_up=given_up,
         )
         try:
             self._await_health(health, start_timeout_s)
@@ -249,6 +271,7 @@ class SGLangServer(ServerProcess):
         deadline = time.monotonic() + timeout_s
         with httpx.Client(base_url=self.url, trust_env=False, timeout=30.0) as http:
             while time.monotonic() < deadline:
+                self._check_wanted()
                 if not self.alive():
                     raise self.ended()
                 try:
@@ -256,7 +279,7 @@ class SGLangServer(ServerProcess):
                         return
                 except httpx.TransportError:
                     pass
-                time.sleep(0.2)
+                time.sleep(LOOK_S)
         raise self.failure(f"was not healthy after {timeout_s:g} s")
 
 

@@ -20,6 +20,8 @@ from megatron_gpc.run.stop import StopRequest
 from megatron_gpc.weights.folders import hf_folder, is_converted
 
 POLL_S = 0.5
+IN_STEP = "SLURM_STEP_ID"
+"""Set below srun."""
 
 
 def serve(config: Config, stop: StopRequest) -> None:
@@ -33,6 +35,9 @@ def serve(config: Config, stop: StopRequest) -> None:
         UserError: no urls_file, or the model is not there in time, or has to be converted first.
         RunStopped: an engine did not start, or none is left.
     """
+    stop.doing = "the engines end"
+    if IN_STEP in os.environ:
+        stop.doing = "the engines answer until the batch script ends them"
     server = config.rollout.server
     if server.urls_file is None:
         raise UserError("rollout.server.urls_file: say where `serve` is to write its addresses")
@@ -54,9 +59,11 @@ def serve(config: Config, stop: StopRequest) -> None:
         return
     log_dir = config.run_dir / "logs" / f"serve_{number}"
     starter = Starter(started_here, config.sglang, config.model.hf, log_dir, host=_address(nodes))
+    say(starter.what_happens())
     with Engines(starter) as engines:
         try:
-            engines.await_started()
+            if not engines.await_started(lambda: _over(stop)):
+                return
         except ServerError as error:
             raise RunStopped(f"{socket.gethostname()}: {error}") from None
         urls = [engine.url for engine in engines.engines]
@@ -77,7 +84,7 @@ def _over(stop: StopRequest) -> bool:
     Slurm sends a signal to every process of a job that is to end.  The trainer then saves, and
     needs samples to come to the end of its step; the batch script ends us afterwards.
     """
-    return stop.received is not None and "SLURM_STEP_ID" not in os.environ
+    return stop.received is not None and IN_STEP not in os.environ
 
 
 def _address(nodes: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ class Starter:
         self.config, self.sglang = config, sglang
         self.model_path, self.log_dir, self.host = model_path, log_dir, host
         self.python = sglang.python or Path(sys.executable)
+        self.given_up = threading.Event()
+        """Once set, starts that are under way are not waited for."""
         self.tp_size = 1
         """Ranks of one started engine."""
         if config.kind == "sglang":
@@ -78,6 +81,7 @@ class Starter:
                 port=port,
                 api_key_file=self.config.api_key_file,
                 start_timeout_s=timeout_s,
+                given_up=self.given_up,
             )
         args = dict(self.sglang.args)
         if self.config.api_key_file is not None:
@@ -94,6 +98,7 @@ class Starter:
             self.sglang.environment,
             log,
             timeout_s,
+            given_up=self.given_up,
         )
 
     def router(self, urls: Sequence[str]) -> SGLangServer:
@@ -110,6 +115,7 @@ class Starter:
             self.log_dir / "router.log",
             self.config.start_timeout_s,
             health="/readiness",  # /health is well before it knows an engine
+            given_up=self.given_up,
         )
 
     def client(self, url: str, router: bool = False) -> SGLangClient:

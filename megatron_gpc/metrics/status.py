@@ -11,6 +11,7 @@ import yaml
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.writer import FILE_NAME, read_metrics
+from megatron_gpc.run.lock import life
 from megatron_gpc.run.stop import marker
 
 SPARE_S = 60.0
@@ -48,6 +49,7 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
             f", {median:.1f} s a step (longest {seconds[-1]:.1f}), "
             f"{(steps - done) * median / 3600:.2f} h to go, last step {age:.0f} s ago"
         )
+    lines.append(life(run_dir))
     saved = sorted((run_dir / "checkpoints").glob("step_*"))
     whole = [one.name for one in saved if one.name.removeprefix("step_").isdigit()]
     lines.append(f"newest checkpoint: {whole[-1] if whole else 'none'}")

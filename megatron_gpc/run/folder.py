@@ -10,7 +10,6 @@ stopped.json     the run was asked to end, and did
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -25,10 +24,9 @@ from megatron_gpc.config.file import dump, flatten
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import replace_text
 from megatron_gpc.run.launch import die_with_parent
+from megatron_gpc.run.lock import PREPARING, take
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import marker
-
-PREPARING = "launch.lock"
 
 
 def prepare(config: Config) -> TextIO:
@@ -45,12 +43,12 @@ def prepare(config: Config) -> TextIO:
     build_model(config)
     try:
         if config.run_dir.exists():  # refuse before anything of a run that has not ended is touched
-            lock(config, PREPARING).close()
-            lock(config).close()
+            take(config.run_dir, PREPARING).close()
+            take(config.run_dir).close()
         if config.resume == "none" and config.run_dir.exists():
             _set_aside(config)
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        held = lock(config, PREPARING)
+        held = take(config.run_dir, PREPARING)
         marker(config.run_dir).unlink(missing_ok=True)
         file = config.run_dir / "config.yaml"
         text = dump(config)
@@ -74,30 +72,6 @@ def _set_aside(config: Config) -> None:
         number += 1
     config.run_dir.rename(aside)
     say(f"resume=none: the old run was set aside as {aside}")
-
-
-def lock(config: Config, name: str = "lock") -> TextIO:
-    """Keep the run's folder to this process until it ends, in whatever way.
-
-    Raises:
-        UserError: another run is using the folder.
-    """
-    file = (config.run_dir / name).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"run_dir: {config.run_dir} is in use by a run that has not ended; wait for it, or "
-            "choose another run_dir"
-        ) from None
-    except OSError as error:
-        file.close()
-        raise UserError(
-            f"run_dir: {config.run_dir}: files cannot be locked there ({error.strerror}); have the "
-            "file system mounted with locks (Lustre: -o flock), or choose another run_dir"
-        ) from None
-    return file
 
 
 def _has_checkpoint(run_dir: Path) -> bool:

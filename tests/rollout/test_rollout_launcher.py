@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,6 +41,7 @@ def test_the_server_lives_as_long_as_the_with_block(model_a, tmp_path):
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health", trust_env=False)
     server.stop()  # again: nothing happens
+    assert "Traceback" not in (tmp_path / "logs" / "server.log").read_text()
 
 
 def test_the_server_dies_with_its_parent_even_on_sigkill(model_a, tmp_path):
@@ -63,9 +66,12 @@ def test_an_early_death_is_reported_with_the_end_of_the_log(tmp_path, monkeypatc
     (tmp_path / "megatron_gpc").mkdir()  # not to be mistaken for the package
     (tmp_path / "megatron_gpc" / "__init__.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "server.log").write_text("what an earlier server said\n")
     with pytest.raises(RuntimeError, match=r"ended while starting \(exit code 1\)") as died:
         EmbeddedServer(tmp_path / "nowhere", tmp_path / "server.log", start_timeout_s=60)
     assert f"{tmp_path / 'nowhere'} is not a folder" in str(died.value)
+    assert "earlier" not in str(died.value)
+    assert (tmp_path / "server.log").read_text().startswith("what an earlier server said")
 
 
 def test_a_start_that_takes_too_long_is_ended(model_a, tmp_path):
@@ -73,6 +79,23 @@ def test_a_start_that_takes_too_long_is_ended(model_a, tmp_path):
     with pytest.raises(RuntimeError, match=r"not up after 0.2 s"):
         EmbeddedServer(model_a, tmp_path / "server.log", start_timeout_s=0.2)
     assert time.monotonic() - started < 10
+
+
+def test_a_start_that_nobody_waits_for_any_longer_is_ended(model_a, tmp_path):
+    given_up = threading.Event()
+    given_up.set()
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="nobody waits for it"):
+        EmbeddedServer(model_a, tmp_path / "server.log", given_up=given_up)
+    assert time.monotonic() - started < 5
+
+
+def test_ctrl_c_and_sigterm_are_not_for_a_server_that_a_run_has_started(model_a, tmp_path):
+    with EmbeddedServer(model_a, tmp_path / "server.log", start_timeout_s=60) as server:
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(server.pid, one)
+        assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
+    assert (tmp_path / "server.log").read_text() == ""
 
 
 SGLANG = """
