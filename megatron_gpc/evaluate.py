@@ -8,6 +8,8 @@ one process beside its engines.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.engines.fleet import Engines
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.errors import UserError
+from megatron_gpc.evaluation_file import describe, file_for
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.rewards import verifier
@@ -35,10 +38,11 @@ from megatron_gpc.rollout.evaluation import (
 )
 from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
-from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.files import SUMS, replace_text
+from megatron_gpc.run.say import say
 from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights import HFReader, family_of
-from megatron_gpc.weights.convert import megatron_to_hf
+from megatron_gpc.weights.convert import find_hf, megatron_to_hf
 from megatron_gpc.weights.folders import is_converted, read_hf_config
 
 PART = 2048
@@ -51,32 +55,35 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
     Args:
         checkpoint: a Hugging Face folder, a converted one, a checkpoint of a run, or a run, of
             which the newest is taken; None: model.hf.
-        out: file to write; None: RUN_DIR/evaluations/NAME.json.
+        out: file to write; None: see `evaluation_file.file_for`.
 
     Returns:
         (file, what stands in it): see `results`.
 
     Raises:
-        UserError: checkpoint, prompts or verifier cannot be used.
+        UserError: checkpoint, prompts or verifier cannot be used, or `out` holds something else.
         RolloutError: the engines did not start, or gave no good answers.
     """
     if config.eval.prompts is None:
         raise UserError("eval.prompts is not set: there is nothing to evaluate on")
     ks, judge = pass_ks(config.eval), verifier(config.data.verifier)
     source = newest(checkpoint or config.model.hf)
-    file = out or config.run_dir / "evaluations" / f"{source.resolve().name}.json"
-    if file.is_dir():
-        raise UserError(f"--out: {file} is a folder; name the JSON file to write")
+    evaluation = describe(config, source)
+    file = file_for(evaluation, config, out)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{file.parent}: cannot be written: {error.strerror}") from None
-    begin = time.monotonic()
+    again = "; it replaces the result of the same evaluation" if file.exists() else ""
+    say(f"evaluating {source}; the result goes to {file}{again}")
+    about, begin = evaluation.described(), time.monotonic()
     with servable(source, file.parent) as folder:
         tokenizer = load_tokenizer(folder)
         render = chat_renderer(tokenizer, config.data.chat_template)
         prompts = read_prompts(config.eval.prompts, encoder(tokenizer), render)
-        starter = Starter(config.rollout.server, config.sglang, folder, file.parent / "logs")
+        log_dir = file.parent / "logs" / file.stem
+        starter = Starter(config.rollout.server, config.sglang, folder, log_dir)
+        say(starter.what_happens())
         with Engines(starter) as engines:
             engines.await_started()
             _give_weights(engines, folder, source.name)
@@ -89,10 +96,10 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
                 [tokenizer.eos_token_id],
                 nucleus(config),
             )
+            say(f"evaluating {len(prompts)} x {config.eval.samples} held-out samples")
             samples = _sample(collector, prompts, config.eval.samples)
     found = {
-        "checkpoint": str(source.absolute()),
-        "prompts_file": str(config.eval.prompts),
+        **about,
         "verifier": config.data.verifier,
         "sampling": {
             "temperature": collector.config.rollout.temperature,
@@ -103,7 +110,13 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
         "seconds": round(time.monotonic() - begin, 1),
         **results(samples, config.eval.samples, ks),
     }
-    replace_text(file, json.dumps(found, indent=1) + "\n")
+    try:
+        replace_text(file, json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be written: {error.strerror}; mean@{found['samples']} was "
+            f"{found['mean']:.4f}, pass@k {found['pass']}"
+        ) from None
     return file, found
 
 
@@ -146,8 +159,35 @@ def servable(checkpoint: Path, beside: Path) -> Iterator[Path]:
         )
     with tempfile.TemporaryDirectory(prefix=".evaluating-", dir=beside) as made:
         folder = Path(made) / "hf"
-        megatron_to_hf(checkpoint, folder)
+        try:
+            hf = find_hf(checkpoint)
+            kept = _keep(checkpoint, Path(made) / "kept")
+            megatron_to_hf(kept, folder, hf=hf)
+        except (OSError, UserError) as error:
+            if checkpoint.is_dir():
+                raise UserError(str(error).replace(f"{made}/kept", str(checkpoint))) from None
+            raise UserError(
+                f"{checkpoint} was removed while it was read: the run goes on, and checkpoint.keep "
+                "says how many it keeps; evaluate a newer one"
+            ) from None
+        shutil.rmtree(Path(made) / "kept", ignore_errors=True)
         yield folder
+
+
+def _keep(checkpoint: Path, folder: Path) -> Path:
+    """The files of a run's checkpoint by second names, so that they stay if the run removes it.
+
+    The checkpoint itself, where the file system does not give files second names.
+    """
+    if not (checkpoint / SUMS).is_file():
+        return checkpoint  # no run removes it
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        try:
+            os.link(file, folder / file.name)
+        except OSError:
+            return checkpoint
+    return folder
 
 
 def _give_weights(engines: Engines, folder: Path, version: str) -> None:

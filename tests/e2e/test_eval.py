@@ -21,9 +21,15 @@ def test_a_saved_checkpoint_gets_the_numbers_that_training_gave_its_weights(
 
     # Overrides on both sides of an option.
     config, *overrides = given[1:]
+    overrides.remove(f"run_dir={run_dir}")
+    overrides.insert(0, f"run_dir={tmp_path}/another")
     done = command_line("eval", config, overrides[0], "--checkpoint", str(run_dir), *overrides[1:])
     assert done.returncode == 0, done.stderr
-    found = json.loads((run_dir / "evaluations" / "step_000001.json").read_text())
+    (file,) = (run_dir / "evaluations").glob("*.json")
+    assert file.name.startswith("step_000001-heldout-") and str(file) in done.stdout
+    assert f"the result goes to {file}" in done.stderr
+    found = json.loads(file.read_text())
+    assert found["run"]["folder"] == str(run_dir) and found["settings"]["samples"] == 8
     assert found["mean"] == pytest.approx(said[-1]["eval_reward"], abs=1e-12)
     assert found["distinct_right"] == pytest.approx(said[-1]["eval_distinct_right"])
     assert list(found["pass"]) == ["1", "2", "4", "8"]
@@ -31,8 +37,9 @@ def test_a_saved_checkpoint_gets_the_numbers_that_training_gave_its_weights(
     assert 0 < found["pass"]["1"] < found["pass"]["8"] <= 1
     assert len(found["by_prompt"]) == found["prompts"] == 90
     assert "mean@8" in done.stdout and "pass@8" in done.stdout
+    assert not (tmp_path / "another").exists(), "it has nothing to do with the evaluated run"
     left = {f.name for f in (run_dir / "evaluations").iterdir()}
-    assert left == {"step_000001.json", "logs"}, "the folder for the engines is gone"
+    assert left == {file.name, "logs"}, "the folder for the engines is gone"
 
 
 def test_a_hugging_face_folder_is_evaluated_with_its_own_sampling(warm_start, tmp_path):
