@@ -40,6 +40,8 @@ Memory = Literal["weights", "kv_cache"]
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 POLL_S = 0.5
 """How often is looked whether a start is still wanted [s]."""
+CLOSE_S = 10.0
+"""How long work that is called off may take to end [s]."""
 WATCH_S = 1.0
 """How often engines are looked at [s]."""
 LONG_S = 3600.0
@@ -174,9 +176,11 @@ class Engines:
         return await self.loop.run_in_executor(self._starters, start, *arguments)
 
     async def _close(self) -> None:
-        for task in asyncio.all_tasks():
-            if task is not asyncio.current_task():
-                task.cancel()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:  # or Python complains of tasks that were never awaited
+            await asyncio.wait(tasks, timeout=CLOSE_S)
         for client in [e.client for e in self.engines] + [self._router_client]:
             if client is not None:
                 await client.close()
