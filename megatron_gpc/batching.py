@@ -22,12 +22,14 @@ from megatron_gpc.types import MicroBatch, RolloutBatch, Sample, TokenStreams
 
 
 def pack(samples: list[Sample], advantages_N: torch.Tensor) -> RolloutBatch:
-    """Samples, ordered prompt by prompt, as one packed batch."""
-    prompt_lengths_N = torch.tensor([len(s.prompt.token_ids) for s in samples])
-    response_lengths_N = torch.tensor([len(s.token_ids) for s in samples])
+    """Samples, ordered prompt by prompt, as one packed batch; there may be none."""
+    prompt_lengths_N = torch.tensor([len(s.prompt.token_ids) for s in samples], dtype=torch.int64)
+    response_lengths_N = torch.tensor([len(s.token_ids) for s in samples], dtype=torch.int64)
     ends_N = (prompt_lengths_N + response_lengths_N).cumsum(0)
     return RolloutBatch(
-        tokens=torch.tensor([t for s in samples for t in (*s.prompt.token_ids, *s.token_ids)]),
+        tokens=torch.tensor(
+            [t for s in samples for t in (*s.prompt.token_ids, *s.token_ids)], dtype=torch.int64
+        ),
         starts_N=ends_N - prompt_lengths_N - response_lengths_N,
         prompt_lengths_N=prompt_lengths_N,
         response_lengths_N=response_lengths_N,
@@ -62,7 +64,8 @@ def mini_batches(
 ) -> list[list[int]]:
     """Sample numbers of every update of a training step: `count` for each of `epochs` passes.
 
-    Every pass visits every sample once, in an order of its own; sizes differ by at most one.
+    Every pass visits every sample once, in an order of its own; sizes differ by at most one, so
+    that with fewer samples than `count` some are empty.
     """
     batches = []
     for epoch in range(epochs):

@@ -6,6 +6,7 @@ ranks and no collective hides behind an `if`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -148,10 +149,17 @@ class Rank0:
         if state.sampling:
             self._pending.restore(state.sampling)
 
-    def thresholds(self, step: int, entropy: float) -> tuple[Bounds, dict[str, Any]] | None:
-        """Clip thresholds of the step after `step` finished ones, and the schedule's state then."""
+    def thresholds(self, step: int, scored: TokenStats) -> tuple[Bounds, dict[str, Any]] | None:
+        """Clip thresholds of the step after `step` finished ones, and the schedule's state then.
+
+        A step without tokens has no entropy and no use for thresholds: the schedule is not asked,
+        so that whatever it remembers is of what was measured.
+        """
         if not self.active:
             return None
+        if not len(scored.entropy_T):
+            return Bounds(*(math.nan,) * 4), self._schedule.state()
+        entropy = float(scored.entropy_T.double().mean())
         return self._schedule.bounds(step, entropy), self._schedule.state()
 
     # ---- weights ----
@@ -243,6 +251,12 @@ class Rank0:
         if config.overlong == "drop":
             kept = [n for n, s in enumerate(samples) if s.finish_reason != "length"]
             samples, advantages_N = [samples[n] for n in kept], advantages_N[kept]
+            if not samples:
+                self.console.warn(
+                    f"step {step}: every response was cut at rollout.max_response_tokens="
+                    f"{config.max_response_tokens}, and rollout.overlong=drop leaves nothing to "
+                    "train on: no update"
+                )
         return pack(samples, advantages_N), metrics
 
     def rest_engines(self) -> None:

@@ -94,8 +94,7 @@ def train(config: Config, stop: StopRequest) -> bool:
             reference_logp_T = reference.score(batch) if reference else None
             streams = token_streams(batch, old_logp_T, weights_T, reference_logp_T)
             streams = policy.objective.prepare(streams, scored, state.step + 1, config.seed)
-            entropy = float(scored.entropy_T.double().mean())
-            bounds, controller = from_main(rank0.thresholds(state.step, entropy))
+            bounds, controller = from_main(rank0.thresholds(state.step, scored))
             sums = Sums((*policy.update_means, "grad_norm"), UPDATE_MAXIMA, device())
             updates = mini_batches(
                 batch.num_samples,
@@ -107,6 +106,7 @@ def train(config: Config, stop: StopRequest) -> bool:
             change = None
             if config.diagnostics.entropy_change:
                 change = EntropyChange(policy, batch, scored)
+            made = 0
             for number, samples in enumerate(updates, start=1):
                 updated = policy.update(batch, samples, streams, bounds, sums)
                 watchdog.alive()
@@ -114,7 +114,8 @@ def train(config: Config, stop: StopRequest) -> bool:
                     file = skipped.add(state.step + 1, number)
                     rank0.keep_skipped(file, batch, samples, streams, bounds)
                     skipped.check()
-                else:
+                elif not updated["empty"]:
+                    made += 1
                     sums.add("grad_norm", updated["grad_norm"], 1)
             metrics = sums.reduce() | (change.metrics() if change else {})
             clock.lap("seconds_train")
@@ -129,6 +130,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                     **bounds_metrics(bounds),
                     **clock.metrics(batch.num_response_tokens),
                     "learning_rate": updated["learning_rate"],
+                    "updates": made,
                     "skipped_updates": len(skipped.names),
                     "seconds_checkpoint": seconds_checkpoint,
                 },

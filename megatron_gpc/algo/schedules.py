@@ -16,7 +16,8 @@ the paper's lambda(k) = 1 - 2k/T.
               s_k = 0  eps_high                              Lo(p)
 
 A schedule is asked once a training step, on one rank, and its answer holds on all ranks for all
-updates of that step.  It takes the globally reduced entropy.
+updates of that step.  It takes the globally reduced entropy.  It is not asked at a step that has
+nothing to train on; k counts that step all the same.
 """
 
 from __future__ import annotations
@@ -129,6 +130,11 @@ class OscillatorySchedule:
         self.s = 0
 
     def bounds(self, k: int, entropy: float) -> Bounds:
+        if math.isfinite(entropy):  # what was not measured moves nothing
+            self._measure(k, entropy)
+        return self.raising if self.s else self.lowering
+
+    def _measure(self, k: int, entropy: float) -> None:
         if self.initial_entropy is None:
             self.initial_entropy = entropy
         tau_low = self.floor * self.initial_entropy
@@ -137,7 +143,6 @@ class OscillatorySchedule:
             self.s = 1
         elif entropy > tau_high:
             self.s = 0
-        return self.raising if self.s else self.lowering
 
     def state(self) -> dict[str, Any]:
         return {"s": self.s, "initial_entropy": self.initial_entropy}

@@ -131,7 +131,8 @@ class Policy:
         """One optimizer step on one mini-batch, or none where the numbers forbid it.
 
         Where the loss or the gradient is not finite, on whichever rank, all ranks leave the update
-        out: weights, optimizer, learning-rate schedule and `sums` stay as they are.
+        out: weights, optimizer, learning-rate schedule and `sums` stay as they are.  So they do
+        where the mini-batch is empty (rollout.overlong=drop may leave it nothing).
 
         Args:
             batch: the step's rollout.
@@ -141,22 +142,34 @@ class Policy:
             sums: takes this rank's share of `update_means` and UPDATE_MAXIMA.
 
         Returns:
-            grad_norm (before clipping, over all ranks), learning_rate, and skipped: whether the
-            update was left out.
+            grad_norm (before clipping, over all ranks), learning_rate, skipped: whether the update
+            was left out because of its numbers, and empty: whether there was nothing to learn from.
         """
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if not batch.response_lengths_N[samples].any():  # the same on every rank
+            return {
+                "grad_norm": 0.0,
+                "learning_rate": learning_rate,
+                "skipped": False,
+                "empty": True,
+            }
         results = self.gradient(batch, samples, streams, bounds)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         loss_is_finite = all(bool(loss.loss_sum.isfinite()) for _, loss, _ in results)
         skipped = on_any_rank(not (loss_is_finite and math.isfinite(grad_norm)))
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if not skipped:
             if parallel_state.get_tensor_model_parallel_rank() == 0:
                 for micro, loss, regions in results:
                     _add(sums, micro, loss)
                     _add_regions(sums, micro, regions)
             self._step(grad_norm)
-        return {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": skipped}
+        return {
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped": skipped,
+            "empty": False,
+        }
 
     def _step(self, grad_norm: float) -> None:
         """What follows in megatron-core's `ChainedOptimizer.step` once the norm is known.
@@ -221,7 +234,12 @@ class Policy:
     def _run(
         self, batch: RolloutBatch, samples: list[int], loss: Any, forward_only: bool
     ) -> list[Any]:
-        """megatron-core's pipeline schedule over some samples; results on the last stage only."""
+        """megatron-core's pipeline schedule over some samples; results on the last stage only.
+
+        Of no samples there are none: the schedule cannot run without a micro-batch.
+        """
+        if not samples:
+            return []
         p, limits = self.config.parallel, self.config.train
         whole = micro_batches(
             batch,

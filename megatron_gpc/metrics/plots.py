@@ -234,7 +234,7 @@ def _bounds(run: Run) -> list[tuple[str, Series, Series]]:
     and 1; empty where one of them was not recorded at every step."""
     found = []
     for at, label in (("p0", "p = 0"), ("p05", "p = 0.5"), ("p1", "p = 1")):
-        high, low = run.series(f"eps_high_at_{at}"), run.series(f"eps_low_at_{at}")
+        high, low = (run.series(f"eps_{side}_at_{at}").known() for side in ("high", "low"))
         upper, lower = Series(high.steps, 1 + high.values), Series(low.steps, 1 - low.values)
         found.append((label, upper, lower))
     lengths = {len(series) for _, *pair in found for series in pair}

@@ -109,7 +109,7 @@ def scatter_predictions(ax: Axes, runs: Sequence[Run]) -> None:
     for name, label, colour in PREDICTIONS:
         pairs = [paired(run.series("dh_measured"), run.series(name)) for run in runs]
         x, y = (np.concatenate(values) for values in zip(*pairs, strict=True))
-        if name == "dh_predicted" and y.std() > 0:
+        if name == "dh_predicted" and len(y) and y.std() > 0:
             y = y * (x.std() / y.std())
         ax.scatter(x, y, s=12, alpha=0.6, color=colour, label=label)
     ax.axline((0, 0), slope=1, color=GREY, linewidth=0.8)

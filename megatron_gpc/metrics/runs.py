@@ -44,6 +44,11 @@ class Series:
         """Steps that are averaged to see through the noise: 5 % of them, at least one."""
         return max(1, len(self) // 20)
 
+    def known(self) -> Series:
+        """Without the steps whose value is nan."""
+        having = ~np.isnan(self.values)
+        return Series(self.steps[having], self.values[having])
+
     def mean(self) -> float:
         """Mean over all steps; nan for an empty series."""
         return _mean(self.values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ from megatron_gpc.types import Bounds, RolloutBatch, TokenStats
 def batch_metrics(
     batch: RolloutBatch, scored: TokenStats, weights_T: torch.Tensor
 ) -> dict[str, float]:
-    """What the step's samples say before any update; means over all response tokens.
+    """What the step's samples say before any update; means over all response tokens, nan where
+    there are none.
 
     Computed from globally reduced values, so every rank gets the same numbers.
     """
@@ -25,7 +27,7 @@ def batch_metrics(
         "entropy": float(scored.entropy_T.double().mean()),
         "response_length": float(batch.response_lengths_N.double().mean()),
         "logp_gap_mean": float(gap_T.mean()),
-        "logp_gap_max": float(gap_T.max()),
+        "logp_gap_max": float(gap_T.max()) if len(gap_T) else math.nan,
         "correction_mean": float(weights_T.double().mean()),
         **{f"share_e{i}": float(mask.double().mean()) for i, mask in enumerate(regions, start=1)},
     }

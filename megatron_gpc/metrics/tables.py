@@ -94,14 +94,15 @@ _COMPARED: Mapping[str, Callable[[Run], float]] = {
 def _phase_1(run: Run, name: str) -> float:
     """Mean over clip.phase_split of the run, the same steps for schedules without phases."""
     series = run.series(name)
-    return float(np.mean(series.values[series.steps <= run.split]))
+    first = series.steps <= run.split
+    return Series(series.steps[first], series.values[first]).mean()
 
 
 def _phase_2(run: Run, name: str) -> float:
     """Mean over the rest; nan where a run has not come so far."""
     series = run.series(name)
-    rest = series.values[series.steps > run.split]
-    return float(np.mean(rest)) if len(rest) else math.nan
+    rest = series.steps > run.split
+    return Series(series.steps[rest], series.values[rest]).mean()
 
 
 def _last_evaluation(series: Series) -> float:

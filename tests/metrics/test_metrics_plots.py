@@ -8,6 +8,7 @@ from matplotlib.image import imread
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.plots import overlay_figure, plot_run, plot_runs, run_figure
 from megatron_gpc.metrics.runs import load_run
+from megatron_gpc.metrics.tables import compare_table, print_table, summary_table
 
 
 def _panels(figure):
@@ -185,3 +186,21 @@ def test_a_picture_that_cannot_be_written_is_refused(write_run, tmp_path):
         plot_run(folder, tmp_path / "picture.txt")
     with pytest.raises(UserError, match="picture cannot be written"):
         plot_run(folder, folder / "config.yaml" / "picture.png")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("empty", [[4, 5, 17], list(range(20))], ids=["some", "all"])
+def test_steps_without_anything_to_train_on_leave_gaps_in_the_pictures(write_run, capsys, empty):
+    folders = [write_run(name, seed=seed, steps=20) for seed, name in enumerate(("a", "b"))]
+    file = folders[0] / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for i in empty:
+        known = ("step", "reward", "tokens_per_second", "seconds_")
+        lines[i] = {name: v if name.startswith(known) else None for name, v in lines[i].items()}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_run(folders[0]).stat().st_size > 10_000
+    assert plot_runs(folders, folders[0] / "both.png").stat().st_size > 10_000
+    print_table(summary_table(folders[0]))
+    print_table(compare_table(folders))
+    said = capsys.readouterr().out
+    assert "nan" not in said and ("(step " in said) == (len(empty) < 20)

@@ -18,6 +18,7 @@ from ranks import policy_of
 from tiny import plain_streams, random_batch
 
 from megatron_gpc.algo.clipping import affine_bounds
+from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
 from megatron_gpc.types import TrainState
@@ -78,6 +79,23 @@ def save_and_go_on(config: Config) -> dict[str, Any]:
             writer.resume()
         checkpoints.wait()
         return found
+
+
+def saved_before_any_update(config: Config) -> tuple[Any, Any, dict[str, float]]:
+    """Two updates after an empty step that was saved: without a restart, and after one; and what an
+    empty step says of entropy."""
+    from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
+    from megatron_gpc.mcore.entropy_change import EntropyChange
+
+    with policy_of(config) as (policy, _):
+        checkpoints, empty = Checkpoints(config, policy), pack([], torch.zeros(0))
+        change = EntropyChange(policy, empty, policy.score(empty)).metrics()
+        checkpoints.save(STATE)
+        checkpoints.wait()
+        first = [update(policy, 3), update(policy, 4)]
+    with policy_of(config) as (policy, _):
+        assert Checkpoints(config, policy).resume() == STATE
+        return first, [update(policy, 3), update(policy, 4)], change
 
 
 def resume_and_go_on(config: Config) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import checkpoint_ranks
 import pytest
 import ranks
 import torch
 from tiny import random_batch, run_config, tiny_qwen2
 
 from megatron_gpc.algo.clipping import affine_bounds
+from megatron_gpc.batching import pack
 from megatron_gpc.types import RolloutBatch
 
 BOUNDS = affine_bounds((-0.25, 0.5), (-0.13, 0.3))
@@ -59,6 +61,39 @@ def test_the_next_update_goes_on_as_if_it_had_not_been(hf, pool, tmp_path, world
         for kind in ("weights", "moments"):
             assert len(got[kind]) == len(want[kind]) > 0
             assert all(map(torch.equal, got[kind], want[kind]))
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, []),
+        (2, ["parallel.dp=2"]),
+        (2, ["parallel.dp=2", "optim.distributed=false"]),
+        (2, ["parallel.tp=2"]),
+        (2, ["parallel.pp=2", "model.dtype=bfloat16"]),
+    ],
+    ids=str,
+)
+def test_an_empty_step_changes_nothing_at_any_layout_and_is_resumed_from(
+    hf, pool, tmp_path, world, layout
+):
+    """Nothing at first, then one sample for two ranks, then nothing again."""
+    config = run_config(tmp_path, hf, "optim.warmup_updates=4", *layout)
+    empty, good = pack([], torch.zeros(0)), random_batch()
+    one = dataclasses.replace(random_batch(1, 1), advantages_N=torch.ones(1))
+    both = pool(world).run(ranks.after_updates, config, [empty, one, empty, good], BOUNDS)
+    alone = pool(world).run(ranks.after_updates, config, [one, good], BOUNDS)
+    for got, want in zip(both, alone, strict=True):
+        assert [update["empty"] for update in got["updates"]] == [True, False, True, False]
+        assert [got["updates"][1], got["updates"][3]] == want["updates"]
+        assert [len(scores) for scores in got["scores"]][::2] == [0, 0]
+        assert got["scheduler"] == want["scheduler"] and got["metrics"] == want["metrics"]
+        for kind in ("weights", "moments"):
+            assert len(got[kind]) == len(want[kind]) > 0
+            assert all(map(torch.equal, got[kind], want[kind]))
+    for first, resumed, change in pool(world).run(checkpoint_ranks.saved_before_any_update, config):
+        assert first == resumed
+        assert math.isnan(change["dh_measured"]) and change["dh_directional"] == 0
 
 
 def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(hf, pool, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 
 import pytest
@@ -94,6 +95,17 @@ def raised(bounds) -> bool:
     raising = bounds.upper_slope == -0.25
     assert (bounds.lower_slope == 0.0) == raising
     return raising
+
+
+def test_od_is_not_moved_by_what_was_not_measured():
+    schedule = OscillatorySchedule(ClipConfig(schedule="od"), T)
+    assert not raised(schedule.bounds(0, math.nan))
+    assert schedule.state() == {"s": 0, "initial_entropy": None}
+    schedule.bounds(1, 2.0)
+    assert raised(schedule.bounds(2, 0.1))
+    before = schedule.state()
+    for entropy in (math.nan, math.inf):
+        assert raised(schedule.bounds(3, entropy)) and schedule.state() == before
 
 
 def test_od_hysteresis_on_a_made_up_trace():

@@ -72,7 +72,8 @@ class Objective:
     ) -> TokenStreams:
         """The streams with what the loss wants to know of the whole rollout; arguments as of
         `PreparedLoss.prepare`."""
-        if not hasattr(self.loss, "prepare"):
+        nothing = not len(streams.old_logp_T)  # no loss has to reckon with an empty step
+        if nothing or not hasattr(self.loss, "prepare"):
             return streams
         with parts.blamed(KEY, self.name, f"prepare() of step {step}"):
             return prepare(self.loss, streams, scored, step, seed)

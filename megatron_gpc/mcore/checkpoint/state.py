@@ -41,6 +41,7 @@ def content(config: Config, policy: Policy, state: TrainState) -> dict[str, Any]
     """
     generators: list[Any] | None = [None] * dist.get_world_size() if is_main() else None
     dist.gather_object(generator_states(), generators)
+    _complete_optimizer(policy.optimizer)
     return _sharded_state(policy, loading=False) | {
         "train_state": dataclasses.asdict(state),
         "updates": policy.scheduler.num_steps,
@@ -152,6 +153,16 @@ def _sharded_state(policy: Policy, loading: bool) -> dict[str, Any]:
 def _local_unless_sharded(value: Any) -> Any:
     saved = isinstance(value, ShardedBase | LocalNonpersistentObject)
     return value if saved else LocalNonpersistentObject(value)
+
+
+def _complete_optimizer(optimizer: ChainedOptimizer) -> None:
+    """Give Adam the moments, 0, that it otherwise makes in its first step: every step so far may
+    have been without an update."""
+    for one in optimizer.chained_optimizers:
+        one.init_state_fn(one.optimizer, one.config)  # fills what is not there
+        if isinstance(one.optimizer, torch.optim.Adam):
+            for state in one.optimizer.state.values():
+                state.setdefault("step", torch.zeros(()))
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any], updates: int) -> None:
