@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from megatron_gpc import __version__
 from megatron_gpc.config import Config
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except UserError as error:
-        print(f"megatron-gpc: {error}", file=sys.stderr)
+        print(f"megatron-gpc: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("interrupted")
@@ -206,29 +207,34 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)  # mistakes are told before this import:
     import torch
 
-    from megatron_gpc.run.folder import prepare
+    from megatron_gpc.run.folder import build_model, prepare
     from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
     from megatron_gpc.run.placement import adopt_rank, my_share
 
-    _check(config)
+    complete = _check(config)
     for warning in warnings(config):
         say(f"warning: {warning}")
     if arguments.dry_run:
         print(dump(config), end="")
         return 0
     gpus = torch.cuda.device_count()
+
+    def ready() -> TextIO:
+        if not complete:
+            build_model(config)
+            _check(config)
+        return prepare(config)
+
     if adopt_rank(config.parallel, gpus):
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()  # torchrun itself leaves its ranks behind at a second Ctrl-C
         if os.environ["RANK"] == "0":
-            lock = prepare(config)  # noqa: F841 - until this process ends
-            _check(config)
+            lock = ready()  # noqa: F841 - until this process ends
         return _train_rank(config)
     share = my_share(config.parallel, gpus)
     command = ["train", str(arguments.config), *arguments.overrides]  # rank 0 prepares
     if share.ranks == share.world:
-        lock = prepare(config)  # noqa: F841 - until this process ends
-        _check(config)  # again: model.build may just have made the model
+        lock = ready()  # noqa: F841 - until this process ends
         command = ["rank", str(config.run_dir / "config.yaml")]
     logs = config.run_dir / "logs"
     say(f"starting {share.ranks} of {share.world} ranks, logs in {logs}")
@@ -256,8 +262,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # `job.sh stacks` sends it to all of a job
     from megatron_gpc.engines.serve import serve
+    from megatron_gpc.preflight import check_serving
 
-    serve(load(arguments.config, arguments.overrides), stop)
+    config = load(arguments.config, arguments.overrides)
+    check_serving(config)
+    serve(config, stop)
     return INTERRUPTED if stop.received is signal.SIGINT else 0
 
 
@@ -286,47 +295,20 @@ def _train_rank(config: Config) -> int:
     return 0 if finished else SAVED
 
 
-def _check(config: Config) -> None:
-    """Refuse what cannot work before any process starts."""
-    import torch
-
-    from megatron_gpc.algo.losses import Objective
-    from megatron_gpc.algo.schedules import check_schedule
-    from megatron_gpc.config.layout import check_layout
-    from megatron_gpc.metrics.pass_at_k import pass_ks
-    from megatron_gpc.rewards import verifier
-    from megatron_gpc.weights import check_reference, family_of
-    from megatron_gpc.weights.folders import read_hf_config
-
-    to_be_built = config.model.build is not None and not config.model.hf.exists()
-    if not to_be_built and not config.model.hf.is_dir():
-        raise UserError(
-            f"model.hf: {config.model.hf} is not there; put the Hugging Face checkpoint's folder "
-            "there (docs/recipes.md says how), or name another"
-        )
-    hf = None if to_be_built else read_hf_config(config.model.hf)
-    model = None if hf is None else family_of(hf).model_fields(hf)
-    check_layout(config, hf, torch.cuda.is_available())
-    check_reference(config, hf)
-    Objective(config)  # calls it on a made-up example
-    verifier(config.data.verifier)
-    check_schedule(config.clip, config.train.steps)
-    pass_ks(config.eval)
-    if not to_be_built:  # otherwise model.build may make them too
-        _check_prompts(config)
-    if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):
-        from megatron_gpc.mcore import cpu
-
-        cpu.install()
-        from megatron_gpc.mcore.native import check_overrides
-
-        check_overrides(config, model)
+def _is_first() -> bool:
+    """Whether this process is the first of those that work on a run, or the only one."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def _check_prompts(config: Config) -> None:
-    for key, file in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts)):
-        if file is not None and not file.is_file():
-            raise UserError(f"{key}: {file} is not there; make it, or name another file")
+def _check(config: Config) -> bool:
+    """Refuse what cannot work before any process starts; one of several processes reads it all.
+
+    Returns:
+        Whether that was all of it: model.build may have yet to make the model.
+    """
+    from megatron_gpc.preflight import check_training
+
+    return check_training(config, lambda text: say(f"warning: {text}"), whole=_is_first())
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -358,10 +340,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
         if sglang_python is None and config.rollout.server.kind == "sglang":
             sglang_python = config.sglang.python or Path(sys.executable)
     from megatron_gpc.doctor.run import examine
+    from megatron_gpc.preflight import check_training
 
     return examine(
         config,
-        _check,
+        check_training,
         shared=arguments.shared,
         ports=arguments.ports,
         sglang_python=sglang_python,

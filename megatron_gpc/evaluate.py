@@ -27,6 +27,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.evaluation_file import describe, file_for
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
+from megatron_gpc.preflight import check_evaluation, check_weights
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.evaluation import (
@@ -36,14 +37,13 @@ from megatron_gpc.rollout.evaluation import (
     nucleus,
     right_P,
 )
-from megatron_gpc.rollout.prompts import PromptSource, read_prompts
-from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
+from megatron_gpc.rollout.prompt_reader import PromptReader
+from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.run.files import SUMS, replace_text
 from megatron_gpc.run.say import say
 from megatron_gpc.types import Prompt, Sample
-from megatron_gpc.weights import HFReader, family_of
 from megatron_gpc.weights.convert import find_hf, megatron_to_hf
-from megatron_gpc.weights.folders import is_converted, read_hf_config
+from megatron_gpc.weights.folders import is_converted
 
 PART = 2048
 """Samples asked for at a time, about; between parts the bar moves."""
@@ -64,10 +64,9 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
         UserError: checkpoint, prompts or verifier cannot be used, or `out` holds something else.
         RolloutError: the engines did not start, or gave no good answers.
     """
-    if config.eval.prompts is None:
-        raise UserError("eval.prompts is not set: there is nothing to evaluate on")
-    ks, judge = pass_ks(config.eval), verifier(config.data.verifier)
     source = newest(checkpoint or config.model.hf)
+    check_evaluation(config, model_of(source), lambda text: say(f"warning: {text}"))
+    ks, judge = pass_ks(config.eval), verifier(config.data.verifier)
     evaluation = describe(config, source)
     file = file_for(evaluation, config, out)
     try:
@@ -78,9 +77,8 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
     say(f"evaluating {source}; the result goes to {file}{again}")
     about, begin = evaluation.described(), time.monotonic()
     with servable(source, file.parent) as folder:
-        tokenizer = load_tokenizer(folder)
-        render = chat_renderer(tokenizer, config.data.chat_template)
-        prompts = read_prompts(config.eval.prompts, encoder(tokenizer), render)
+        reader = PromptReader(config, folder)
+        tokenizer, prompts = reader.tokenizer, reader.held_out()
         log_dir = file.parent / "logs" / file.stem
         starter = Starter(config.rollout.server, config.sglang, folder, log_dir)
         say(starter.what_happens())
@@ -136,6 +134,22 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
+def model_of(checkpoint: Path) -> Path:
+    """The folder with the configuration and the tokenizer of a checkpoint.
+
+    Raises:
+        UserError: it is no checkpoint, or there is no such folder.
+    """
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
+    if is_converted(checkpoint) or (checkpoint / ".metadata").is_file():
+        return find_hf(checkpoint)
+    raise UserError(
+        f"{checkpoint} is no Hugging Face folder (config.json), no checkpoint of a run "
+        "(RUN/checkpoints/step_NNNNNN) and no run"
+    )
+
+
 @contextmanager
 def servable(checkpoint: Path, beside: Path) -> Iterator[Path]:
     """A Hugging Face folder with the checkpoint's weights, for the time of the block.
@@ -147,16 +161,9 @@ def servable(checkpoint: Path, beside: Path) -> Iterator[Path]:
         UserError: the checkpoint is damaged, or none.
     """
     if (checkpoint / "config.json").is_file():
-        hf = read_hf_config(checkpoint)
-        family = family_of(hf)
-        HFReader(checkpoint).check(family.params(hf), family.copies(hf))
+        check_weights(checkpoint)
         yield checkpoint
         return
-    if not (is_converted(checkpoint) or (checkpoint / ".metadata").is_file()):
-        raise UserError(
-            f"{checkpoint} is no Hugging Face folder (config.json), no checkpoint of a run "
-            "(RUN/checkpoints/step_NNNNNN) and no run"
-        )
     with tempfile.TemporaryDirectory(prefix=".evaluating-", dir=beside) as made:
         folder = Path(made) / "hf"
         try:

@@ -20,6 +20,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.evaluation import as_evaluated
 from megatron_gpc.run.files import SUMS, sha256
 
+_DATA = ("chat_template", "max_prompt_tokens", "too_long")
 _ROLLOUT = ("temperature", "max_response_tokens", "stop")
 _NOT_EVAL = ("prompts", "every", "temperature", "max_response_tokens")  # the last two: as_evaluated
 
@@ -79,7 +80,7 @@ def describe(config: Config, checkpoint: Path) -> Evaluation:
     content = yaml.safe_load(dump(as_evaluated(config)))
     settings = {
         "verifier": content["data"].pop("verifier"),
-        "chat_template": content["data"]["chat_template"],
+        **{key: content["data"][key] for key in _DATA},
         "seed": config.seed,
         "engines": content["rollout"]["server"]["kind"],
         **{key: content["rollout"][key] for key in _ROLLOUT if key in content["rollout"]},

@@ -26,20 +26,21 @@ from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.metrics.writer import MetricsWriter
+from megatron_gpc.preflight import check_weights
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.evaluation import as_evaluated, distinct_right, nucleus, right_P
 from megatron_gpc.rollout.prefetch import Pending
-from megatron_gpc.rollout.prompts import PromptSource, read_prompts
-from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
+from megatron_gpc.rollout.prompt_reader import PromptReader
+from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.run.lock import take
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import mark
 from megatron_gpc.run.watchdog import save_mini_batch
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TokenStreams, TrainState
-from megatron_gpc.weights import HFReader, carry_over, family_of, write_single
+from megatron_gpc.weights import carry_over, write_single
 from megatron_gpc.weights.convert import hf_tensors
-from megatron_gpc.weights.folders import hf_folder, is_converted, read_hf_config
+from megatron_gpc.weights.folders import hf_folder, is_converted
 from megatron_gpc.weights.megatron_files import MegatronReader
 
 
@@ -73,17 +74,14 @@ class Rank0:
             say(starter.what_happens())
             self.engines = self._stack.enter_context(Engines(starter))
             self._turns = Turns(self.engines)
-            tokenizer = load_tokenizer(self.hf)
-            tokenize = encoder(tokenizer)
-            render = chat_renderer(tokenizer, config.data.chat_template)
             files = filter(None, (config.data.prompts, config.eval.prompts))
             say(f"reading prompts: {', '.join(map(str, files))}")
-            self.held_out = (
-                read_prompts(config.eval.prompts, tokenize, render) if config.eval.prompts else []
-            )
+            reader = PromptReader(config, config.model.hf)
+            tokenizer = reader.tokenizer
+            self.held_out = reader.held_out()
             parts = (
                 self.engines,
-                PromptSource(read_prompts(config.data.prompts, tokenize, render), config.seed),
+                PromptSource(reader.training(), config.seed),
                 verifier(config.data.verifier),
                 tokenizer.decode,
                 [tokenizer.eos_token_id],
@@ -106,9 +104,7 @@ class Rank0:
             UserError: the checkpoint is damaged.
         """
         if not is_converted(self.config.model.hf):
-            hf = read_hf_config(self.hf)
-            family = family_of(hf)
-            HFReader(self.hf).check(family.params(hf), family.copies(hf))
+            check_weights(self.hf)
             return self.hf
         self.sync_dir.mkdir(exist_ok=True)
         carry_over(self.hf, self.sync_dir)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from megatron_gpc.batching import pack, token_streams
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import load
 from megatron_gpc.types import Prompt, RolloutBatch, Sample, TokenStreams
+from megatron_gpc.weights import family_of
+from megatron_gpc.weights.hf_files import SINGLE
 
 VOCAB = 100  # no multiple of 128: rows of padding exist at every tp
 
@@ -41,6 +45,36 @@ def tiny_qwen2(folder: Path, **settings: Any) -> Path:
         )
     )
     model.save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(folder: Path, **added: Any) -> Path:
+    """One token a byte, numbered 0 to 255 in the order of their characters; `$` ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$", **added)
+    made.save_pretrained(folder)
+    return folder
+
+
+def hollow_weights(folder: Path) -> Path:
+    """The weights that the folder's config.json asks for, all zero, in a file that takes no room on
+    the disk, however large the model is."""
+    hf = json.loads((folder / "config.json").read_text())
+    header, end = {}, 0
+    for param in family_of(hf).params(hf):
+        for name, shape in zip(param.hf, param.hf_shapes, strict=True):
+            begin, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / SINGLE).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
     return folder
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_gpc.commands.script import positive, run
 from megatron_gpc.config.file import load
-from megatron_gpc.config.layout import world_size
+from megatron_gpc.config.layout import check_layout, world_size
 from megatron_gpc.doctor.memory import estimate, lines
 from megatron_gpc.weights.folders import read_hf_config
 
@@ -33,6 +33,7 @@ def main() -> int:
     arguments = parser.parse_args()
     config = load(arguments.config, arguments.overrides)
     hf = read_hf_config(arguments.model or config.model.hf)
+    check_layout(config, hf, cuda=True)
     world = world_size(config.parallel)
     fraction = float(config.sglang.args.get("mem_fraction_static", 0.0))
     print(f"{world} GPUs: {arguments.config}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,15 @@ class _Loader(yaml.SafeLoader):
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Dotted key -> value of a file, over those of the file that it extends; and key -> file."""
     try:
-        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader
+        text = path.read_bytes().decode()
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text file, and no YAML: {error}") from None
+    except ValueError as error:  # a NUL
+        raise UserError(f"{str(path)!r} cannot be a path: {error}") from None
+    try:
+        content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -178,27 +185,30 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
     is_path = {key for key, kind in valid.items() if kind is Path or Path in typing.get_args(kind)}
     is_part = {key for key, kind in valid.items() if _names_parts(kind)}
 
-    def resolve(value: str) -> str:
+    def resolve(key: str, value: str) -> str:
         try:
+            os.fsencode(value)
+            if "\0" in value:
+                raise ValueError("it has a NUL in it")
             path = base / Path(value).expanduser()
             name = path.name if path.name != ".." else ""
             return str((path.parent if name else path).resolve() / name)
-        except (RuntimeError, ValueError) as error:  # ~nobody; a NUL
-            raise UserError(f"{value!r} cannot be a path: {error}") from None
+        except (OSError, RuntimeError, ValueError) as error:  # ~nobody; half of a surrogate pair
+            raise UserError(f"{key}: {value!r} cannot be a path: {error}") from None
 
-    def resolve_part(value: Any) -> Any:
+    def resolve_part(key: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [resolve_part(item) for item in value]
+            return [resolve_part(key, item) for item in value]
         file, colon, name = str(value).rpartition(":")
         is_file = isinstance(value, str) and file.endswith(".py")
-        return resolve(file) + colon + name if is_file else value
+        return resolve(key, file) + colon + name if is_file else value
 
     resolved = dict(flat)
     for key, value in flat.items():
         if key in is_path and isinstance(value, str):
-            resolved[key] = resolve(value)
+            resolved[key] = resolve(key, value)
         elif key in is_part:
-            resolved[key] = resolve_part(value)
+            resolved[key] = resolve_part(key, value)
     return resolved
 
 

@@ -103,8 +103,25 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
             "diagnostics.entropy_change=true needs fp32 gradients and weights in the optimizer; "
             "leave megatron.optimizer.use_precision_aware_optimizer out"
         )
+    check_batch(config, p.dp or 1)
     if hf is not None:
         _check_model(p, hf)
+
+
+def check_batch(config: Config, dp: int) -> None:
+    """Refuse more data-parallel ranks than a mini-batch has samples: some would never have any.
+
+    Raises:
+        UserError: says how many there are.
+    """
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    smallest = samples // config.train.mini_batches
+    if dp > smallest:
+        raise UserError(
+            f"parallel.dp={dp} is more than the {smallest} samples of a mini-batch "
+            f"(rollout.prompts_per_step * group_size / train.mini_batches = {samples} / "
+            f"{config.train.mini_batches}); lower it, or train.mini_batches"
+        )
 
 
 def _check_colocated(config: Config, cuda: bool) -> None:

@@ -74,6 +74,12 @@ class DataConfig:
     """Prompts to train on; shuffled anew every epoch, from the run's seed."""
     verifier: str
     """Name of the reward function, from megatron_gpc.rewards."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Most tokens of a prompt, of data.prompts and of eval.prompts; left out, what the context
+    (max_position_embeddings of the model, or sglang.args.context_length) has beside
+    max_response_tokens.  It is never more than that."""
+    too_long: Literal["error", "drop"] = "error"
+    """Prompts with more tokens than fit: refuse the file, or leave them out and say how many."""
     chat_template: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false} for Qwen3."""
 

@@ -8,22 +8,27 @@ from collections.abc import Callable, Iterator
 import torch
 
 from megatron_gpc.config import Config
-from megatron_gpc.config.layout import model_parallel_size, world_size
+from megatron_gpc.config.layout import check_batch, model_parallel_size, world_size
 from megatron_gpc.doctor.finding import Finding
 from megatron_gpc.doctor.memory import GIB, estimate
 from megatron_gpc.errors import UserError
 from megatron_gpc.weights.folders import read_hf_config
 
 
-def plan(config: Config, check: Callable[[Config], None]) -> Iterator[Finding]:
+def plan(
+    config: Config, check: Callable[[Config, Callable[[str], object]], None]
+) -> Iterator[Finding]:
     """Whether the configuration can run here.
 
     Args:
-        check: raises UserError where `megatron-gpc train` would refuse it.
+        check: raises UserError where `megatron-gpc train` would refuse it; tells its second
+            argument what else there is to know.
     """
+    told: list[str] = []
     try:
-        check(config)
+        check(config, told.append)
         yield Finding("configuration", "ok", "accepted, model included")
+        yield from (Finding("prompts", "note", text) for text in told)
     except UserError as error:
         yield Finding("configuration", "problem", str(error), "mend it, or mount the folder")
         return
@@ -48,6 +53,11 @@ def _gpus(config: Config) -> Iterator[Finding]:
         found = f"{nodes} nodes of {gpus} GPUs; parallel.* wants {world} ranks"
         advice = f"change --nodes, --gpus-per-node or parallel.* (a policy takes {copy} GPUs)"
         yield Finding("ranks", "problem", found, advice)
+        return
+    try:
+        check_batch(config, there // copy)
+    except UserError as error:
+        yield Finding("ranks", "problem", str(error), "take fewer nodes, or another layout")
         return
     yield Finding("ranks", "ok", f"one on each of {there} GPUs")
     if not config.model.hf.exists():

@@ -27,7 +27,7 @@ from megatron_gpc.metrics.tables import print_table
 
 def examine(
     config: Config | None,
-    check: Callable[[Config], None],
+    check: Callable[[Config, Callable[[str], object], bool], None],
     *,
     shared: Sequence[Path],
     ports: Sequence[int],
@@ -38,7 +38,7 @@ def examine(
 
     Args:
         config: to hold the nodes against; None: none.
-        check: raises UserError where `megatron-gpc train` would refuse a configuration.
+        check: preflight.check_training.
         shared: folders that all nodes must share.
         ports: that must be free on every node.
         sglang_python: interpreter of SGLang's environment, if that is to be looked at.
@@ -54,7 +54,7 @@ def examine(
     own = software(sglang_python)
     own += machine(place.address, ports if place.local_rank == 0 else ())
     if config is not None:
-        own += plan(config, check)
+        own += plan(config, lambda config, say: check(config, say, place.rank == 0))
     if place.world == 1:
         own += [shared_folder(None, folder) for folder in shared]
         advice = "start it with srun on every node to look at the network"

@@ -257,7 +257,7 @@ class SGLangServer(ServerProcess):
         super().__init__(
             module.partition(".")[0],
             [str(python), "-P", "-m", module, *command_line_arguments(given)],
-            {"HF_HUB_OFFLINE": "1", **_without_ranks(os.environ), **environment},
+            server_environment(environment),
             log_file,
             given_up=given_up,
         )
@@ -295,10 +295,12 @@ def command_line_arguments(args: Mapping[str, Any]) -> list[str]:
     return made
 
 
-def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what would make a server believe that it is one of our ranks."""
+def server_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Of SGLang: ours and what is given, without what would make it believe that it is one of our
+    ranks."""
     ours = {
         *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
         *("OMP_NUM_THREADS", "PYTHONPATH", "TORCHELASTIC_ERROR_FILE"),
     }
-    return {name: value for name, value in environment.items() if name not in ours}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return {"HF_HUB_OFFLINE": "1", **kept, **given}

@@ -11,13 +11,13 @@ from pathlib import Path
 from megatron_gpc.config import Config
 from megatron_gpc.engines.fleet import Engines
 from megatron_gpc.engines.process import ServerError
-from megatron_gpc.engines.starter import Starter
+from megatron_gpc.engines.starter import Starter, check_start
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.run.files import replace_text
 from megatron_gpc.run.launch import own_address
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import StopRequest
-from megatron_gpc.weights.folders import hf_folder, is_converted
+from megatron_gpc.weights.folders import hf_folder
 
 POLL_S = 0.5
 IN_STEP = "SLURM_STEP_ID"
@@ -31,29 +31,26 @@ def serve(config: Config, stop: StopRequest) -> None:
     which `train` with the same configuration waits for.  Every task of an srun calls it, one a
     node.
 
+    Args:
+        config: one that preflight.check_serving accepts.
+
     Raises:
-        UserError: no urls_file, or the model is not there in time, or has to be converted first.
+        UserError: engines cannot start here, or the model is not there in time.
         RunStopped: an engine did not start, or none is left.
     """
     stop.doing = "the engines end"
     if IN_STEP in os.environ:
         stop.doing = "the engines answer until the batch script ends them"
     server = config.rollout.server
-    if server.urls_file is None:
-        raise UserError("rollout.server.urls_file: say where `serve` is to write its addresses")
-    if is_converted(config.model.hf):
-        raise UserError(
-            f"model.hf: {config.model.hf} is a converted checkpoint; engines start from a Hugging "
-            f"Face folder: convert it back, or give the one it was made of to `serve`"
-        )
     started_here = dataclasses.replace(server, urls=(), urls_file=None, router=False)
+    number = int(os.environ.get("SLURM_PROCID", "0"))
+    nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    check_start(started_here, config.sglang, _address(nodes))
     try:
         server.urls_file.parent.mkdir(parents=True, exist_ok=True)
         server.urls_file.unlink(missing_ok=True)  # of engines that are gone
     except OSError as error:
         raise UserError(f"rollout.server.urls_file: {server.urls_file}: {error.strerror}") from None
-    number = int(os.environ.get("SLURM_PROCID", "0"))
-    nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     model = hf_folder(config.model.hf) / "config.json"
     if not _await_file(model, server.start_timeout_s, "model.hf", stop):
         return

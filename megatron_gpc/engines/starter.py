@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,10 +15,17 @@ import yaml
 
 from megatron_gpc.config import ServerConfig, SGLangConfig
 from megatron_gpc.engines.client import SGLangClient
-from megatron_gpc.engines.process import EmbeddedServer, ServerProcess, SGLangServer
+from megatron_gpc.engines.process import (
+    EmbeddedServer,
+    ServerProcess,
+    SGLangServer,
+    server_environment,
+)
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.launch import free_port
 
+CHECK_TIMEOUT_S = 60.0
+"""How long the interpreter of SGLang's environment may take to say whether SGLang is there [s]."""
 LOOK_S = 1.0
 """How often is looked for urls_file [s]."""
 
@@ -169,6 +178,70 @@ class Starter:
                 "http://10.0.0.7:30000"
             )
         return urls
+
+
+def check_start(config: ServerConfig, sglang: SGLangConfig, host: str = "127.0.0.1") -> None:
+    """Refuse, before anything is started, what would keep engines from starting or answering.
+
+    Args:
+        config: rollout.server.
+        host: this machine's address that they are to listen on.
+
+    Raises:
+        UserError: a key file that cannot be read or is empty, urls_file is a folder, a port is in
+            use, or SGLang is not installed where sglang.python says.
+    """
+    if config.api_key_file is not None and not _read(config.api_key_file, "api_key_file").strip():
+        raise UserError(f"rollout.server.api_key_file: {config.api_key_file} is empty")
+    if config.urls_file is not None and config.urls_file.is_dir():
+        raise UserError(f"rollout.server.urls_file: {config.urls_file} is a folder; name a file")
+    if not (config.urls or config.urls_file):
+        for port in range(config.port, config.port + config.engines) if config.port else ():
+            _check_port(host, port)
+        if config.kind == "sglang":
+            _check_module("sglang", sglang)
+    if config.router:
+        _check_module("sglang_router", sglang)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"rollout.server.port: nothing can listen on {host}:{port} ({error.strerror}); "
+                "end what has the port, name another, or 0 for any that is free"
+            ) from None
+
+
+def _check_module(name: str, sglang: SGLangConfig) -> None:
+    """Whether a Python package can be found where SGLang is to run."""
+    python = sglang.python or Path(sys.executable)
+    advice = (
+        "set sglang.python to the interpreter of an environment with SGLang, or take "
+        "rollout.server.kind=embedded"
+    )
+    find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    try:
+        done = subprocess.run(
+            [str(python), "-P", "-c", find],
+            env=server_environment(sglang.environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=CHECK_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"sglang.python: {python} did not answer within {CHECK_TIMEOUT_S:g} s; {advice}"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"sglang.python: {python} cannot be run: {error.strerror}; {advice}"
+        ) from None
+    if done.returncode:
+        raise UserError(f"sglang.python: {python} has no package {name}; {advice}")
 
 
 def _read(file: Path, key: str) -> str:

@@ -356,7 +356,9 @@ class Collector:
         prompt, server = self.source.at(0), self.config.rollout.server
         blank = Sample(prompt, 0, (), (), "", "abort", ())
         request = self._request(0, blank, "probe")
-        request.sampling_params["max_new_tokens"] = server.probe_tokens
+        request.sampling_params["max_new_tokens"] = min(
+            server.probe_tokens, self.config.rollout.max_response_tokens
+        )  # as much as is known to fit
         found = await self.engines.ask_each(request)
         return [self._extended(blank, generation) for generation in found]
 

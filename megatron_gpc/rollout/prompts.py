@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,60 +16,153 @@ Message = dict[str, str]
 """{role, content}"""
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What prompts have to fit into."""
+
+    tokens: int
+    """Most tokens of a prompt."""
+    reason: str
+    """Why there are no more, for messages."""
+    vocabulary: int
+    """Token ids are below it."""
+    drop: bool = False
+    """Leave out prompts that are longer, instead of refusing the file."""
+
+
 def read_prompts(
     file: Path,
-    tokenize: Callable[[str], list[int]],
+    tokenize: Callable[[list[str]], list[list[int]]],
     render: Callable[[list[Message]], str] | None = None,
+    limit: Limit | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> list[Prompt]:
-    """All prompts of a file.
+    """All prompts of a file that fit.
 
     Args:
         file: one JSON object a line: `prompt` (text, or a list of messages) and `label` (whatever
             the verifier needs).
-        tokenize: text -> token ids.
+        tokenize: texts -> token ids of each.
         render: messages -> text; None: there may be none.
+        limit: what they have to fit into; None: anything fits.
+        say: is told how many were left out, if any.
 
     Raises:
         UserError: names file and line of what cannot be used.
     """
+    texts: list[str] = []
+    labels, numbers = [], []
+    for number, line in enumerate(_lines(file), start=1):
+        if line.strip():
+            text, label = _read_line(f"{file}:{number}", line, render)
+            texts.append(text)
+            labels.append(label)
+            numbers.append(number)
+    if not texts:
+        raise UserError(f"{file}: no prompts in it")
+    prompts: list[Prompt] = []
+    too_long: list[tuple[int, int]] = []  # (line, tokens)
+    for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+        part = slice(start, start + _TOKENIZED_AT_ONCE)
+        ids = tokenize(texts[part])
+        for number, text, token_ids, label in zip(
+            numbers[part], texts[part], ids, labels[part], strict=True
+        ):
+            if not token_ids:
+                raise UserError(f"{file}:{number}: the prompt has no tokens")
+            if limit is not None and len(token_ids) > limit.tokens:
+                too_long.append((number, len(token_ids)))
+                continue
+            if limit is not None and max(token_ids) >= limit.vocabulary:
+                raise UserError(
+                    f"{file}:{number}: the prompt has token {max(token_ids)}, beyond the model's "
+                    f"vocabulary of {limit.vocabulary}; the tokenizer in model.hf is another "
+                    "model's, or has had tokens added"
+                )
+            prompts.append(Prompt(len(prompts), text, tuple(token_ids), label))
+    if too_long and limit is not None:
+        _refuse_or_say(file, too_long, len(prompts), limit, say)
+    return prompts
+
+
+_TOKENIZED_AT_ONCE = 1024
+"""Prompts; a tokenizer is quicker with many, and an interrupt waits for it."""
+
+
+def _refuse_or_say(
+    file: Path,
+    too_long: list[tuple[int, int]],
+    kept: int,
+    limit: Limit,
+    say: Callable[[str], object],
+) -> None:
+    (number, tokens), count = too_long[0], len(too_long)
+    fit = f"{limit.tokens} fit ({limit.reason})"
+    if not limit.drop:
+        more = f", and {count - 1} more prompts are too long" if count > 1 else ""
+        raise UserError(
+            f"{file}:{number}: the prompt has {tokens} tokens, and {fit}{more}; shorten it, or "
+            "leave out what is too long with data.too_long=drop"
+        )
+    if not kept:
+        raise UserError(
+            f"{file}: no prompts are left with data.too_long=drop: line {number} has {tokens} "
+            f"tokens, all have more than the {fit}"
+        )
+    say(
+        f"{file}: {count} of {count + kept} prompts are left out (data.too_long=drop): line "
+        f"{number} has {tokens} tokens, and {fit}"
+    )
+
+
+def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text("utf-8-sig").split("\n")  # splitlines() also splits inside strings
+        if file.exists() and not file.is_file():  # a pipe can be read only once
+            what = "a folder" if file.is_dir() else "no regular file"
+            raise UserError(f"{file} is {what}; name a file of JSON lines")
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: cannot read prompts: {error.strerror}") from None
+    if content.startswith(b"PAR1"):
+        raise UserError(
+            f"{file}: is a Parquet file; make JSON lines of it with tools/convert_prompts.py"
+        )
+    try:
+        return content.decode("utf-8-sig").split("\n")  # splitlines() also splits inside strings
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: cannot read prompts: not UTF-8 text: {error}") from None
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}:{number}: not JSON: {error}") from None
-        if (
-            not isinstance(row, dict)
-            or not (isinstance(row.get("prompt"), str) or is_messages(row.get("prompt")))
-            or "label" not in row
-        ):
-            raise UserError(
-                f'{file}:{number}: expected an object with "prompt" (text, or a list of messages '
-                'with "role" and "content") and "label"'
-            )
-        text = row["prompt"]
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{number}: cannot read prompts: not UTF-8 text: {error}") from None
+
+
+def _read_line(
+    where: str, line: str, render: Callable[[list[Message]], str] | None
+) -> tuple[str, Any]:
+    """(text, label) of a line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    if (
+        not isinstance(row, dict)
+        or not (isinstance(row.get("prompt"), str) or is_messages(row.get("prompt")))
+        or "label" not in row
+    ):
+        raise UserError(
+            f'{where}: expected an object with "prompt" (text, or a list of messages '
+            'with "role" and "content") and "label"'
+        )
+    text = row["prompt"]
+    try:
         if not isinstance(text, str):
             if render is None:
-                raise UserError(f"{file}:{number}: the prompt is a list of messages, not text")
+                raise UserError("the prompt is a list of messages, not text")
             text = render(text)
-        try:
-            token_ids = tuple(tokenize(text))
-        except UnicodeEncodeError as error:  # half of a surrogate pair
-            raise UserError(f"{file}:{number}: the prompt is no valid text: {error}") from None
-        if not token_ids:
-            raise UserError(f"{file}:{number}: the prompt has no tokens")
-        prompts.append(Prompt(len(prompts), text, token_ids, row["label"]))
-    if not prompts:
-        raise UserError(f"{file}: no prompts in it")
-    return prompts
+        text.encode()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise UserError(f"{where}: the prompt is no valid text: {error}") from None
+    return text, row["label"]
 
 
 def is_messages(value: object) -> bool:

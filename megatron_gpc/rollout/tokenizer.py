@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # seconds of import, which only rank 0 spends
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # it does not check what it reads
-        raise UserError(f"{folder}: cannot load the tokenizer: {error!r}") from None
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # it does not check what it reads
+        raise UserError(f"{folder}: cannot load the tokenizer: {_said(error)}") from None
     # Without files it is made from the model's class and knows nothing but special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(
@@ -33,9 +36,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """Text -> token ids, with nothing added before or after."""
-    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> token ids of each, with nothing added before or after."""
+    ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
+    return lambda texts: tokenizer(texts, add_special_tokens=False, **ids_only)["input_ids"]
 
 
 def chat_renderer(
@@ -47,7 +51,8 @@ def chat_renderer(
         variables: of the template.
 
     Raises:
-        UserError: a variable has the name of what is given anyway.
+        UserError: a variable has the name of what is given anyway.  From the renderer: there is no
+            template, it cannot be run on these messages, or makes nothing of them.
     """
     taken = sorted({"conversation", "messages", "tokenize", "add_generation_prompt"} & {*variables})
     if taken:
@@ -56,11 +61,46 @@ def chat_renderer(
     def render(messages: list[Message]) -> str:
         if not tokenizer.chat_template:
             raise UserError(
-                f"{tokenizer.name_or_path} has no chat template, but prompts are lists of "
-                "messages; add one, or make them text (tools/convert_prompts.py --text)"
+                f"the prompt is a list of messages, but {tokenizer.name_or_path} has no chat "
+                "template; add one, or make prompts text (tools/convert_prompts.py --text)"
             )
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **variables
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **variables
+            )
+        except Exception as error:  # it is a program, of whatever quality
+            raise UserError(
+                f"the chat template in {_template_file(tokenizer)} fails on these messages: "
+                f"{_template_error(error)}"
+            ) from None
+        if not isinstance(text, str) or not text:
+            made = "nothing" if not text else type(text).__name__
+            raise UserError(
+                f"the chat template in {_template_file(tokenizer)} makes {made} of these messages"
+            )
+        return text
 
     return render
+
+
+def _template_file(tokenizer: PreTrainedTokenizerBase) -> Path:
+    folder = Path(tokenizer.name_or_path)
+    own = folder / "chat_template.jinja"
+    return own if own.is_file() else folder / "tokenizer_config.json"
+
+
+def _template_error(error: Exception) -> str:
+    """`TypeError: why (line 3 of the template)`, in one line."""
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == "<template>"
+    ]
+    lines.append(getattr(error, "lineno", None))  # a syntax error's
+    line = next((line for line in reversed(lines) if line), None)
+    return _said(error) + (f" (line {line} of the template)" if line else "")
+
+
+def _said(error: Exception) -> str:
+    """What a library has to say, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

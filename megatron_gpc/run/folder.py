@@ -30,17 +30,16 @@ from megatron_gpc.run.stop import marker
 
 
 def prepare(config: Config) -> TextIO:
-    """Make the run's folder ready and, where model.build says so, the model; one process calls it.
+    """Make the run's folder ready; one process calls it.
 
     Returns:
         A lock, which keeps others from preparing the folder until this process ends.  Rank 0 takes
         another, which keeps them out until it ends.
 
     Raises:
-        UserError: the folder or the model cannot be made, the folder's config.yaml is damaged, or
-            another run is using the folder.
+        UserError: the folder cannot be made, its config.yaml is damaged, or another run is using
+            it.
     """
-    build_model(config)
     try:
         if config.run_dir.exists():  # refuse before anything of a run that has not ended is touched
             take(config.run_dir, PREPARING).close()

@@ -348,7 +348,7 @@ def _read_index(index: Path) -> dict[str, str]:
 def _read_header(file: Path, where: Mapping[str, str] | None) -> dict[str, Entry]:
     """Every tensor of one file."""
     try:
-        with safe_open(file, "pt"):
+        with safe_open(file, "np"):  # "pt" would count the whole file as this process's memory
             pass  # the library holds header and length of the file against each other
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

@@ -5,11 +5,13 @@ The folders beside this file hold the sizes of the public models, as their confi
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from commands import ROOT
+from tiny import byte_tokenizer, hollow_weights
 
 from megatron_gpc.cli import main
 from megatron_gpc.config.file import load
@@ -34,8 +36,15 @@ def file(name: str) -> Path:
 def test_a_recipe_is_accepted_and_uses_all_of_its_gpus(name, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "1+1=", "label": "2"}\n')
-    downloaded = [f"model.hf={HERE / name}", f"data.prompts={prompts}", f"eval.prompts={prompts}"]
-    assert main(["train", str(file(name)), *downloaded, "--dry-run"]) == 0
+    model = byte_tokenizer(hollow_weights(shutil.copytree(HERE / name, tmp_path / "model")))
+    with_sglang = tmp_path / "python"  # an interpreter that has every package
+    with_sglang.write_text("#!/bin/sh\n")
+    with_sglang.chmod(0o755)
+    there = [
+        *(f"model.hf={model}", f"data.prompts={prompts}", f"eval.prompts={prompts}"),
+        f"sglang.python={with_sglang}",
+    ]
+    assert main(["train", str(file(name)), *there, "--dry-run"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     assert resolved["train"]["steps"] == 400
     config = load(file(name))

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_fixtures import *  # noqa: F403 - fixtures are found by name
-from tiny import tiny_qwen2
+from tiny import byte_tokenizer, tiny_qwen2
 from tiny_models import Checkpoints
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tool_scripts import CARRIED
-from transformers import PreTrainedTokenizerFast
 
 from megatron_gpc.weights import family_of, write_hf
 from megatron_gpc.weights.convert import hf_to_megatron
@@ -57,10 +55,4 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def with_tokenizer(tmp_path: Path) -> Path:
     """A random Qwen2 with a tokenizer of one token a byte."""
-    folder = tiny_qwen2(tmp_path / "start", vocab_size=256)
-    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$").save_pretrained(folder)
-    return folder
+    return byte_tokenizer(tiny_qwen2(tmp_path / "start", vocab_size=256))

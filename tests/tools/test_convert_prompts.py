@@ -43,8 +43,8 @@ def test_published_rows_become_prompts_under_the_models_template(
     assert call("convert_prompts", "--data", parquet, "--out", out, "--suffix", " Box it.") == 0
     tokenizer = load_tokenizer(with_tokenizer)
 
-    def tokenize(text: str) -> list[int]:
-        return tokenizer(text)["input_ids"]
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts)["input_ids"]
 
     with pytest.raises(UserError, match="has no chat template"):
         read_prompts(out, tokenize, chat_renderer(tokenizer, {}))
@@ -188,7 +188,8 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     file, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     line = '{"prompt": "\u00e9", "label": 1}\r\n'
     file.write_bytes(f"\ufeff{line}".encode())
-    assert [p.text for p in read_prompts(file, lambda text: [*text.encode()])] == ["\u00e9"]
+    prompts = read_prompts(file, lambda texts: [[*text.encode()] for text in texts])
+    assert [p.text for p in prompts] == ["\u00e9"]
     command = ("convert_prompts", "--data", file, "--out", out, "--label", "label", "--text")
     assert call(*command) == 0
     assert json.loads(out.read_text()) == {"prompt": "\u00e9", "label": 1}

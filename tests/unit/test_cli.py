@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import run_config
+from tiny import byte_tokenizer, hollow_weights, run_config
 
 from megatron_gpc.cli import main
 
@@ -39,7 +39,10 @@ def test_a_model_that_cannot_be_trained_is_refused_with_code_2(tmp_path, capsys,
 
 def test_models_that_can_be_trained_are_accepted(tmp_path, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "label": 2}\n')
+    byte_tokenizer(tmp_path)
+    bytewise = {"vocab_size": 256, "num_key_value_heads": 2}
     for model in (MODEL, MOE):
-        (tmp_path / "config.json").write_text(json.dumps(model))
+        (tmp_path / "config.json").write_text(json.dumps({**model, **bytewise}))
+        hollow_weights(tmp_path)
         run_config(tmp_path, tmp_path)
         assert main(["train", str(tmp_path / "config.yaml"), "--dry-run"]) == 0

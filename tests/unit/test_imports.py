@@ -29,7 +29,8 @@ MAY_IMPORT = {  # room -> rooms of megatron_gpc that it may import, besides itse
     "mcore": {"algo", "kernels", "weights", "metrics", "batching"},
     "doctor": {"metrics", "weights"},
 }
-"""Rooms that are not here (train, evaluate, commands, cli) stand on top and may import all."""
+"""Rooms that are not here (train, evaluate, preflight, commands, cli) stand on top and may import
+all."""
 
 
 def imports(file: Path) -> set[str]:

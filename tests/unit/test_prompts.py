@@ -11,8 +11,8 @@ from megatron_gpc.rollout.prompts import PromptSource, read_prompts
 from megatron_gpc.types import Prompt
 
 
-def tokenize(text: str) -> list[int]:
-    return list(text.encode())
+def tokenize(texts: list[str]) -> list[list[int]]:
+    return [list(text.encode()) for text in texts]
 
 
 @pytest.fixture

@@ -1,0 +1,205 @@
+"""What would keep a run from working, found before anything is started or touched.
+
+One check behind `train`, `train --dry-run`, `doctor --config`, `eval`, `serve` and
+tools/estimate_memory.py, so that none of them accepts what another refuses.  Every function raises
+a UserError that names the key and the way out.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_gpc.algo.losses import Objective
+from megatron_gpc.algo.schedules import check_schedule
+from megatron_gpc.config import Config
+from megatron_gpc.config.layout import check_batch, check_layout, model_parallel_size
+from megatron_gpc.engines.starter import check_start
+from megatron_gpc.errors import UserError
+from megatron_gpc.metrics.pass_at_k import pass_ks
+from megatron_gpc.rewards import verifier
+from megatron_gpc.rollout.prompt_reader import PromptReader
+from megatron_gpc.weights import HFReader, check_reference, family_of
+from megatron_gpc.weights.folders import is_converted, read_hf_config
+
+Say = Callable[[str], object]
+
+
+def check_training(config: Config, say: Say, whole: bool = True) -> bool:
+    """What `train` needs; of a model that model.build has yet to make, what is known without it.
+
+    Args:
+        say: is told what is not wrong, but should be known.
+        whole: also read weights' headers and prompts, and look at what engines need.  Of several
+            processes one does it.
+
+    Returns:
+        Whether the model is there; False: model.build has yet to make it, and is taken on trust.
+    """
+    check_writable("run_dir", config.run_dir)
+    hf = _model(config)
+    check_layout(config, hf, torch.cuda.is_available())
+    check_batch(config, _data_parallel_size(config))
+    check_reference(config, hf)
+    Objective(config)  # calls it on a made-up example
+    verifier(config.data.verifier)
+    check_schedule(config.clip, config.train.steps)
+    pass_ks(config.eval)
+    if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):
+        from megatron_gpc.mcore import cpu
+
+        cpu.install()
+        from megatron_gpc.mcore.native import check_overrides
+
+        check_overrides(config, None if hf is None else family_of(hf).model_fields(hf))
+    if config.rollout.replay is not None:
+        _check_replay(config.rollout.replay, config)
+    else:
+        check_file("data.prompts", config.data.prompts, to_be_made=hf is None)
+        if config.eval.prompts is not None:
+            check_file("eval.prompts", config.eval.prompts, to_be_made=hf is None)
+        if whole:
+            check_start(config.rollout.server, config.sglang)
+    if hf is None or not whole:
+        return hf is not None
+    check_weights(config.model.hf)
+    if config.rollout.replay is None:
+        reader = PromptReader(config, config.model.hf, say)
+        reader.training()
+        reader.held_out()
+    return True
+
+
+def check_evaluation(config: Config, model: Path, say: Say) -> None:
+    """What `eval` needs, but for the checkpoint's weights.
+
+    Args:
+        model: Hugging Face folder or converted checkpoint with the configuration and the tokenizer.
+        say: is told what is not wrong, but should be known.
+    """
+    if config.eval.prompts is None:
+        raise UserError("eval.prompts is not set: there is nothing to evaluate on")
+    check_file("eval.prompts", config.eval.prompts)
+    pass_ks(config.eval)
+    verifier(config.data.verifier)
+    check_start(config.rollout.server, config.sglang)
+    PromptReader(config, model, say).held_out()
+
+
+def check_serving(config: Config) -> None:
+    """What `serve` needs, but for its engines; the model may still be made meanwhile."""
+    check_writable("run_dir", config.run_dir)
+    file = config.rollout.server.urls_file
+    if file is None:
+        raise UserError("rollout.server.urls_file: say where `serve` is to write its addresses")
+    if file.is_dir():
+        raise UserError(f"rollout.server.urls_file: {file} is a folder; name a file")
+    check_writable("rollout.server.urls_file", file.parent)
+    model = config.model.hf
+    if is_converted(model):
+        raise UserError(
+            f"model.hf: {model} is a converted checkpoint; engines start from a Hugging Face "
+            "folder: convert it back, or give the one it was made of to `serve`"
+        )
+    if model.exists():
+        _model(config)
+        check_weights(model)
+
+
+def check_weights(model: Path) -> None:
+    """Hold the weights' headers to the model's configuration; reads no weights."""
+    hf = read_hf_config(model)
+    family = family_of(hf)
+    if not is_converted(model):
+        HFReader(model).check(family.params(hf), family.copies(hf))
+        return
+    from megatron_gpc.weights.megatron_files import MegatronReader
+    from megatron_gpc.weights.places import places_of
+
+    MegatronReader(model).check(places_of(family.params(hf), family.model_fields(hf)))
+
+
+def check_file(key: str, file: Path, to_be_made: bool = False) -> None:
+    """Refuse what is no file that can be read.
+
+    Args:
+        to_be_made: it may be absent.
+    """
+    try:
+        if file.is_dir():
+            raise UserError(f"{key}: {file} is a folder; name a file")
+        if not file.exists():
+            if to_be_made:
+                return
+            raise UserError(f"{key}: {file} is not there; make it, or name another file")
+        if not file.is_file():
+            raise UserError(f"{key}: {file} is no regular file; name one")
+        file.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{key}: {file}: cannot be read: {error.strerror}") from None
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse what is no folder that can be written to, or made; nothing stays of the attempt."""
+    there = folder
+    try:
+        while not there.exists() and not there.is_symlink():
+            there = there.parent
+        if not there.is_dir():
+            what = "a file" if there.exists() else "a link to nothing"
+            raise UserError(f"{key}: {there} is {what}; name a folder")
+        with tempfile.TemporaryDirectory(prefix=".writable-", dir=there) as made:
+            Path(made, folder.relative_to(there)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        inside = f" in {there}" if there != folder else ""
+        raise UserError(
+            f"{key}: {folder} cannot be written{inside} ({error.strerror}); name another folder"
+        ) from None
+
+
+def _model(config: Config) -> dict[str, Any] | None:
+    """The content of config.json; None where model.build has yet to make it."""
+    model, build = config.model.hf, config.model.build
+    try:
+        there = model.exists()
+    except OSError as error:
+        raise UserError(f"model.hf: {model}: {error.strerror}") from None
+    if build is not None and not there:
+        check_file("model.build", build)
+        check_writable("model.hf", model.parent)
+        return None
+    if not model.is_dir():
+        what = "is a file" if there else "is not there"
+        raise UserError(
+            f"model.hf: {model} {what}; put the Hugging Face checkpoint's folder "
+            "there (docs/recipes.md says how), or name another"
+        )
+    hf = read_hf_config(model)
+    family_of(hf).model_fields(hf)
+    return hf
+
+
+def _data_parallel_size(config: Config) -> int:
+    """As configured, or as the number of processes that torchrun has started makes it."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    return config.parallel.dp or max(1, started // model_parallel_size(config.parallel))
+
+
+def _check_replay(run_dir: Path, config: Config) -> None:
+    from megatron_gpc.rollout.samples import check_groups, read_samples, saved_steps
+
+    if not run_dir.is_dir():
+        what = "a file" if run_dir.exists() else "not there"
+        raise UserError(f"rollout.replay: {run_dir} is {what}; name the folder of a run")
+    absent = sorted({*range(1, config.train.steps + 1)} - {*saved_steps(run_dir)})
+    if absent:
+        raise UserError(
+            f"rollout.replay: {run_dir} has no samples of step {absent[0]}, and train.steps="
+            f"{config.train.steps}; lower train.steps, or name a run with rollout.save_samples=true"
+        )
+    check_groups(read_samples(run_dir, 1), config.rollout)
