@@ -78,7 +78,8 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
     about, begin = evaluation.described(), time.monotonic()
     with servable(source, file.parent) as folder:
         reader = PromptReader(config, folder)
-        tokenizer, prompts = reader.tokenizer, reader.held_out()
+        tokenizer, stops, prompts = reader.tokenizer, reader.stops, reader.held_out()
+        say(stops.said)
         log_dir = file.parent / "logs" / file.stem
         starter = Starter(config.rollout.server, config.sglang, folder, log_dir)
         say(starter.what_happens())
@@ -91,8 +92,8 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
                 PromptSource(prompts, config.seed),
                 judge,
                 tokenizer.decode,
-                [tokenizer.eos_token_id],
-                nucleus(config),
+                stops.token_ids,
+                {**stops.sampling, **nucleus(config)},
             )
             say(f"evaluating {len(prompts)} x {config.eval.samples} held-out samples")
             samples = _sample(collector, prompts, config.eval.samples)

@@ -77,17 +77,19 @@ class Rank0:
             files = filter(None, (config.data.prompts, config.eval.prompts))
             say(f"reading prompts: {', '.join(map(str, files))}")
             reader = PromptReader(config, config.model.hf)
-            tokenizer = reader.tokenizer
+            tokenizer, stops = reader.tokenizer, reader.stops
+            say(stops.said)
             self.held_out = reader.held_out()
             parts = (
                 self.engines,
                 PromptSource(reader.training(), config.seed),
                 verifier(config.data.verifier),
                 tokenizer.decode,
-                [tokenizer.eos_token_id],
+                stops.token_ids,
             )
-            self.collector = Collector(config, *parts)
-            self.evaluator = Collector(as_evaluated(config), *parts, nucleus(config))
+            self.collector = Collector(config, *parts, stops.sampling)
+            sampling = {**stops.sampling, **nucleus(config)}
+            self.evaluator = Collector(as_evaluated(config), *parts, sampling)
         except BaseException:
             self._stack.close()
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,8 +82,9 @@ def kind(annotation: Any) -> str:
         return f"one or a list of: {kind(arguments[0])}"
     if origin is dict:
         return "mapping"
-    if type(None) in arguments:
-        return " or ".join(kind(one) for one in arguments if one is not type(None)) + ", or null"
+    if origin in (typing.Union, types.UnionType):
+        either = " or ".join(kind(one) for one in arguments if one is not type(None))
+        return f"{either}, or null" if type(None) in arguments else either
     names = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
     return names[annotation]
 

@@ -23,6 +23,7 @@ from megatron_gpc.config.types import (
     PositiveInt,
     PositiveShare,
     Regions,
+    StopList,
     Urls,
     section,
 )
@@ -162,6 +163,10 @@ class RolloutConfig:
     """Responses are cut at this length."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; log-probs, ratios and entropies are those of this distribution."""
+    stop: StopList | None = None
+    """What ends an answer besides the tokenizer's eos and generation_config.json's: strings or
+    token numbers, one or a list.  Left out: what the model's chat template puts after an answer;
+    []: nothing.  A start says what it came to."""
     filter: Literal["none", "mixed"] = "none"
     """`mixed`: groups that are all right or all wrong give no gradient; they are dropped and the
     next prompts asked for instead (dynamic sampling, DAPO)."""

@@ -39,6 +39,9 @@ def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
 
 _one_or_list = BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value)
 Urls = typing.Annotated[tuple[Url, ...], _one_or_list]
+StopList = typing.Annotated[
+    tuple[typing.Annotated[int, Field(ge=0, strict=True)] | str, ...], _one_or_list
+]
 Region = Literal["e1", "e2", "e3", "e4"]
 Counts = typing.Annotated[tuple[PositiveInt, ...], _one_or_list]
 Regions = typing.Annotated[tuple[Region, ...], AfterValidator(_not_empty), _one_or_list]

@@ -1,4 +1,4 @@
-"""The prompts of a run, held to what the model and its engines can take."""
+"""The prompts of a run and what ends their answers, held to what model and engines can take."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.evaluation import as_evaluated
 from megatron_gpc.rollout.prompts import Limit, read_prompts
+from megatron_gpc.rollout.stops import find_stops
 from megatron_gpc.rollout.tokenizer import chat_renderer, encoder, load_tokenizer
 from megatron_gpc.types import Prompt
 from megatron_gpc.weights import family_of
@@ -28,7 +29,8 @@ class PromptReader:
         say: is told how many prompts were left out, if any.
 
     Raises:
-        UserError: no tokenizer, a damaged one, or variables that a chat template cannot have.
+        UserError: no tokenizer, a damaged one, variables that a chat template cannot have, or
+            nothing that can end an answer.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class PromptReader:
         self.config, self.say = config, say
         self.hf = read_hf_config(model)
         self.tokenizer = load_tokenizer(hf_folder(model))
+        vocabulary = family_of(self.hf).model_fields(self.hf).vocab_size
+        self.stops = find_stops(config, self.tokenizer, hf_folder(model), vocabulary)
         self._render = chat_renderer(self.tokenizer, config.data.chat_template)
 
     def training(self) -> list[Prompt]:

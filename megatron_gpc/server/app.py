@@ -425,6 +425,7 @@ def main() -> None:
             threads=args.threads,
             max_running=args.max_running_requests,
             end_tokens=ends,
+            decode=tokenizer.decode,
         )
     except (UserError, OSError) as error:
         sys.exit(f"--model-path: {error}")

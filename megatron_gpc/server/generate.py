@@ -55,8 +55,12 @@ def answer(
 ) -> dict[str, Any]:
     """One sample, as SGLang describes it."""
     shown = result.token_ids
-    if result.finish["type"] == "stop":  # the text is without the token that ended it
+    matched = result.finish.get("matched")
+    if isinstance(matched, int):  # the text is without what ended it
         shown = shown[:-1]
+    text = tokenizer.decode(shown, skip_special_tokens=True)
+    if isinstance(matched, str):
+        text = text.partition(matched)[0]
     meta: dict[str, Any] = {
         "id": rid,
         "finish_reason": result.finish,
@@ -85,7 +89,7 @@ def answer(
         "response_sent_to_client_ts": time.time(),
     }
     return {
-        "text": tokenizer.decode(shown, skip_special_tokens=True),
+        "text": text,
         "output_ids": result.token_ids,
         "meta_info": meta,
     }

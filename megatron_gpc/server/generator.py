@@ -50,6 +50,7 @@ class Engine:
         threads: CPU threads of one operation.
         max_running: sequences that are decoded at the same time; more wait.
         end_tokens: tokens that end a sample, besides those that the checkpoint names.
+        decode: tokens -> text, special tokens kept; None: requests may not have stop texts.
 
     Raises:
         UserError: the folder does not hold a model that the engine can run.
@@ -63,6 +64,7 @@ class Engine:
         threads: int = 1,
         max_running: int = 256,
         end_tokens: Sequence[int] = (),
+        decode: Callable[[Sequence[int]], str] | None = None,
     ):
         self._model = loading.load_folder(Path(model_path), dtype)
         self.config = self._model.config
@@ -75,6 +77,7 @@ class Engine:
         self.released: set[str] = set()
         """Of MEMORY."""
         self._end_tokens = _end_tokens(self._model) | {*end_tokens}
+        self._decode_text = decode
         self._threads = threads
         self._cache = RowCache(self.config.num_hidden_layers)
         self._running: list[LiveSequence] = []  # number i owns row i of the cache
@@ -98,7 +101,9 @@ class Engine:
         """
         for request in requests:
             self._check(request)
-        return self._put(lambda future: self._enqueue(Job(requests, self._end_tokens, future)))
+        return self._put(
+            lambda future: self._enqueue(Job(requests, self._end_tokens, self._decode_text, future))
+        )
 
     def pause(self, mode: PauseMode) -> Future[None]:
         """Stop decoding after the step in progress, until `resume`; new requests wait.
@@ -200,6 +205,8 @@ class Engine:
                 "longer than the model's context length "
                 f"({self.context_length} tokens)."
             )
+        if request.params.stop and self._decode_text is None:
+            raise UserError("stop: this engine has no tokenizer and takes stop_token_ids only.")
         for name, ids in (
             ("input_ids", request.input_ids),
             ("stop_token_ids", request.params.stop_token_ids),

@@ -32,8 +32,10 @@ class SamplingParams:
     """Samples of this prompt."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the sample, besides the model's own end tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the sample; special tokens count as their text."""
     ignore_eos: bool = False
-    """Nothing but max_new_tokens ends the sample, not even stop_token_ids."""
+    """Nothing but max_new_tokens and `stop` ends the sample, not even stop_token_ids."""
     sampling_seed: int | None = None
     """Decides the draw, whatever else runs in the batch; left out, drawn from the OS."""
 
@@ -53,7 +55,11 @@ class SamplingParams:
             )
         params = cls(**{key: value for key, value in values.items() if value is not None})
         _check_types(params)
-        params = dataclasses.replace(params, stop_token_ids=tuple(params.stop_token_ids))
+        params = dataclasses.replace(
+            params,
+            stop_token_ids=tuple(params.stop_token_ids),
+            stop=(params.stop,) if isinstance(params.stop, str) else tuple(params.stop),
+        )
         if not (math.isfinite(params.temperature) and params.temperature >= 0):
             raise UserError(
                 f"temperature must be a non-negative finite number, got {params.temperature}."
@@ -85,6 +91,11 @@ def _check_types(params: SamplingParams) -> None:
     for name, value in vars(params).items():
         if name == "stop_token_ids":
             right = isinstance(value, list | tuple) and all(type(token) is int for token in value)
+        elif name == "stop":
+            texts = [value] if isinstance(value, str) else value
+            right = isinstance(texts, list | tuple) and all(
+                isinstance(text, str) and text for text in texts
+            )
         elif name == "sampling_seed":
             right = value is None or type(value) is int
         else:

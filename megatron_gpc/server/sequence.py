@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +36,8 @@ class Result:
     logprobs: tuple[float, ...]
     """Of each token [nats], fp32, under the temperature-scaled distribution."""
     finish: dict[str, Any]
-    """`{"type": "stop", "matched": token}`, `{"type": "length", "length": count}` or ABORTED."""
+    """`{"type": "stop", "matched": token or text}`, `{"type": "length", "length": count}` or
+    ABORTED."""
     weight_version: str
     """Version when the sample ended."""
     weight_versions: tuple[tuple[str, int, int], ...]
@@ -48,9 +49,13 @@ class Job:
     """Requests that came together and are answered together."""
 
     def __init__(
-        self, requests: Sequence[Request], end_tokens: frozenset[int], future: Future[list[Result]]
+        self,
+        requests: Sequence[Request],
+        end_tokens: frozenset[int],
+        decode: Callable[[Sequence[int]], str] | None,
+        future: Future[list[Result]],
     ):
-        self.requests = requests
+        self.requests, self.decode = requests, decode
         self.sequences = [
             LiveSequence(self, request, index, end_tokens)
             for request in requests
@@ -122,6 +127,18 @@ class LiveSequence:
             self.finish = {"type": "length", "length": limit}
         elif token in self.stop:
             self.finish = {"type": "stop", "matched": token}
+        elif (text := self._stop_text()) is not None:
+            self.finish = {"type": "stop", "matched": text}
+
+    def _stop_text(self) -> str | None:
+        """The first of the request's stop texts that the last token has completed."""
+        texts = self.request.params.stop
+        if not texts:
+            return None
+        assert self.job.decode is not None
+        # a token has at least a byte of a text, so no more can have a part in it
+        tail = self.job.decode(self.tokens[-max(len(text.encode()) for text in texts) :])
+        return next((text for text in texts if text in tail), None)
 
     def result(self) -> Result:
         spans: list[tuple[str, int, int]] = []

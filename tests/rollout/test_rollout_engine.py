@@ -278,3 +278,24 @@ def test_decoding_is_fast(model_a):
         seconds.append(time.perf_counter() - started)
     engine.close()
     assert min(seconds) < 0.3
+
+
+def test_a_stop_text_ends_the_sample_with_the_token_that_completes_it(model_a, reference_a):
+    tokens = greedy(reference_a, PROMPT, 12)
+
+    def decode(ids):
+        return "".join(f"[{token}]" for token in ids)
+
+    engine = Engine(model_a, decode=decode)
+    text = decode(tokens[4:6])[1:-1]  # from within a token to within the next
+    params = SamplingParams(temperature=0.0, max_new_tokens=12, stop=("never", text))
+    (result,) = run(engine, Request("r", PROMPT, params))
+    made = next(n for n in range(13) if text in decode(tokens[:n]))
+    assert result.token_ids == tuple(tokens[:made])
+    assert result.finish == {"type": "stop", "matched": text}
+    engine.close()
+
+
+def test_stop_texts_need_a_tokenizer(engine):
+    with pytest.raises(UserError, match="no tokenizer"):
+        engine.submit([Request("r", PROMPT, SamplingParams(stop=("x",)))])

@@ -22,6 +22,7 @@ from rollout_models import CONTEXT, EOS, greedy, logprobs, logprobs_over_old_cac
 from transformers import Qwen2ForCausalLM
 
 from megatron_gpc.engines.weight_group import join_group, leave_group
+from megatron_gpc.rollout.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.timeout(900)  # SGLang's start, beside other work
 PROMPT = [84, 104, 101, 32]
@@ -255,6 +256,27 @@ def test_stop_token_ends_the_sample_is_returned_and_is_not_in_the_text(http, ref
     )
     if cut > 1:
         assert answer["text"] == limited["text"]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_stop_text_ends_the_sample_and_is_not_in_the_text(http, reference_a, model_a, as_list):
+    tokens = greedy(reference_a, PROMPT, 40)
+    decode = load_tokenizer(model_a).decode
+    at = next(n for n in range(3, 38) if decode(tokens[n : n + 2]).isascii())
+    stop = decode(tokens[at : at + 2])
+    made = next(n for n in range(41) if stop in decode(tokens[:n]))
+    answer = generate(
+        http,
+        input_ids=PROMPT,
+        sampling_params={
+            "temperature": 0,
+            "max_new_tokens": 40,
+            "stop": [stop] if as_list else stop,
+        },
+    )
+    assert answer["output_ids"] == tokens[:made]
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    assert answer["text"] == decode(tokens[:made]).partition(stop)[0]
 
 
 def test_the_models_end_token_ends_the_sample(http):
