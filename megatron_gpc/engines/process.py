@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,6 +32,14 @@ LOG_LINES = 20
 
 class ServerError(RolloutError):
     """A server did not start; the message has the end of its log."""
+
+
+def _before_it_runs(deaf_to: Collection[int]) -> None:
+    """Run in the new process before its program."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
+    for one in (signal.SIGUSR1, STACKS_SIGNAL):  # Slurm sends them to every process of a step
+        signal.signal(one, signal.SIG_IGN)
 
 
 class ServerProcess:
@@ -76,7 +85,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=pass_fds,
-                preexec_fn=self._before_it_runs,
+                preexec_fn=partial(_before_it_runs, self.deaf_to),
                 start_new_session=True,  # for `stop`
             )
 
@@ -112,12 +121,6 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):  # its own processes too: SGLang has several
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(KILL_TIMEOUT_S)
-
-    def _before_it_runs(self) -> None:
-        die_with_parent()
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.deaf_to)
-        for one in (signal.SIGUSR1, STACKS_SIGNAL):  # Slurm sends them to every process of a step
-            signal.signal(one, signal.SIG_IGN)
 
     def __enter__(self) -> Self:
         return self
