@@ -131,6 +131,7 @@ class Comparer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            process_group=0,  # a terminal's Ctrl-C is for this process; it ends with its input
         )
         if self._line(START_S) != b"ready\n":
             self.close()

@@ -144,8 +144,19 @@ def test_the_first_saves_and_says_so_and_the_same_command_says_where_it_continue
     assert _quiet_server(run) and not pids_using(run)
     again = terminal("train", "parallel.tp=2")
     again.await_text(f"resuming from step {_steps(run)} (checkpoints/{saved.name})")
-    again.interrupt()
+    again.process.send_signal(signal.SIGINT)  # to the launcher alone
     assert again.end() == SAVED
+    assert "asked to end: " in again.text and "Ctrl-C again ends at once" in again.text
+
+
+def test_while_ranks_start_it_is_answered_at_once_and_nothing_is_begun(terminal, run):
+    it = terminal("train", "parallel.tp=2")
+    it.await_text("starting 2 of 2 ranks")
+    it.interrupt()
+    it.await_text("asked to end: the run is still starting, and stops before its next step")
+    assert not (run / "metrics.jsonl").exists()
+    assert it.end() == SAVED
+    assert "stopped after step 0" in it.text and not checkpoints(run)
 
 
 def test_the_second_ends_everything_at_once(terminal, run):
