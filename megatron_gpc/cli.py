@@ -237,10 +237,11 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
         lock = ready()  # noqa: F841 - until this process ends
         command = ["rank", str(config.run_dir / "config.yaml")]
     logs = config.run_dir / "logs"
-    say(f"starting {share.ranks} of {share.world} ranks, logs in {logs}")
     passed_on = (*STOP_SIGNALS, STACKS_SIGNAL)
     try:
-        return run_ranks(command, share, logs, pass_on=passed_on)
+        with held(passed_on):  # from here on they are for the ranks
+            say(f"starting {share.ranks} of {share.world} ranks, logs in {logs}")
+            return run_ranks(command, share, logs, pass_on=passed_on)
     except KeyboardInterrupt:  # the second; the first was passed on
         say(AT_ONCE)
         return INTERRUPTED
