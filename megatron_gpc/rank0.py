@@ -128,12 +128,17 @@ class Rank0:
 
         Raises:
             ServerError, RolloutError: an engine did not start or does not answer.
+            UserError: the prompts are not those of the run.
         """
         if not self.active:
             return
         self._schedule = CheckedSchedule(self.config.clip, self.config.train.steps)
         if state.controller:
             self._schedule.restore(state.controller)
+        if not self.config.rollout.replay:
+            self._pending = Pending(self.engines, self.collector)
+            if state.sampling:
+                self._pending.restore(state.sampling)
         self.metrics = self._stack.enter_context(MetricsWriter(self.config.run_dir, state.step))
         self.console = self._stack.enter_context(Console(self.config.train.steps, state.step))
         if self.config.rollout.replay:
@@ -143,9 +148,6 @@ class Rank0:
         carry_over(self.hf, self.sync_dir)
         self.sync = make_sync(self.config.rollout.server, self.engines, self.sync_dir)
         self._stack.callback(self.sync.close)
-        self._pending = Pending(self.engines, self.collector)
-        if state.sampling:
-            self._pending.restore(state.sampling)
 
     def thresholds(self, step: int, scored: TokenStats) -> tuple[Bounds, dict[str, Any]] | None:
         """Clip thresholds of the step after `step` finished ones, and the schedule's state then.

@@ -83,6 +83,9 @@ class DataConfig:
     """Prompts with more tokens than fit: refuse the file, or leave them out and say how many."""
     chat_template: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false} for Qwen3."""
+    changed: Literal["refuse", "accept"] = "refuse"
+    """When a run continues and its prompts are not those that it was trained on (other token ids,
+    labels or order): `refuse` to, or `accept` the new ones from there on, at the same position."""
 
 
 @section

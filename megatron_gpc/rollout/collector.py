@@ -25,6 +25,7 @@ from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.answers import Generation
 from megatron_gpc.engines.client import Request
 from megatron_gpc.engines.fleet import Engines
+from megatron_gpc.errors import UserError
 from megatron_gpc.rewards import Verifier
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.types import Prompt, Sample
@@ -116,14 +117,46 @@ class Collector:
             position: [dataclasses.asdict(sample) for sample in samples]
             for position, samples in self.unfinished.items()
         }
-        return {"source": self.source.state(), "unfinished": unfinished}
+        return {"source": self.source.state(), "unfinished": unfinished, **self._made_of()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Continue where `state` was taken.
+
+        Returns:
+            Whether what was sampled then, for steps to come, is what would be sampled now.  Where
+            it is not, it is made anew.
+
+        Raises:
+            UserError: the prompts are others, and data.changed does not allow that.
+        """
+        made_of = self._made_of()
+        # what older checkpoints do not know is taken to be as it was
+        changed = [key for key, value in made_of.items() if state.get(key, value) != value]
+        data = self.config.data
+        if "prompts" in changed and data.changed == "refuse":
+            raise UserError(
+                f"data.prompts: {data.prompts} does not have the prompts that this run was trained "
+                "on (token ids, labels or order differ), so its position means nothing there: put "
+                "the prompts back as they were, start a new run (resume=none, or another run_dir), "
+                "or go on with these from here (data.changed=accept)"
+            )
         self.source.restore(state["source"])
-        self.unfinished = {
-            position: [Sample.from_plain(values) for values in samples]
-            for position, samples in state["unfinished"].items()
+        if not changed:
+            self.unfinished = {
+                position: [Sample.from_plain(values) for values in samples]
+                for position, samples in state["unfinished"].items()
+            }
+        return not changed
+
+    def _made_of(self) -> dict[str, Any]:
+        """What unfinished samples, and those made ahead, were made of besides the weights."""
+        rollout = self.config.rollout
+        settings = ("group_size", "prompts_per_step", "max_response_tokens", "temperature")
+        return {
+            "prompts": self.source.digest,
+            "seed": self.config.seed,
+            "verifier": self.config.data.verifier,
+            **{name: getattr(rollout, name) for name in settings},
         }
 
     # ---- a training step ----

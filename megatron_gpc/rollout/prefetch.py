@@ -59,10 +59,15 @@ class Pending:
         return {**self.collector.state(), "ahead": ahead}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
-        self.collector.restore(state)
-        ahead = state["ahead"]
-        if ahead is not None:
+        """Continue where `state` was taken.
+
+        Raises:
+            UserError: see Collector.restore.
+        """
+        still_so, ahead = self.collector.restore(state), state["ahead"]
+        if ahead is not None and not still_so:
+            self.collector.source.give_back(ahead["positions"])
+        elif ahead is not None:
             self._step = ahead["step"]
             self._future = Future()
             self._future.set_result(

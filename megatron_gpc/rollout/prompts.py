@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -194,6 +196,14 @@ class PromptSource:
         self.returned: list[int] = []
         """Positions below it that were given back, ascending."""
         self._epoch, self._order = -1, list(range(len(prompts)))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that samples depend on: token ids and labels, in the file's order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for prompt in self.prompts:
+            digest.update(json.dumps([prompt.token_ids, prompt.label], sort_keys=True).encode())
+        return digest.hexdigest()
 
     def take(self, count: int) -> list[int]:
         """The next `count` positions, those given back first."""

@@ -22,6 +22,7 @@ from megatron_gpc.engines.colocation import Turns
 from megatron_gpc.engines.fleet import WATCH_S, Engine, Engines, WeightsNeeded
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync
+from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.collector import (
     Collector,
     overlong_penalty,
@@ -361,6 +362,37 @@ def test_a_rollout_made_ahead_survives_a_restart(start):
     one, other = pending.result(1), again.result(1)
     assert one == other
     assert pending.result(2).positions == again.result(2).positions == [4, 5, 6, 7]
+
+
+def test_other_prompts_are_refused_and_what_was_made_of_other_settings_is_made_anew(start):
+    rig = start()
+    pending = Pending(rig.engines, rig.collector)
+    pending.start(1)
+    state = pending.state()
+    other = [*PROMPTS[:39], dataclasses.replace(PROMPTS[39], label=40)]
+    with pytest.raises(UserError, match="data.prompts: .*resume=none.*data.changed=accept"):
+        Pending(rig.engines, rig.collector_of(rig.config, other)).restore(state)
+
+    def resumed(prompts, *overrides: str, state=state) -> tuple[Pending, Collector]:
+        config = run_config(
+            rig.engines.starter.log_dir.parent, rig.engines.starter.model_path, "seed=3", *overrides
+        )
+        collector = rig.collector_of(config, prompts)
+        pending = Pending(rig.engines, collector)
+        pending.restore(state)
+        return pending, collector
+
+    accepted, collector = resumed(other, "data.changed=accept")
+    assert collector.source.state() == {"cursor": 0, "returned": []}
+    assert [s.prompt for s in accepted.result(1).samples[::4]] == [
+        collector.source.at(position) for position in range(4)
+    ]
+    again, _ = resumed(other, state=accepted.state())
+    assert again.state() == accepted.state(), "accepted once"
+    regrouped, _ = resumed(PROMPTS, "rollout.group_size=2")
+    assert [s.sample_index for s in regrouped.result(1).samples] == [0, 1] * 4
+    old = {key: state[key] for key in ("source", "unfinished", "ahead")}
+    assert resumed(other, state=old)[0].result(1) == pending.result(1), "a checkpoint without one"
 
 
 def test_the_overlong_penalty_grows_over_the_buffer():

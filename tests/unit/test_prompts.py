@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -61,6 +62,22 @@ def test_giving_back_what_was_handed_out_last_leaves_no_trace(prompts):
     for surplus in (1, 3):
         source.give_back(source.take(surplus))
         assert source.state() == before
+
+
+def test_the_digest_is_of_token_ids_labels_and_order(prompts):
+    def digest(prompts):
+        return PromptSource(prompts, seed=1).digest
+
+    one, two, *rest = prompts
+    same = replace(one, text="said otherwise")
+    assert digest([same, two, *rest]) == digest(prompts)
+    for other in (
+        [two, one, *rest],
+        [one, *rest],
+        [replace(one, label="0"), two, *rest],
+        [replace(one, token_ids=(*one.token_ids, 5)), two, *rest],
+    ):
+        assert digest(other) != digest(prompts)
 
 
 def test_the_seed_decides_the_order(prompts):
