@@ -207,6 +207,7 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)  # mistakes are told before this import:
     import torch
 
+    from megatron_gpc.continued import consequences
     from megatron_gpc.run.folder import build_model, prepare
     from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
     from megatron_gpc.run.placement import adopt_rank, my_share
@@ -223,7 +224,7 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
         if not complete:
             build_model(config)
             _check(config)
-        return prepare(config)
+        return prepare(config, consequences)
 
     if adopt_rank(config.parallel, gpus):
         if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -14,8 +14,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import yaml
 
@@ -28,9 +29,15 @@ from megatron_gpc.run.lock import PREPARING, take
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import marker
 
+Consequences = Callable[[Mapping[str, Any], Config, int], list[str]]
+"""(a run's config.yaml, the configuration that it goes on with, finished steps) -> sentences."""
 
-def prepare(config: Config) -> TextIO:
+
+def prepare(config: Config, consequences: Consequences | None = None) -> TextIO:
     """Make the run's folder ready; one process calls it.
+
+    Args:
+        consequences: what else to say of a run that continues under another configuration.
 
     Returns:
         A lock, which keeps others from preparing the folder until this process ends.  Rank 0 takes
@@ -51,13 +58,17 @@ def prepare(config: Config) -> TextIO:
         marker(config.run_dir).unlink(missing_ok=True)
         file = config.run_dir / "config.yaml"
         text = dump(config)
-        if _has_checkpoint(config.run_dir) and file.exists():
-            changed = _changes(file, text)
+        step = _newest_step(config.run_dir)
+        if step is not None and file.exists():
+            old = _read(file)
+            changed = _changes(old, text)
             if changed:
                 say(
                     "warning: continuing a run under another configuration; changed: "
                     + ", ".join(changed)
                 )
+                for one in consequences(old, config, step) if consequences else ():
+                    say(f"warning: {one}")
         replace_text(file, text)
     except OSError as error:
         raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from None
@@ -73,15 +84,15 @@ def _set_aside(config: Config) -> None:
     say(f"resume=none: the old run was set aside as {aside}")
 
 
-def _has_checkpoint(run_dir: Path) -> bool:
-    """Whether there is anything to continue from; a checkpoint in the making has another name."""
-    return any(
-        f.name.removeprefix("step_").isdigit() for f in (run_dir / "checkpoints").glob("step_*")
-    )
+def _newest_step(run_dir: Path) -> int | None:
+    """Steps done at the newest checkpoint; None: there is none to continue from.  One in the making
+    has another name."""
+    names = [f.name.removeprefix("step_") for f in (run_dir / "checkpoints").glob("step_*")]
+    return max((int(name) for name in names if name.isdigit()), default=None)
 
 
-def _changes(file: Path, text: str) -> list[str]:
-    """`clip.schedule static -> id` for every key that differs between a run's file and `text`.
+def _read(file: Path) -> dict[str, Any]:
+    """A run's configuration so far, unchecked.
 
     Raises:
         UserError: the file is damaged.
@@ -90,8 +101,12 @@ def _changes(file: Path, text: str) -> list[str]:
         content = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError:
         raise UserError(f"{file} is damaged; remove it to continue the run") from None
-    old = flatten(content) if isinstance(content, dict) else {}
-    new = flatten(yaml.safe_load(text))
+    return content if isinstance(content, dict) else {}
+
+
+def _changes(content: dict[str, Any], text: str) -> list[str]:
+    """`clip.schedule static -> id` for every key that differs."""
+    old, new = flatten(content), flatten(yaml.safe_load(text))
     return [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in dict.fromkeys([*new, *old])
