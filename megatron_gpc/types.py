@@ -223,7 +223,7 @@ class TokenStreams:
         prepared = {name: change(value) for name, value in self.prepared.items()}
         return replace(self, **changed, prepared=prepared)
 
-    def at(self, slots_T: torch.Tensor) -> TokenStreams:
+    def at(self, slots_T: torch.Tensor | slice) -> TokenStreams:
         """Those of some tokens, by where they stand in the rollout's packed arrays."""
         return self.map(lambda values_T: values_T[slots_T])
 

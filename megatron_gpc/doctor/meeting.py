@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,7 @@ class Meeting:
     def tell(self, what: str, value: object) -> None:
         self.store.set(f"doctor/{what}/{self.place.rank}", json.dumps(value))
 
-    def heard(self, what: str, rank: int, timeout_s: float | None = None) -> object:
+    def heard(self, what: str, rank: int, timeout_s: float | None = None) -> Any:
         """What a rank tells; None where it does not in time."""
         key = f"doctor/{what}/{rank}"
         until = self.deadline if timeout_s is None else time.monotonic() + timeout_s
@@ -107,7 +108,7 @@ class Meeting:
             time.sleep(POLL_S)
         return json.loads(self.store.get(key))
 
-    def all_heard(self, what: str) -> list[object]:
+    def all_heard(self, what: str) -> list[Any]:
         """What each rank tells, in their order; None for those that do not in time."""
         return [self.heard(what, rank) for rank in range(self.place.world)]
 

@@ -108,7 +108,7 @@ def _transformer_engine() -> Finding:
     if driver_cuda() is None:
         return Finding("transformer-engine", "ok", f"{found}, not used without a GPU", same=True)
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:
         advice = "build it against this torch: pip install --no-build-isolation"
         return Finding("transformer-engine", "problem", f"{found}: {error}", advice)
@@ -119,7 +119,9 @@ def _apex() -> Finding:
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return Finding("apex", "ok", "none; not required")
-    if not any((Path(p) / "multi_tensor_apply").is_dir() for p in spec.submodule_search_locations):
+    if not any(
+        (Path(p) / "multi_tensor_apply").is_dir() for p in spec.submodule_search_locations or ()
+    ):
         advice = "pip uninstall apex, and build NVIDIA's from its source"
         return Finding("apex", "problem", "PyPI's apex, which is another project", advice)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:

@@ -8,18 +8,20 @@ the store.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import (  # no public way makes a group across two worlds
     Backend,
     PrefixStore,
+    Store,
     _new_process_group_helper,
     _world,
 )
 
 
 def join_group(
-    store: dist.Store, name: str, rank: int, world_size: int, backend: str, timeout_s: float
+    store: Store, name: str, rank: int, world_size: int, backend: str, timeout_s: float
 ) -> dist.ProcessGroup:
     """This process's end of the group; returns when all `world_size` processes have come.
 
@@ -34,7 +36,8 @@ def join_group(
         RuntimeError: not all came in time.
     """
     timeout = timedelta(seconds=timeout_s)
-    group, _ = _new_process_group_helper(
+    make: Any = _new_process_group_helper  # its annotations leave out what it takes
+    group, _ = make(
         world_size,
         rank,
         [],

@@ -61,7 +61,7 @@ def install() -> None:
     stand_in = _torch_for_cpu()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = stand_in
+            setattr(module, "torch", stand_in)  # noqa: B010 - a module, to a type checker
     for patch in (
         _patch_checkpoint_writer,
         _patch_random,
@@ -117,7 +117,7 @@ def _patch_tensor_methods() -> None:
             return real_type(self, *args, **kwargs)
         return _TypeName(real_type(self))
 
-    cuda.megatron_gpc = True  # marks the patch as done
+    setattr(cuda, "megatron_gpc", True)  # noqa: B010 - marks the patch as done
     torch.Tensor.cuda = cuda
     torch.Tensor.type = tensor_type
 
@@ -185,7 +185,7 @@ def _torch_for_cpu() -> types.ModuleType:
     Why: schedules, optimizer, clip_grads and transformer/utils write the literal "cuda".
     Gone when: core takes a device argument.
     """
-    fake = types.ModuleType("torch")
+    fake: Any = types.ModuleType("torch")
     fake.__dict__.update(torch.__dict__)
     fake.__getattr__ = lambda name: getattr(torch, name)  # submodules that torch loads late
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):

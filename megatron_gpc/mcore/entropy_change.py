@@ -36,7 +36,10 @@ class EntropyChange:
         self.policy, self.batch, self.scored = policy, batch, scored
         policy.entropy_gradient(batch)
         policy.optimizer.prepare_grads()
-        self.gradient = [[p.grad.clone() for p in params] for params in self._own_parameters()]
+        self.gradient = [
+            [p.grad.clone() for p in params if p.grad is not None]
+            for params in self._own_parameters()
+        ]
         self.before = self._along_gradient()
 
     def metrics(self) -> dict[str, float]:

@@ -35,7 +35,7 @@ def sequence_logits(
     targets_T = torch.zeros_like(rows_T)
 
     logits_TV: list[torch.Tensor] = []
-    last = models[-1].eval()
+    last, hook = models[-1].eval(), None
     if last.post_process:
         hook = last.output_layer.register_forward_hook(
             lambda layer, given, result: logits_TV.append(
@@ -59,7 +59,7 @@ def sequence_logits(
         forward_only=True,
         collect_non_loss_data=True,
     )
-    if last.post_process:
+    if hook is not None:
         hook.remove()
     if not (
         last.post_process

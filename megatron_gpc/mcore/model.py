@@ -52,7 +52,7 @@ class PolicyModel(GPTModel):
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = True
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - what a stage is given
         self,
         tokens_S: torch.Tensor,
         lengths_B: tuple[int, ...],
@@ -77,12 +77,14 @@ class PolicyModel(GPTModel):
             max_seqlen_q=max(lengths_B),
             max_seqlen_kv=max(lengths_B),
         )
-        # Rotary embeddings count positions from where the sequences begin, so none are given.
-        return super().forward(
-            tokens_S[None], position_ids=None, attention_mask=None, packed_seq_params=packed
-        )
+        # Rotary embeddings count positions from where the sequences begin, so none are given, and
+        # attention is causal inside each sequence without a mask.
+        nothing: Any = (None, None)
+        return super().forward(tokens_S[None], *nothing, packed_seq_params=packed)
 
-    def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor | TokenStats:
+    def _postprocess(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is unused
+        self, hidden_states: torch.Tensor, **unused: Any
+    ) -> torch.Tensor | TokenStats:
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
@@ -147,7 +149,8 @@ def _layers(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSu
     block = get_gpt_decoder_block_spec(
         core, use_transformer_engine=HAVE_TE, normalization="RMSNorm", vp_stage=vp_stage
     )
-    for layer in block.layer_specs:
+    layers: Any = block.layer_specs
+    for layer in layers:
         if not HAVE_TE or core.params_dtype is torch.float32:
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
         if layer.submodules.mlp.module is MoELayer:

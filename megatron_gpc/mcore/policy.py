@@ -86,13 +86,14 @@ class Policy:
         )
         """UPDATE_MEANS, and what the configured loss and penalty measure."""
         self.models = build_model(config, fields)
-        core = self.models[0].config
+        core: Any = self.models[0].config
         ddp = ddp_config(config)
         self.chunks = [
             DistributedDataParallel(core, ddp, Float16Module(core, m) if core.bf16 else m)
             for m in self.models
         ]
-        self.optimizer = get_megatron_optimizer(optimizer_config(config), self.chunks)
+        chunks: Any = self.chunks
+        self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), chunks)
         self.scheduler = _learning_rate(config, self.optimizer)
         core.finalize_model_grads_func = finalize_model_grads
         core.grad_scale_func = self.optimizer.scale_loss
@@ -255,10 +256,11 @@ class Policy:
             context_part(micro, parallel_state.get_context_parallel_rank(), p.cp) for micro in whole
         ]
         iterators = [iter(made) for _ in self.chunks]
+        model: Any = self.chunks if p.vpp else self.chunks[0]
         return get_forward_backward_func()(
             forward_step_func=partial(_forward, loss=loss),
             data_iterator=iterators if p.vpp else iterators[0],
-            model=self.chunks if p.vpp else self.chunks[0],
+            model=model,
             num_microbatches=len(made),
             seq_length=0,  # stages tell each other the shapes: variable_seq_lengths
             micro_batch_size=1,

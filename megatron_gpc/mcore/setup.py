@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_gpc.config import Config
 from megatron_gpc.config.layout import check_world
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -84,7 +87,7 @@ def is_main() -> bool:
     return dist.get_rank() == 0
 
 
-def from_main(value: object) -> object:
+def from_main(value: T) -> T:
     """Rank 0's value on every rank.  A collective: every rank enters it."""
     box = [value]
     dist.broadcast_object_list(box, src=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,14 +45,16 @@ def _canonical(model: PolicyModel, local: str, own: dict[str, torch.nn.Parameter
     if parts[:2] == ["decoder", "layers"]:
         here = ".".join(parts[:3])
         dense = f"{here}.mlp.router.weight" not in own
-        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+        layer: Any = model.decoder.layers[int(parts[2])]
+        parts[2] = str(layer.layer_number - 1)
         if parts[3] == "input_layernorm":
             parts[3:] = ["self_attention", "linear_qkv", "layer_norm_weight"]
         elif parts[3] == "pre_mlp_layernorm" and dense:
             parts[3:] = ["mlp", "linear_fc1", "layer_norm_weight"]
         elif "local_experts" in parts:
             at = parts.index("local_experts") + 1
-            experts_here = model.config.num_moe_experts // model.config.expert_model_parallel_size
+            core: Any = model.config
+            experts_here = core.num_moe_experts // core.expert_model_parallel_size
             first = parallel_state.get_expert_model_parallel_rank() * experts_here
             parts[at] = str(int(parts[at]) + first)
     elif local == "output_layer.weight" and model.share_embeddings_and_output_weights:

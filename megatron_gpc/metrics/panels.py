@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, which the colour-blind tell apart; steps are on mat
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ PINK, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#333333", "#8C8C8C"
 GROUP_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, GREY)
 FEW = 12
 """Series up to this length are drawn with their points."""
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -84,13 +85,13 @@ def points(ax: Axes, series: Series, colour: str, label: str | None = None) -> N
     )
 
 
-def line(ax: Axes, series: Series, **look: object) -> None:
+def line(ax: Axes, series: Series, **look: Any) -> None:
     """A line; few values are points as well, because of a single one a line shows nothing."""
     few = 0 < len(series) <= FEW
     ax.plot(series.steps, series.values, marker="o" if few else None, clip_on=not few, **look)
 
 
-def percent(share: float, _position: int) -> str:
+def percent(share: float, _position: float) -> str:
     return f"{100 * share:g} %"
 
 

@@ -201,13 +201,14 @@ def _bounds_over_steps_panel(ax: Axes, run: Run) -> None:
     if not bounds:
         say_missing(ax)
         return
+    _, _, lowest = bounds[-1]
     looks = ((BLUE, 3.4), (SKY, 2.3), (ORANGE, 1.2))
     for (label, upper, lower), (colour, width) in zip(bounds, looks, strict=True):
         line(ax, upper, color=colour, linewidth=width, label=label)
         line(ax, lower, color=colour, linewidth=width)
     ax.legend(
         loc="center",
-        bbox_to_anchor=(0.5, _between(lower)),
+        bbox_to_anchor=(0.5, _between(lowest)),
         ncols=3,
         bbox_transform=ax.get_yaxis_transform(),
     )

@@ -37,6 +37,10 @@ class _Window:
 class _Layer(CacheLayerMixin):
     """Keys and values of one layer, seen by the model through the window that all layers share."""
 
+    # Tensors of no element while there are none.
+    keys: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    values: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, cache: RowCache):
         super().__init__()
         self._cache = cache
@@ -74,7 +78,8 @@ class RowCache(Cache):
     """Cache of `rows` running sequences; row i belongs to the engine's i-th running sequence."""
 
     def __init__(self, num_layers: int):
-        super().__init__(layers=[_Layer(self) for _ in range(num_layers)])
+        self.own_layers = [_Layer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self.own_layers))
         self.clear()
 
     def clear(self) -> None:
@@ -85,8 +90,8 @@ class RowCache(Cache):
         self.capacity = (0, 0)
         self._start = np.zeros(0, dtype=np.int64)
         self.window = _Window(slice(0, 0), 0, 0, 0)
-        for layer in self.layers:
-            layer.keys = layer.values = None
+        for layer in self.own_layers:
+            layer.keys = layer.values = torch.empty(0)
             layer.is_initialized = False
 
     def open_prefill(self, lengths: Sequence[int], copies: int) -> None:
@@ -116,7 +121,7 @@ class RowCache(Cache):
             return
         w, index = self.window, base + np.asarray(sources)
         self._start[base : self.rows] = self._start[index]
-        for layer in self.layers:
+        for layer in self.own_layers:
             for buffer in (layer.keys, layer.values):
                 filled = buffer[:, :, w.write : w.end]
                 filled[base : self.rows] = filled[index]
@@ -157,7 +162,7 @@ class RowCache(Cache):
         if gaps:
             self._start[gaps] = self._start[movers]
             first = int(self._start[:count].min())
-            for layer in self.layers:
+            for layer in self.own_layers:
                 for buffer in (layer.keys, layer.values):
                     used = buffer[:, :, first : self.column]
                     used[gaps] = used[movers]
@@ -183,7 +188,7 @@ class RowCache(Cache):
         self._start = np.concatenate(
             [self._start, np.zeros(row_capacity - len(self._start), dtype=np.int64)]
         )
-        for layer in self.layers:
+        for layer in self.own_layers:
             if layer.is_initialized:
                 layer.keys = self._grown(layer.keys)
                 layer.values = self._grown(layer.values)
@@ -197,7 +202,7 @@ class RowCache(Cache):
     def _move_columns(self, by: int) -> None:
         """Move every row's tokens `by` columns to the right (left where negative)."""
         first = int(self._start[: self.rows].min()) if self.rows else self.column
-        for layer in self.layers:
+        for layer in self.own_layers:
             if layer.is_initialized and first < self.column:
                 for buffer in (layer.keys, layer.values):
                     used = buffer[: self.rows, :, first : self.column].clone()

@@ -20,7 +20,7 @@ def parse(
     """Requests, which of them want log-probs, and whether they came as a single one."""
     if body.input_ids is not None:
         single = not body.input_ids or isinstance(body.input_ids[0], int)
-        prompts = [body.input_ids] if single else body.input_ids
+        prompts: list[Any] = [body.input_ids] if single else list(body.input_ids)
     elif body.text is not None:
         single = isinstance(body.text, str)
         texts = [body.text] if single else body.text

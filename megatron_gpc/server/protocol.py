@@ -19,7 +19,8 @@ class GenerateBody(BaseModel):
 
 
 class PauseBody(BaseModel):
-    mode: str = "abort"
+    mode: Any = "abort"
+    """One of the generator's PauseMode; it says what is wrong with another."""
 
 
 class AbortBody(BaseModel):

@@ -141,6 +141,7 @@ class LiveSequence:
         return next((text for text in texts if text in tail), None)
 
     def result(self) -> Result:
+        assert self.finish is not None, "asked before its end"
         spans: list[tuple[str, int, int]] = []
         ends = [start for _, start in self.versions[1:]] + [len(self.tokens)]
         for (version, start), end in zip(self.versions, ends, strict=True):

@@ -319,7 +319,7 @@ def _param(
         split_dim=rule.split_dim,
         layer=layer,
         expert=expert,
-        groups=sizes["groups"] if rule.kind == "qkv" else None,
+        groups=sizes["groups"] if rule.kind == "qkv" else 0,
     )
 
 
@@ -399,7 +399,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
         UserError: lists the model types that are supported.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"config.json: model_type={model_type!r} is not supported; supported are "
             f"{', '.join(FAMILIES)}"

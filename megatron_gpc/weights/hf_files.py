@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,7 +84,7 @@ class HFReader:
             raise UserError(f"{self.folder} has no tensor {name}")
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        buffer = _bytes_of(tensor)
         try:
             with entry.file.open("rb", buffering=0) as file:
                 file.seek(entry.offset)
@@ -222,7 +222,7 @@ class _Shard:
         if not self.fits(name, tensor):
             raise UserError(f"{self.file.name}: no room for tensor {name} in one safetensors file")
         try:
-            self.file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            self.file.write(_bytes_of(tensor))
         except OSError as error:
             raise UserError(
                 f"{self.file.name}: cannot write tensor {name}: {error.strerror}"
@@ -395,3 +395,9 @@ def _compare_with_index(file: Path, found: Mapping[str, Entry], where: Mapping[s
 def _some(names: Sequence[str]) -> str:
     """The first few of many names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -300,7 +300,7 @@ class _Writer:
             os.fsync(self.stream.fileno())
             self.stream.close()
 
-    def _append(self, stream: BinaryIO, name: str, item: WriteItem, piece: Tensor) -> WriteResult:
+    def _append(self, stream: Any, name: str, item: WriteItem, piece: Tensor) -> WriteResult:
         try:
             return _write_item(
                 self.torch.transforms, stream, piece, item, name, SerializationFormat.TORCH_SAVE

@@ -55,7 +55,7 @@ class Param:
     """Global layer number; None for embedding, final norm and output layer."""
     expert: int | None = None
     """Global expert number; None for everything else."""
-    groups: int | None = None
+    groups: int = 0
     """Key-value heads; qkv only."""
 
 

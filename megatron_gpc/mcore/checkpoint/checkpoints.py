@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -188,7 +188,7 @@ class Checkpoints:
         )
 
 
-def _gather(value: T) -> Sequence[T]:
+def _gather(value: T) -> list[T]:
     """Every rank's value, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

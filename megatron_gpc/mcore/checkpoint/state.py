@@ -107,7 +107,8 @@ def load_weights(folder: Path, models: Sequence[PolicyModel], places: Sequence[P
 
 def _load(wanted: dict[str, Any], folder: Path, way_out: str = "") -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(wanted, str(folder))
+        loaded: Any = dist_checkpointing.load(wanted, str(folder))
+        return loaded
     except _UNREADABLE as error:
         raise UserError(
             f"{folder}: cannot load this checkpoint: {_reason(error)}{way_out}"
@@ -193,8 +194,13 @@ def generator_states() -> dict[str, Any]:
         "numpy": numpy_state,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": _tracker().get_states(),
     }
+
+
+def _tracker() -> Any:
+    """megatron-core's generators of tensor-parallel ranks; setup has made them."""
+    return get_cuda_rng_tracker()
 
 
 def set_generator_states(states: dict[str, Any]) -> None:
@@ -204,4 +210,4 @@ def set_generator_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
+    _tracker().set_states(states["tracker"])

@@ -57,9 +57,10 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 def strategy() -> FullyParallelSaveStrategyWrapper:
     """Shares what data-parallel ranks have in common out among them; once a run, for it caches."""
+    group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return FullyParallelSaveStrategyWrapper(
         _Strategy(),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        group,
         do_cache_distribution=True,
     )
 
@@ -77,7 +78,9 @@ class RankWriter:
         self, content: dict[str, Any], folder: Path, plan: FullyParallelSaveStrategyWrapper
     ):
         sharded, common = save_preprocess(content, validate_access_integrity=False)
-        self.writer, self.metadata = plan.async_save(sharded, folder)
+        given: Any = sharded
+        planned: Any = plan.async_save(given, folder)  # what _Strategy hands out
+        self.writer, self.metadata = planned
         buckets = FileSystemWriterAsync.preload_tensors(self.writer.write_buckets)
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
@@ -143,9 +146,8 @@ def _write_files(folder: Path, transforms: Any, buckets: list[Any], common: Any)
         answer: queue.Queue[Any] = queue.Queue()
         count: queue.Queue[int] = queue.Queue()
         count.put(number)
-        FileSystemWriterAsync.write_preloaded_data(
-            [transforms], number, bucket, answer, count, use_fsync=True
-        )
+        write: Any = FileSystemWriterAsync.write_preloaded_data  # queues of any kind will do
+        write([transforms], number, bucket, answer, count, use_fsync=True)
         _, written = answer.get_nowait()
         if isinstance(written, Exception):
             raise written
