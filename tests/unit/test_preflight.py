@@ -175,6 +175,18 @@ PROMPTS: dict[str, tuple[Callable[[Job], object], str]] = {
         lambda j: j.overrides.append("data.chat_template={messages: 1}"),
         "data.chat_template: messages cannot be set",
     ),
+    "stop: beyond the vocabulary": (
+        lambda j: j.overrides.append("rollout.stop=[256]"),
+        "rollout.stop: token 256 is outside the model's vocabulary, 0 to 255",
+    ),
+    "stop: the model's own, beyond the vocabulary": (
+        lambda j: (j.model / "generation_config.json").write_text('{"eos_token_id": [36, 999]}'),
+        "generation_config.json: token 999 is outside the model's vocabulary",
+    ),
+    "stop: generation_config.json damaged": (
+        lambda j: (j.model / "generation_config.json").write_text("{"),
+        "generation_config.json: cannot be read",
+    ),
     "tokenizer: none": (lambda j: tokenizer_without(j, "tokenizer*"), "has no tokenizer"),
     "tokenizer: damaged": (
         lambda j: (j.model / "tokenizer.json").write_text('{"version": "1.0"}'),
