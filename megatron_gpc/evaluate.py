@@ -39,6 +39,7 @@ from megatron_gpc.rollout.evaluation import (
 )
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource
+from megatron_gpc.rollout.tokenizer import special_tokens
 from megatron_gpc.run.files import SUMS, replace_text
 from megatron_gpc.run.say import say
 from megatron_gpc.types import Prompt, Sample
@@ -66,7 +67,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
     """
     source = newest(checkpoint or config.model.hf)
     check_evaluation(config, model_of(source), lambda text: say(f"warning: {text}"))
-    ks, judge = pass_ks(config.eval), verifier(config.data.verifier)
+    ks = pass_ks(config.eval)
     evaluation = describe(config, source)
     file = file_for(evaluation, config, out)
     try:
@@ -90,7 +91,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
                 as_evaluated(config),
                 engines,
                 PromptSource(prompts, config.seed),
-                judge,
+                verifier(config.data.verifier, special_tokens(tokenizer)),
                 tokenizer.decode,
                 stops.token_ids,
                 {**stops.sampling, **nucleus(config)},

@@ -33,6 +33,7 @@ from megatron_gpc.rollout.evaluation import as_evaluated, distinct_right, nucleu
 from megatron_gpc.rollout.prefetch import Pending
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource
+from megatron_gpc.rollout.tokenizer import special_tokens
 from megatron_gpc.run.lock import take
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import mark
@@ -83,7 +84,7 @@ class Rank0:
             parts = (
                 self.engines,
                 PromptSource(reader.training(), config.seed),
-                verifier(config.data.verifier),
+                verifier(config.data.verifier, special_tokens(tokenizer)),
                 tokenizer.decode,
                 stops.token_ids,
             )

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rewards import addition, mathematics
+from megatron_gpc.rewards.extraction import END_TOKENS, said
 
 Verifier = Callable[[str, Any], float]
-"""(response text, the prompt's label) -> reward, usually 0 or 1.  Pure: no state, no randomness."""
+"""(response text, the prompt's label) -> reward, usually 0 or 1.  Pure: no state, no randomness.
 
-VERIFIERS: dict[str, Verifier] = {
-    "addition": addition.verify,
-    "math": mathematics.verify,
+It may have a method `many`, which judges a list of (text, label) at once, in their order.
+"""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A verifier of ours, given the answer alone: nothing from the end of the turn on."""
+
+    verify: Verifier
+    verify_all: Callable[[Sequence[tuple[str, Any]]], list[float]] | None = None
+    """The same for many, if that is faster."""
+    sees_end: bool = False
+    """It judges the token that ends an answer too, and gets the whole text."""
+    special: Sequence[str] = END_TOKENS
+    """The tokenizer's special tokens; the first that follows any text ends the answer."""
+
+    def __call__(self, text: str, label: Any) -> float:
+        return self.many([(text, label)])[0]
+
+    def many(self, pairs: Sequence[tuple[str, Any]]) -> list[float]:
+        """The reward of each (text, label)."""
+        if not self.sees_end:
+            pairs = [(said(text, self.special), label) for text, label in pairs]
+        if self.verify_all:
+            return self.verify_all(pairs)
+        return [self.verify(text, label) for text, label in pairs]
+
+
+VERIFIERS: dict[str, Judge] = {
+    "addition": Judge(addition.verify, sees_end=True),
+    "math": Judge(mathematics.verify, mathematics.verify_all),
 }
 
 
-def verifier(name: str) -> Verifier:
+def verifier(name: str, special: Sequence[str] = END_TOKENS) -> Verifier:
     """The verifier of that name.
+
+    Args:
+        special: the tokenizer's special tokens (rollout/tokenizer.py, special_tokens).
 
     Raises:
         UserError: there is none; lists those there are.  Or it needs what is not installed.
@@ -29,4 +62,10 @@ def verifier(name: str) -> Verifier:
         )
     if name == "math":
         mathematics.require()
-    return VERIFIERS[name]
+    return replace(VERIFIERS[name], special=special)
+
+
+def judge_all(judge: Verifier, pairs: Sequence[tuple[str, Any]]) -> list[float]:
+    """The reward of each (text, label), by a verifier with or without `many`."""
+    many = getattr(judge, "many", None)
+    return many(pairs) if many else [judge(text, label) for text, label in pairs]

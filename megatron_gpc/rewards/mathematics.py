@@ -1,9 +1,9 @@
 """Mathematics: the final answer, compared with the label by math-verify.
 
 The answer is the last \\boxed{...} of a response, or what follows its last `Answer:`, whichever
-stands later: the forms that Qwen2.5-Math and DAPO-Math-17k's prompts ask for.
+stands later: the forms that Qwen2.5-Math and DAPO-Math-17k's prompts ask for (extraction.py).
 
-Comparing expressions can take sympy for ever.  So it happens in a process of its own
+Comparing expressions can take sympy for ever.  So it happens in processes of its own
 (mathematics_worker.py), which the kernel ends at the deadline; an answer that takes longer is
 wrong.
 """
@@ -15,26 +15,28 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
+import queue
 import select
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.rewards.extraction import final_answer, said
 from megatron_gpc.run.launch import own_search_path
 
 DEADLINE_S = 5.0
-"""How long one comparison may take."""
+"""How long one comparison may compute [s of CPU], so that a busy machine makes none wrong."""
+MARGIN = 6
+"""By the clock it may take this many times as long."""
 START_S = 120.0
 """How long the process may take until it listens; it imports sympy."""
 LONGEST = 500
 """Characters; nothing longer is a final answer."""
-
-_ANSWER = re.compile(r"Answer\s*:[ \t]*([^\n]+)", re.IGNORECASE)
-_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>")
+MOST_WORKERS = 16
 
 
 def require() -> None:
@@ -51,68 +53,69 @@ def require() -> None:
 
 
 def verify(text: str, label: Any) -> float:
-    """1 where the final answer of `text` is that of `label` (text or number), else 0."""
-    answer = final_answer(text)
-    if not answer or len(answer) > LONGEST:
-        return 0.0
-    gold = str(label).strip()
-    if answer == gold:
-        return 1.0
-    return float(_COMPARER.equal(gold, answer))
+    """1 if the final answer of `text` is that of `label` (text or number), else 0."""
+    return verify_all([(text, label)])[0]
 
 
-def final_answer(text: str) -> str | None:
-    r"""The last \boxed{...} or `Answer: ...`, whichever stands later; None where neither does.
-
-    >>> final_answer(r"so x = 2.  Answer: $2$<|im_end|>")
-    '2'
-    >>> final_answer(r"\boxed{1} no, \boxed{\frac{1}{2}}")
-    '\\frac{1}{2}'
-    """
-    text = _SPECIAL.sub("", text)
-    boxed = _last_boxed(text)
-    stated = None
-    for match in _ANSWER.finditer(text):
-        stated = match
-    if boxed is not None and (stated is None or text.rfind("\\boxed") > stated.start()):
-        return boxed.strip()
-    return stated[1].strip("* \t").rstrip(".").strip("$ ") if stated else None
+def verify_all(pairs: Sequence[tuple[str, Any]]) -> list[float]:
+    """`verify` of each (text, label), several at a time, in the order of the pairs."""
+    asked = []
+    for text, label in pairs:
+        answer = final_answer(said(text))
+        usable = bool(answer) and len(answer) <= LONGEST
+        asked.append((str(label).strip(), answer) if usable else None)
+    unknown = {pair for pair in asked if pair is not None and pair[0] != pair[1]}
+    known = _POOL.equal(sorted(unknown))
+    return [float(pair is not None and known.get(pair, True)) for pair in asked]
 
 
-def _last_boxed(text: str) -> str | None:
-    """What the last \\boxed's braces hold; None where there is none, or it is not closed."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin, depth = start + len("\\boxed{"), 1
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[begin:end]
-    return None
+class Pool:
+    """Worker processes, each started when first needed; threads of any number may ask."""
+
+    def __init__(self, size: int) -> None:
+        self._idle: queue.LifoQueue[Comparer] = queue.LifoQueue()
+        self._all = [Comparer() for _ in range(size)]
+        for comparer in reversed(self._all):
+            self._idle.put(comparer)
+
+    def equal(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+        """For each (gold, answer), whether both say the same."""
+        if len(pairs) < 2:
+            return {pair: self._one(pair) for pair in pairs}
+        with ThreadPoolExecutor(min(len(self._all), len(pairs))) as threads:
+            return dict(zip(pairs, threads.map(self._one, pairs), strict=True))
+
+    def _one(self, pair: tuple[str, str]) -> bool:
+        comparer = self._idle.get()
+        try:
+            return comparer.equal(*pair)
+        finally:
+            self._idle.put(comparer)
+
+    def close(self) -> None:
+        """End the processes."""
+        for comparer in self._all:
+            comparer.close()
 
 
 class Comparer:
-    """The worker process: started when first needed, and again after a deadline ended it."""
+    """A worker process, for one thread at a time: started when first needed or if it has ended."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
 
     def equal(self, gold: str, answer: str) -> bool:
         """Whether both say the same; False where that cannot be told in DEADLINE_S."""
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            request = json.dumps([gold, answer, DEADLINE_S]) + "\n"
-            with contextlib.suppress(BrokenPipeError):  # then its end is what is read
-                self._process.stdin.write(request.encode())
-                self._process.stdin.flush()
-            # It ends itself at the deadline; the margin is for a machine that is busy.
-            said = self._line(2 * DEADLINE_S)
-            if said is None:
-                self.close()
-            return said == b"true\n"
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        request = json.dumps([gold, answer, DEADLINE_S]) + "\n"
+        with contextlib.suppress(BrokenPipeError):  # then its end is what is read
+            self._process.stdin.write(request.encode())
+            self._process.stdin.flush()
+        said = self._line(MARGIN * DEADLINE_S)  # it ends itself at the deadline
+        if said is None:
+            self.close()
+        return said == b"true\n"
 
     def close(self) -> None:
         """End the process; does nothing where there is none."""
@@ -155,5 +158,5 @@ class Comparer:
         return said
 
 
-_COMPARER = Comparer()
-atexit.register(_COMPARER.close)
+_POOL = Pool(min(max(len(os.sched_getaffinity(0)), 2), MOST_WORKERS))
+atexit.register(_POOL.close)

@@ -26,7 +26,7 @@ from megatron_gpc.engines.answers import Generation
 from megatron_gpc.engines.client import Request
 from megatron_gpc.engines.fleet import Engines
 from megatron_gpc.errors import UserError
-from megatron_gpc.rewards import Verifier
+from megatron_gpc.rewards import Verifier, judge_all
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.types import Prompt, Sample
 
@@ -289,7 +289,9 @@ class Collector:
 
         def judge() -> list[Sample]:
             pairs = zip(owners, generations, strict=True)
-            return [self._extended(sample, generation) for (_, sample), generation in pairs]
+            return self._judged(
+                [self._extended(sample, generation) for (_, sample), generation in pairs]
+            )
 
         # In a thread: a verifier may take seconds, and engines are to be heard meanwhile.
         for (group, sample), extended in zip(owners, await asyncio.to_thread(judge), strict=True):
@@ -315,7 +317,7 @@ class Collector:
         )
 
     def _extended(self, sample: Sample, generation: Generation) -> Sample:
-        """A sample with what was generated now; judged where it is finished."""
+        """A sample with what was generated now."""
         made = len(sample.token_ids)
         spans = (
             *sample.weight_versions,
@@ -323,7 +325,7 @@ class Collector:
         )
         tokens = sample.token_ids + tuple(generation.token_ids)
         text = self.decode(tokens)
-        extended = dataclasses.replace(
+        return dataclasses.replace(
             sample,
             token_ids=tokens,
             logprobs=sample.logprobs + tuple(generation.logprobs),
@@ -331,12 +333,21 @@ class Collector:
             finish_reason=generation.finish_reason,
             weight_versions=_joined(spans),
         )
-        if generation.finish_reason == "abort":
-            return extended
-        reward = self.verifier(text, sample.prompt.label)
-        if self.config.rollout.overlong == "penalty":
-            reward -= overlong_penalty(len(tokens), self.config.rollout)
-        return extended.judged(reward)
+
+    def _judged(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The same samples, with the rewards of those that are finished."""
+        finished = [sample for sample in samples if sample.finish_reason != "abort"]
+        pairs = [(sample.text, sample.prompt.label) for sample in finished]
+        rewards = iter(judge_all(self.verifier, pairs))
+        judged = []
+        for sample in samples:
+            if sample.finish_reason != "abort":
+                reward = next(rewards)
+                if self.config.rollout.overlong == "penalty":
+                    reward -= overlong_penalty(len(sample.token_ids), self.config.rollout)
+                sample = sample.judged(reward)
+            judged.append(sample)
+        return judged
 
     async def _end_stragglers(
         self, running: dict[asyncio.Task[None], list[Group]], stream: str

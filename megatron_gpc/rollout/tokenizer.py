@@ -42,6 +42,12 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[li
     return lambda texts: tokenizer(texts, add_special_tokens=False, **ids_only)["input_ids"]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer holds to be no text, such as the ends of a turn and of a document."""
+    added = tokenizer.added_tokens_decoder.values()
+    return sorted({*tokenizer.all_special_tokens, *(t.content for t in added if t.special)})
+
+
 def chat_renderer(
     tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
 ) -> Callable[[list[Message]], str]:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rewards import mathematics, verifier
-from megatron_gpc.rewards.mathematics import Comparer, final_answer, verify
+from megatron_gpc.rewards.extraction import final_answer, said
+from megatron_gpc.rewards.mathematics import Comparer, Pool, verify, verify_all
 
 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
         (r"\boxed{1}, no: \boxed{\frac{1}{\sqrt{2}}} it is", r"\frac{1}{\sqrt{2}}"),
-        ("Answer: 3\nso\nAnswer: $34$<|im_end|>", "34"),
+        ("Answer: 3\nso\nAnswer: $34$", "34"),
         (r"Answer: 3, that is \boxed{4}", "4"),
         (r"\boxed{4}, but Answer: 3.", "3"),
         ("**Answer:** 12", "12"),
@@ -52,7 +55,7 @@ def test_an_answer_that_never_comes_out_is_wrong_in_time_and_the_next_is_judged(
     monkeypatch.setattr(mathematics, "DEADLINE_S", 1.0)
     begin = time.monotonic()
     assert verify(r"\boxed{9^{9^{9^{9}}}}", "3") == 0.0
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     assert verify(r"\boxed{\frac{6}{2}}", "3") == 1.0
 
 
@@ -63,7 +66,7 @@ def test_a_process_that_stopped_or_died_is_replaced(monkeypatch):
     comparer._process.wait()
     assert comparer.equal("1/2", "0.5")
     monkeypatch.setattr(mathematics, "DEADLINE_S", 0.5)
-    os.kill(comparer._process.pid, signal.SIGSTOP)
+    os.killpg(comparer._process.pid, signal.SIGSTOP)
     assert not comparer.equal("1/2", "0.5"), "no answer in time"
     monkeypatch.undo()
     assert comparer.equal("1/2", "0.5")
@@ -77,3 +80,53 @@ def test_without_the_library_the_way_out_is_said(monkeypatch):
     )
     with pytest.raises(UserError, match=r"pip install 'megatron-gpc\[math\]'"):
         verifier("math")
+
+
+PAIRS = Path(__file__).with_name("mathematics_pairs.jsonl")
+"""Labels with right and wrong responses, a kind a line."""
+KNOWN_ERRORS = {(r"\ln 2", r"\boxed{\log 2}", 0.0)}
+
+
+def test_the_confusion_matrix_of_the_labelled_pairs_is_the_documented_one(monkeypatch):
+    monkeypatch.setattr(mathematics, "DEADLINE_S", 2.5)
+    kinds = [json.loads(line) for line in PAIRS.read_text("utf-8").splitlines()]
+    cases = [
+        (kind["kind"], text, kind["label"], wanted)
+        for kind in kinds
+        for name, wanted in (("right", 1.0), ("wrong", 0.0))
+        for text in kind[name]
+    ]
+    judged = verify_all([(text, label) for _, text, label, _ in cases])
+    matrix = {pair: 0 for pair in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))}
+    errors = set()
+    for (kind, text, label, wanted), got in zip(cases, judged, strict=True):
+        matrix[wanted, got] += 1
+        if got != wanted:
+            errors.add((label, text, got))
+            print(f"{kind}: {text[:60]!r} for {label!r} is judged {got:g}")
+    print("              judged right  judged wrong")
+    for wanted, name in ((1.0, "right"), (0.0, "wrong")):
+        print(f"really {name}  {matrix[wanted, 1.0]:12}  {matrix[wanted, 0.0]:12}")
+    assert len(cases) >= 300 and errors == KNOWN_ERRORS
+
+
+def test_hung_answers_are_judged_beside_each_other_and_the_order_is_kept(monkeypatch):
+    monkeypatch.setattr(mathematics, "DEADLINE_S", 0.5)
+    pool = Pool(2)
+    monkeypatch.setattr(mathematics, "_POOL", pool)
+    hung = [(rf"\boxed{{9^{{9^{{9^{{{i}}}}}}}}}", "3") for i in range(9, 12)]
+    assert verify_all([*hung, (r"\boxed{6/2}", "3"), hung[0]]) == [0, 0, 0, 1, 0]
+    assert verify_all([(rf"\boxed{{{i}/2}}", "0.5") for i in range(8)]) == [0, 1, *[0] * 6]
+    pids = [comparer._process.pid for comparer in pool._all]
+    assert len({*pids}) == 2, "both were used"
+    pool.close()
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids), "no zombie is left"
+
+
+def test_the_answer_ends_with_the_first_special_token_of_the_tokenizer():
+    judge = verifier("math", ["<|x|>", "[END]", "[START]"])
+    assert judge("[START]Answer: 42[END]Answer: 43", 42) == 1.0
+    assert judge("Answer: 43[END]Answer: 42", 42) == 0.0
+    assert judge.many([("Answer: 1[END]", 1), ("Answer: 2<|x|>", 1)]) == [1.0, 0.0]
+    assert said("[END]", ["[END]"]) == ""
+    assert verifier("addition", ["$"])("1+2$", 3) == 1.0, "its answers end with it"
