@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from objectives import HI, LO, Objective, Tokens, clip
 from safetensors.torch import load_file
 from tiny import random_batch
 from tiny_models import make_model
@@ -22,8 +23,6 @@ from megatron_gpc.types import RolloutBatch
 from megatron_gpc.weights import family_of, to_megatron
 from megatron_gpc.weights.folders import read_hf_config
 
-# ID's first step: Hi(p) = 0.5 - p/4 above, Lo(p) = 0.3 - 0.13 p below
-HI, LO = (-0.25, 0.5), (-0.13, 0.3)
 BOUNDS = affine_bounds(HI, LO)
 MODELS = {  # of tests/tiny_models.py, here with 4 layers
     "dense": "qwen2-untied",
@@ -52,6 +51,8 @@ class Reference:
     """How far the ratio nearest to a bound is from it, relatively."""
     gradient: dict[str, torch.Tensor]
     """By Megatron's names."""
+    kl: float = 0.0
+    """Mean k3 from the reference model."""
 
     @property
     def grad_norm(self) -> float:
@@ -76,15 +77,18 @@ class Problem:
         samples: list[int] | None = None,
         entropy_coef: float = 0.0,
         kept: str = "1234",
+        objective: Objective = clip,
+        kl: tuple[float, Path] | None = None,
     ) -> Reference:
         """Of all samples unless some are named; `folder` takes the gradient as a checkpoint.
 
         Args:
             kept: numbers of the entropy regions whose tokens give gradient.
+            kl: weight of the KL term, and the folder of the reference model.
         """
         if samples is None:
             samples = list(range(self.batch.num_samples))
-        return _reference(self, folder, samples, entropy_coef, kept)
+        return _reference(self, folder, samples, entropy_coef, kept, objective, kl)
 
 
 def make_problem(name: str, folder: Path) -> Problem:
@@ -97,16 +101,16 @@ def make_problem(name: str, folder: Path) -> Problem:
     return dataclasses.replace(problem, batch=batch)
 
 
-def _reference(
-    problem: Problem, folder: Path, samples: list[int], entropy_coef: float, kept: str
-) -> Reference:
-    batch = problem.batch
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        problem.hf,
-        dtype=torch.float64,
-        attn_implementation="eager",
-        experts_implementation="eager",
+def _model(hf: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
+
+
+def _stats(
+    model: transformers.PreTrainedModel, batch: RolloutBatch, samples: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probs, entropies, [sum p^2, sum p^2 ln p]) of the samples' response tokens."""
     logp, p2, stats = [], [], []
     for n in samples:
         start, prompt = int(batch.starts_N[n]), int(batch.prompt_lengths_N[n])
@@ -116,8 +120,20 @@ def _reference(
         logp.append(logp_SV.gather(1, tokens[prompt:, None])[:, 0])
         stats.append(-(p_SV * logp_SV).sum(-1))
         p2.append(torch.stack([(p_SV**2).sum(-1), (p_SV**2 * logp_SV).sum(-1)]))
-    logp_T, entropy_T, p2_2T = torch.cat(logp), torch.cat(stats), torch.cat(p2, 1).detach()
+    return torch.cat(logp), torch.cat(stats), torch.cat(p2, 1).detach()
 
+
+def _reference(
+    problem: Problem,
+    folder: Path,
+    samples: list[int],
+    entropy_coef: float,
+    kept: str,
+    objective: Objective,
+    kl: tuple[float, Path] | None,
+) -> Reference:
+    batch, model = problem.batch, _model(problem.hf)
+    logp_T, entropy_T, p2_2T = _stats(model, batch, samples)
     old_logp_T = torch.cat(
         [batch.rollout_logp_T[batch.response_slice(n)] for n in samples]
     ).double()
@@ -129,28 +145,26 @@ def _reference(
         for likely, a in zip(likely_T, a_T.tolist(), strict=True)
     ]
     a_T = a_T * torch.tensor([region in kept for region in region_T])
-    r_T, p_T = (logp_T - old_logp_T).exp(), logp_T.detach().exp()
-    low_T, high_T = 1 - (LO[0] * p_T + LO[1]), 1 + (HI[0] * p_T + HI[1])
-    surrogate_T = torch.minimum(r_T * a_T, r_T.clamp(low_T, high_T) * a_T)
-    loss = -(surrogate_T + entropy_coef * entropy_T).mean()
+    found = objective(Tokens(logp_T, old_logp_T, a_T, lengths.tolist()))
+    loss, mean_kl = found.loss - entropy_coef * entropy_T.mean(), torch.zeros(())
+    if kl is not None:
+        with torch.no_grad():
+            reference_logp_T = _stats(_model(kl[1]), batch, samples)[0]
+        log_r_T = reference_logp_T - logp_T
+        mean_kl = (log_r_T.exp() - 1 - log_r_T).mean()
+        loss = loss + kl[0] * mean_kl
     loss.backward()
-    r_T = r_T.detach()
     return Reference(
         loss=loss.item(),
-        ratio_mean=r_T.mean().item(),
-        ratio_max=r_T.max().item(),
+        ratio_mean=found.ratio_T.mean().item(),
+        ratio_max=found.ratio_T.max().item(),
         logp_T=logp_T.detach(),
         entropy_T=entropy_T.detach(),
         sum_p2_T=p2_2T[0],
         sum_p2_logp_T=p2_2T[1],
-        clip_decisions=list(
-            zip(
-                ((r_T < low_T) & (a_T < 0)).tolist(),
-                ((r_T > high_T) & (a_T > 0)).tolist(),
-                strict=True,
-            )
-        ),
-        margin=float(torch.cat([r_T / low_T - 1, r_T / high_T - 1]).abs().min()),
+        clip_decisions=list(zip(found.low_T.tolist(), found.high_T.tolist(), strict=True)),
+        margin=found.margin,
+        kl=mean_kl.item(),
         gradient=_gradient(model, problem.hf, folder / "gradient"),
     )
 

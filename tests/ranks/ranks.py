@@ -117,7 +117,9 @@ def _score_and_update(
     policy, params = start(config)
     scored = policy.score(batch)
     samples = list(range(batch.num_samples)) if samples is None else samples
-    streams = policy.objective.prepare(plain_streams(batch), scored, 1, config.seed)
+    reference_logp_T = reference_of(config, policy, params).score(batch) if config.kl.coef else None
+    streams = replace(plain_streams(batch), reference_logp_T=reference_logp_T)
+    streams = policy.objective.prepare(streams, scored, 1, config.seed)
     given = (batch, samples, streams, bounds)
     calls = count_attention(policy)
     # slot of a response token -> (clipped below, clipped above), for the tokens of this rank
@@ -133,6 +135,16 @@ def _score_and_update(
     found = {"scored": scored, "clipped": clipped, "attention_calls": attention_calls}
     found |= {**sums.reduce(), **updated}
     return found | ({"before": before, "after": after} if dist.get_rank() == 0 else {})
+
+
+def reference_of(config: Config, policy: Any, params: Any) -> Any:
+    """The reference model of the configuration."""
+    from megatron_gpc.mcore.reference import Reference
+    from megatron_gpc.train import _load
+    from megatron_gpc.weights.folders import read_hf_config
+
+    hf, folder = read_hf_config(config.model.hf), config.kl.reference or config.model.hf
+    return Reference(policy, lambda: _load(folder, policy, hf, params))
 
 
 def entropy_change(
