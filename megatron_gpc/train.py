@@ -93,7 +93,10 @@ def train(config: Config, stop: StopRequest) -> bool:
             )
             reference_logp_T = reference.score(batch) if reference else None
             streams = token_streams(batch, old_logp_T, weights_T, reference_logp_T)
-            streams = policy.objective.prepare(streams, scored, state.step + 1, config.seed)
+            if policy.objective.prepares:  # the same on every rank, whatever it draws
+                streams = from_main(
+                    policy.objective.prepare(streams, scored, state.step + 1, config.seed)
+                )
             bounds, controller = from_main(rank0.thresholds(state.step, scored))
             sums = Sums((*policy.update_means, "grad_norm"), UPDATE_MAXIMA, device())
             updates = mini_batches(

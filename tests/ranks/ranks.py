@@ -119,7 +119,8 @@ def _score_and_update(
     samples = list(range(batch.num_samples)) if samples is None else samples
     reference_logp_T = reference_of(config, policy, params).score(batch) if config.kl.coef else None
     streams = replace(plain_streams(batch), reference_logp_T=reference_logp_T)
-    streams = policy.objective.prepare(streams, scored, 1, config.seed)
+    if policy.objective.prepares:
+        streams = policy.objective.prepare(streams, scored, 1, config.seed)
     given = (batch, samples, streams, bounds)
     calls = count_attention(policy)
     # slot of a response token -> (clipped below, clipped above), for the tokens of this rank
@@ -288,20 +289,26 @@ def saved_sizes_of_token_stats(given: Any, vocab_size: int, entropy_grad: bool) 
 
 
 def after_updates(
-    config: Config, batches: list[RolloutBatch], bounds: Bounds, offload: bool = False
+    config: Config,
+    batches: list[RolloutBatch],
+    bounds: Bounds,
+    offload: bool = False,
+    reference: bool = False,
 ) -> dict[str, Any]:
     """What an update on each of the batches returned, and everything that they left behind.
 
     Args:
         offload: whether the training state is away before each update, while the batch is scored.
+        reference: whether a reference model scores each batch too; its log-probs are not used.
     """
     from megatron_gpc.mcore.offload import Offload
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
     from megatron_gpc.metrics.reduce import Sums
 
-    with policy_of(config) as (policy, _):
+    with policy_of(config) as (policy, params):
         sums, away = Sums(UPDATE_MEANS, UPDATE_MAXIMA), Offload(policy)
-        updates, freed, scores = [], [], []
+        updates, freed, scores, references = [], [], [], []
+        other = reference_of(config, policy, params) if reference else None
         for batch in batches:
             if offload:
                 before = held_bytes(policy)
@@ -309,6 +316,8 @@ def after_updates(
                 freed.append(before - held_bytes(policy))
             scores.append(policy.score(batch).logp_T)
             away.to_device()
+            if other is not None:
+                references.append(other.score(batch))
             updates.append(
                 policy.update(
                     batch,
@@ -322,6 +331,7 @@ def after_updates(
             "updates": updates,
             "freed": freed,
             "scores": scores,
+            "references": references,
             "metrics": sums.reduce(),
             "weights": [p.detach().clone() for m in policy.models for p in m.parameters()],
             "moments": [

@@ -46,3 +46,46 @@ def test_models_that_can_be_trained_are_accepted(tmp_path, capsys):
         hollow_weights(tmp_path)
         run_config(tmp_path, tmp_path)
         assert main(["train", str(tmp_path / "config.yaml"), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 3}, "num_layers is 3 and not 2"),
+        ({"rope_theta": 5e5}, "rotary_base is 500000"),
+        ({"vocab_size": 128}, "vocab_size is 128 and not 256"),
+        ({"model_type": "llama"}, "model_type='llama' is not supported"),
+        ("weights", "lacks"),
+        ("folder", "is not there; name the folder of a checkpoint"),
+        ("config.json", "is not a Hugging Face checkpoint"),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_a_reference_of_another_architecture_is_refused(tmp_path, capsys, change, says):
+    model = {**MODEL, "vocab_size": 256, "num_key_value_heads": 2}
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "label": 2}\n')
+    byte_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    hollow_weights(tmp_path)
+    other = tmp_path / "other"
+    if change != "folder":
+        other.mkdir()
+        changes = change if isinstance(change, dict) else {}
+        (other / "config.json").write_text(json.dumps({**model, **changes}))
+        if change == "weights":
+            content = json.dumps({**model, "num_hidden_layers": 1})
+            (other / "config.json").write_text(content)
+        if changes.get("model_type") != "llama":
+            hollow_weights(other)
+        if change == "weights":
+            (other / "config.json").write_text(json.dumps(model))
+        if change == "config.json":
+            (other / "config.json").unlink()
+    run_config(tmp_path, tmp_path)
+    given = [str(tmp_path / "config.yaml"), "kl.coef=0.1", f"kl.reference={other}", "--dry-run"]
+    assert main(["train", *given]) == (2 if says else 0)
+    said = capsys.readouterr().err
+    assert not says or (said.startswith("megatron-gpc: kl.reference: ") and says in said)
+    assert main(["train", *given[:1], *given[2:]]) == 0, "not looked at with kl.coef=0"
+    assert "kl.reference is not used" in capsys.readouterr().err

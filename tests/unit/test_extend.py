@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 
 import pytest
 from commands import ROOT
 
+from megatron_gpc.algo.losses import Objective
+from megatron_gpc.algo.losses.check import made_up
 from megatron_gpc.algo.schedules import CheckedSchedule, check_schedule
 from megatron_gpc.config.file import load
 
@@ -41,6 +44,22 @@ def test_the_document_shows_the_files_as_they_are():
         re.findall(r"^examples/extend/(\w+\.py):\n\n```python\n(.*?)```$", text, re.S | re.M)
     )
     assert shown == {file.name: file.read_text() for file in EXAMPLES}
+
+
+def test_the_loss_weighs_tokens_softly_and_keeps_every_gradient(configured):
+    loss = Objective(configured(section_of("my_loss.py")))
+    assert loss.metrics == ("loss_weight",)
+    inputs = made_up(False)
+    outputs = loss(inputs)
+    outputs.loss_sum.backward()
+    for log_ratio, adv, gradient in zip(
+        (inputs.logp_T.detach() - inputs.streams.old_logp_T).tolist(),
+        inputs.advantages_T.tolist(),
+        inputs.logp_T.grad.tolist(),
+        strict=True,
+    ):
+        weight = math.tanh(math.exp(log_ratio) / 2) / math.tanh(0.5)
+        assert gradient == pytest.approx(-weight * adv, rel=1e-5)
 
 
 def test_the_schedule_holds_the_entropy(configured):

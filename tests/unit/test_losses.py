@@ -204,7 +204,7 @@ def test_a_loss_of_one_s_own_is_called_with_its_arguments(tmp_path):
     assert torch.equal(outputs.loss_sum, want)
     assert loss.metrics == ("loss_surprise",) and not outputs.ratio_T.requires_grad
     assert torch.equal(outputs.metrics["loss_surprise"], -inputs.logp_T.detach())
-    assert loss.prepare(inputs.streams, scored(inputs.logp_T), 1, 0) is inputs.streams
+    assert not loss.prepares and objective(tmp_path, "train.loss=clip-cov").prepares
 
 
 @pytest.mark.parametrize(

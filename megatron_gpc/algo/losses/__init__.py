@@ -67,6 +67,11 @@ class Objective:
             )
         return replace(outputs, ratio_T=outputs.ratio_T.detach(), metrics=named)
 
+    @property
+    def prepares(self) -> bool:
+        """Whether the loss wants to see the whole rollout before a step's updates."""
+        return hasattr(self.loss, "prepare")
+
     def prepare(
         self, streams: TokenStreams, scored: TokenStats, step: int, seed: int
     ) -> TokenStreams:
