@@ -93,8 +93,8 @@ def train(config: Config, stop: StopRequest) -> bool:
             )
             reference_logp_T = reference.score(batch) if reference else None
             streams = token_streams(batch, old_logp_T, weights_T, reference_logp_T)
-            if policy.objective.prepares:  # the same on every rank, whatever it draws
-                streams = from_main(
+            if policy.objective.prepares and batch.num_response_tokens:
+                streams = from_main(  # the same on every rank, whatever it draws
                     policy.objective.prepare(streams, scored, state.step + 1, config.seed)
                 )
             bounds, controller = from_main(rank0.thresholds(state.step, scored))
