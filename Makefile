@@ -7,13 +7,14 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare study test test-slurm test-sglang chaos lint bench layouts docs clean help
+.PHONY: run compare study test test-slow test-slurm test-sglang chaos lint bench layouts docs clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
 	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
 	@echo "make study    the paper's claims over 5 seeds, in one report (examples/entropy_study)"
 	@echo "make test     set up .venv and run the tests"
+	@echo "make test-slow  the tests that take long: chaos, the study, full disks, every layout's models"
 	@echo "make test-slurm  jobs on a real Slurm of four nodes on this host (root, Debian; installs 13 MB)"
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
@@ -42,7 +43,10 @@ study: .venv/.installed
 	$(BIN)/python examples/entropy_study/study.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-slurm: .venv/.installed
 	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm

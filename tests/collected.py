@@ -20,5 +20,7 @@ def _skipped(test: pytest.Item) -> bool:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    for test in session.items:
+        assert " at 0x" not in test.nodeid, f"{test.nodeid}: every process names it otherwise"
     names = [test.nodeid.split("[")[0] for test in session.items if not _skipped(test)]
     Path(os.environ["COLLECTED"]).write_text("".join(f"{name}\n" for name in dict.fromkeys(names)))

@@ -32,7 +32,10 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 120.0
-MODULES = ("megatron_gpc", "megatron_gpc.server.app", "failing_ranks", "torch.distributed.run")
+MODULES = (
+    *("megatron_gpc", "megatron_gpc.server.app", "failing_ranks"),
+    *("torch.distributed.run", "pytest"),
+)
 SCRIPTS = (ROOT / "tools", ROOT / "examples")
 TITLE_BYTES = 8192
 """Room for the arguments and for the environment that /proc shows of a fork."""

@@ -8,6 +8,7 @@ from chaos import DISK_BYTES, Event, campaign, full_disk, plan, small_disk
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 
 
+@pytest.mark.slow
 def test_kills_and_a_damaged_checkpoint_leave_no_trace(warm_start, tmp_path):
     events = [
         Event("server", "begin", 0.3, steps=2),  # and then the launcher

@@ -29,6 +29,7 @@ def study(start: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # four runs, on a machine that may have other work
 def test_each_region_alone_moves_entropy_as_the_paper_says(warm_start, tmp_path):
     done = study(warm_start, tmp_path)

@@ -46,6 +46,7 @@ def server(warm_start, tmp_path):
         yield server.url
 
 
+@pytest.mark.slow
 def test_a_silent_run_ends_with_the_stacks_of_every_rank(arguments, server, tmp_path):
     run = tmp_path / "run"
     overrides = (

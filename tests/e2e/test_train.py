@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import warm
 from commands import CONFIG, ROOT, command_line, launch, metrics
 from compare_runs import untimed
 
@@ -39,6 +40,15 @@ def test_step_1_is_the_same_at_every_layout(arguments, reference, tmp_path, layo
         assert step[name] == pytest.approx(reference[name], rel=tolerance), name
 
 
+def test_users_start_the_run_that_these_tests_start(arguments, reference, tmp_path):
+    with warm.cold():
+        done = command_line(*arguments(tmp_path / "run", "train.steps=1"))
+    assert done.returncode == 0, done.stderr
+    (step,) = metrics(tmp_path / "run")
+    names = EXACT | ROUNDED.keys()
+    assert {name: step[name] for name in names} == {name: reference[name] for name in names}
+
+
 def test_plot_draws_one_run_and_overlays_two(reference_run, tmp_path, capsys):
     assert (reference_run / "plots.png").stat().st_size > 10_000, "drawn at the run's end"
     other = tmp_path / "other"
@@ -53,6 +63,7 @@ def test_plot_draws_one_run_and_overlays_two(reference_run, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_same_run(arguments, reference, tmp_path):
     done = subprocess.run(
         [

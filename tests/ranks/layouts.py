@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,15 @@ LAYOUTS = [
     Layout(4, ("parallel.dp=4", EP2), ("moe",)),
     Layout(4, (CP2, DP2, "parallel.ep=4"), ("moe",)),
 ]
+
+
+def two_models_each(layouts: Sequence[Layout]) -> list[Layout]:
+    """The same layouts, each with two of its models in turn, or with the only one it has."""
+    pairs = []
+    for number, layout in enumerate(layouts):
+        models, first = layout.models, number % len(layout.models)
+        pairs.append(replace(layout, models=(models[first:] + models[:first])[:2]))
+    return pairs
 
 
 @dataclass(frozen=True)

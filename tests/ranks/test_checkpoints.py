@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_taken(
     ("trouble", "says"),
     [
         ("kill", "rank 1: the process that writes it was ended from outside"),
-        ("hang", "it took longer than timeout_s=3"),
+        pytest.param("hang", "it took longer than timeout_s=3", marks=pytest.mark.slow),
         ("finish", "Is a directory"),
     ],
 )
@@ -173,6 +173,7 @@ def test_a_save_that_fails_in_the_background_leaves_the_one_before(
         assert then == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["one and a half", "two without a last file"])
 def test_a_full_disk_ends_the_save_on_every_rank_and_costs_nothing_else(
     models, pool, tmp_path, room

@@ -15,11 +15,24 @@ from layouts import (
     differences,
     hold_to,
     measure,
+    two_models_each,
 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", two_models_each(LAYOUTS), ids=str)
 def test_every_layout_gives_the_numbers_of_float64(problems, references, pool, tmp_path, layout):
+    _hold_to_float64(problems, references, pool, tmp_path, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_gives_every_model_the_numbers_of_float64(
+    problems, references, pool, tmp_path, layout
+):
+    _hold_to_float64(problems, references, pool, tmp_path, layout)
+
+
+def _hold_to_float64(problems, references, pool, tmp_path, layout):
     results = measure(pool, layout, problems, tmp_path)
     for name in layout.models:
         of_ranks, reference = [result[name] for result in results], references[name]

@@ -23,7 +23,7 @@ EVERYTHING = Layout(4, (TP2, PP2, VPP2, SP))
     "layout",
     [
         Layout(1),
-        replace(EVERYTHING, models=("tied", "moe")),
+        pytest.param(replace(EVERYTHING, models=("tied", "moe")), marks=pytest.mark.slow),
         Layout(2, (CP2,), ("qk-norm", "moe")),
     ],
     ids=str,

@@ -12,6 +12,8 @@ from tool_scripts import call, start
 
 from megatron_gpc.weights.convert import hf_to_megatron
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def converted(large: Path) -> Path:

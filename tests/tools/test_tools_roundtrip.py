@@ -134,6 +134,7 @@ print(peak() - before)
 """  # VmHWM and not getrusage's, which a child inherits from the process that started it
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_largest_tensor_both_ways(large: Path, tmp_path: Path) -> None:
     size, source = 2**26, large
     for way in ("hf_to_megatron", "megatron_to_hf"):

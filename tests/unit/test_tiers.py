@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,11 +33,15 @@ def commands_of_ci() -> list[str]:
 
 def collected(command: str, into: Path) -> set[str]:
     """`tests/file.py::test_name` of everything that a command would run, skipped tests left out."""
+    words = shlex.split(command)
+    python = words.index(".venv/bin/python")
     environment = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST")}
+    environment.update(word.split("=", 1) for word in words[:python])
     environment.update(COLLECTED=str(into), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    more = ("--collect-only", "-q", "-p", "collected", "-p", "no:cacheprovider")
     done = subprocess.run(
-        f"{command} --collect-only -q -p collected -p no:cacheprovider",
-        shell=True, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200,
+        [sys.executable, *words[python + 1 :], *more],
+        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return set(into.read_text().splitlines())

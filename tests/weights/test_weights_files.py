@@ -175,6 +175,7 @@ print((kib() - before) * 1024)
 """  # VmHWM and not getrusage's, which a child inherits from the process that started it
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_tensor(tmp_path: Path, single: Path) -> None:
     size = 2**25
     tensors = ((f"{i}", torch.zeros(size // 4)) for i in range(8))
