@@ -240,9 +240,7 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     logs = config.run_dir / "logs"
     passed_on = (*STOP_SIGNALS, STACKS_SIGNAL)
     try:
-        with held(passed_on):  # from here on they are for the ranks
-            say(f"starting {share.ranks} of {share.world} ranks, logs in {logs}")
-            return run_ranks(command, share, logs, pass_on=passed_on)
+        return run_ranks(command, share, logs, pass_on=passed_on)
     except KeyboardInterrupt:  # the second; the first was passed on
         say(AT_ONCE)
         return INTERRUPTED

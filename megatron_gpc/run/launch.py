@@ -78,6 +78,8 @@ def run_ranks(
     master = share.master or ("127.0.0.1", free_port())
     started: list[Rank] = []
     with held(pass_on), _noted_interrupts(pass_on) as asked:
+        if pass_on:  # a run, not a script's helpers; from here on these signals are for the ranks
+            say(f"starting {share.ranks} of {share.world} ranks, logs in {log_dir}")
         try:
             for number in numbers:
                 started.append(Rank(number, share, master, log_dir, [module, *arguments]))
