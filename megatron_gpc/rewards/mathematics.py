@@ -28,7 +28,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.rewards.extraction import final_answer, said
 from megatron_gpc.run.launch import own_search_path
 
-DEADLINE_S = 5.0
+DEADLINE_S = 2.0
 """How long one comparison may compute [s of CPU], so that a busy machine makes none wrong."""
 MARGIN = 6
 """By the clock it may take this many times as long."""
