@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 MATH = ["math-verify==0.9.0"]  # compares answers of the verifier `math`
+WANDB = ["wandb==0.31.0"]  # the sink `wandb`
 
 setup(
     name="megatron-gpc",
@@ -41,8 +42,16 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],  # fused layers; apex comes from NVIDIA's own source
         "math": MATH,
+        "wandb": WANDB,
+        "mlflow": [
+            "mlflow-skinny==3.17.2",  # the sink `mlflow`, without MLflow's own server
+            "sqlalchemy==2.1.9",  # its database in the run's folder
+            "alembic==1.20.1",  # which makes that database's tables
+        ],
+        "swanlab": ["swanlab==0.10.3"],  # the sink `swanlab`
         "test": [
             *MATH,
+            *WANDB,
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",  # no test hangs
             "pytest-xdist==3.8.0",  # two tests at a time: most wait for one process

@@ -15,8 +15,8 @@ import yaml
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, flatten, load
 from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.metrics.jsonl import FILE_NAME
 from megatron_gpc.metrics.runs import load_run
-from megatron_gpc.metrics.writer import FILE_NAME
 from megatron_gpc.run.launch import die_with_parent
 
 POLL_S = 0.5

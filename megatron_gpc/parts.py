@@ -89,9 +89,12 @@ def blamed(key: str, name: str, doing: str) -> Iterator[None]:
 
     Raises:
         PartError: the part raised an exception, or called exit().
+        UserError: the part raised one, which says by itself what to do.
     """
     try:
         yield
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
         source = name.rpartition(":")[0]
         folder = Path(source).parent if source.endswith(".py") else None

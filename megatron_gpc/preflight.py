@@ -22,6 +22,7 @@ from megatron_gpc.config.layout import check_batch, check_layout, model_parallel
 from megatron_gpc.engines.starter import check_start
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.pass_at_k import pass_ks
+from megatron_gpc.metrics.sinks import check_sinks
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.weights import HFReader, check_reference, family_of
@@ -49,6 +50,7 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     Objective(config)  # calls it on a made-up example
     verifier(config.data.verifier)
     check_schedule(config.clip, config.train.steps)
+    check_sinks(config.log)
     pass_ks(config.eval)
     if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):
         from megatron_gpc.mcore import cpu

@@ -22,10 +22,8 @@ from megatron_gpc.engines.colocation import Turns
 from megatron_gpc.engines.fleet import Engines, WeightsNeeded
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync
-from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
-from megatron_gpc.metrics.tables import print_table, summary_table
-from megatron_gpc.metrics.writer import MetricsWriter
+from megatron_gpc.metrics.reporter import Reporter
 from megatron_gpc.preflight import check_weights
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.collector import Collector
@@ -96,9 +94,9 @@ class Rank0:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.active:
-            self._stack.close()
+            self._stack.__exit__(*error)
 
     def _servable(self) -> Path:
         """A folder that an engine can start from; for a converted checkpoint it is made.
@@ -140,8 +138,7 @@ class Rank0:
             self._pending = Pending(self.engines, self.collector)
             if state.sampling:
                 self._pending.restore(state.sampling)
-        self.metrics = self._stack.enter_context(MetricsWriter(self.config.run_dir, state.step))
-        self.console = self._stack.enter_context(Console(self.config.train.steps, state.step))
+        self.reporter = self._stack.enter_context(Reporter(self.config, state.step))
         if self.config.rollout.replay:
             return
         self.engines.await_started()
@@ -287,7 +284,7 @@ class Rank0:
         except WeightsNeeded:
             return False
         right, ks = right_P(samples, count), pass_ks(self.config.eval)
-        self.metrics.write_evaluation(
+        self.reporter.evaluation(
             step,
             {
                 "eval_reward": sum(s.reward for s in samples) / len(samples),
@@ -308,29 +305,23 @@ class Rank0:
         """Save the mini-batch of an update that was left out, and say so."""
         if self.active:
             save_mini_batch(file, batch, samples, streams, bounds)
-            self.console.warn(
+            self.reporter.warn(
                 f"loss or gradient is not finite: the update was left out; its mini-batch: {file}"
             )
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, TensorBoard, console."""
+        """Report a training step."""
         if self.active:
-            self.metrics.write(step, values)
-            self.console.step(step, values)
+            self.reporter.step(step, values)
 
     def stopped(self, step: int) -> None:
         """Say that the run was asked to end, did so after `step`, and can be continued."""
         if self.active:
-            self.console.close()
+            self.reporter.pause()
             mark(self.config.run_dir, step)
             say(f"stopped after step {step}, everything is saved; the same command continues")
 
     def finish(self) -> None:
         """Plot the run and print its table."""
         if self.active:
-            self.console.close()
-            if self.config.plots:
-                from megatron_gpc.metrics.plots import plot_run  # matplotlib: 1 s, and only here
-
-                plot_run(self.config.run_dir)
-            print_table(summary_table(self.config.run_dir))
+            self.reporter.finish()

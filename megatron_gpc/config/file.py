@@ -126,8 +126,12 @@ def warnings(config: Config) -> list[str]:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; `load` gives the same configuration back."""
-    plain = TypeAdapter(Config).dump_python(config, mode="json")
-    return yaml.safe_dump(plain, sort_keys=False, width=100)
+    return yaml.safe_dump(plain(config), sort_keys=False, width=100)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The resolved configuration as mappings of what YAML and JSON have."""
+    return TypeAdapter(Config).dump_python(config, mode="json")
 
 
 def flatten(content: typing.Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from megatron_gpc.config.types import (
     PositiveInt,
     PositiveShare,
     Regions,
+    Sinks,
     StopList,
     Urls,
     section,
@@ -366,6 +367,26 @@ class CheckpointConfig:
 
 
 @section
+class LogConfig:
+    """Where the metrics of steps and evaluations go; docs/extend.md has more."""
+
+    sinks: Sinks = ("jsonl", "tensorboard")
+    """`jsonl`: metrics.jsonl and eval.jsonl, from which plots, tables and `megatron-gpc status` are
+    made; `tensorboard`: events in run_dir/tensorboard; `wandb`, `mlflow`, `swanlab`: pages of these
+    services, local ones unless a key or a server is there (`pip install 'megatron-gpc[wandb]'`).
+    Or your own, as `package.module:name` or `path/to/file.py:name`."""
+    sinks_arguments: dict[str, Arguments] = dataclasses.field(default_factory=dict)
+    """What sinks take by keyword, by their names, such as {wandb: {project: mine}}; that of your
+    own is what follows the colon."""
+
+    def __post_init__(self) -> None:
+        names = [name.rpartition(":")[2] for name in self.sinks]
+        unknown = [name for name in self.sinks_arguments if name not in names]
+        if unknown:
+            raise ValueError(f"sinks_arguments: {unknown[0]} is none of the sinks: {names}")
+
+
+@section
 class GuardConfig:
     """When a run ends itself instead of going on in vain."""
 
@@ -417,5 +438,6 @@ class Config:
     diagnostics: DiagnosticsConfig = dataclasses.field(default_factory=DiagnosticsConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)

@@ -81,6 +81,16 @@ class Part:
         )
 
 
+def _different(value: tuple[str, ...]) -> tuple[str, ...]:
+    twice = [name for name in value if value.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice")
+    return value
+
+
+SinkName = typing.Annotated[str, Part("jsonl", "tensorboard", "wandb", "mlflow", "swanlab")]
+Sinks = typing.Annotated[tuple[SinkName, ...], AfterValidator(_different), _one_or_list]
+
 Arguments = dict[str, typing.Any]
 """Passed to a part by keyword."""
 

@@ -17,7 +17,7 @@ import yaml
 
 from megatron_gpc.config.file import flatten
 from megatron_gpc.errors import UserError
-from megatron_gpc.metrics.writer import EVAL_NAME, read_metrics
+from megatron_gpc.metrics.jsonl import EVAL_NAME, read_metrics
 from megatron_gpc.parts import short
 
 PLOT_NAME = "plots.png"

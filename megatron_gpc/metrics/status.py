@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.metrics.writer import FILE_NAME, read_metrics
+from megatron_gpc.metrics.jsonl import FILE_NAME, read_metrics
 from megatron_gpc.run.lock import life
 from megatron_gpc.run.stop import marker
 

@@ -5,6 +5,7 @@ metrics.jsonl    one object a training step      tensorboard/   the same as even
 eval.jsonl       one object an evaluation        plots.png      drawn at the end (`plots`)
 sync/            weights for the rollout server  logs/          server, ranks above 0
 skipped/         mini-batches of updates that were left out
+pages.json       by which id services know the run (metrics/sinks)
 stopped.json     the run was asked to end, and did
 """
 

@@ -13,6 +13,8 @@ from megatron_gpc.algo.losses import Objective
 from megatron_gpc.algo.losses.check import made_up
 from megatron_gpc.algo.schedules import CheckedSchedule, check_schedule
 from megatron_gpc.config.file import load
+from megatron_gpc.metrics.reporter import Reporter
+from megatron_gpc.metrics.sinks import check_sinks
 
 EXAMPLES = sorted((ROOT / "examples" / "extend").glob("*.py"))
 
@@ -69,3 +71,17 @@ def test_the_schedule_holds_the_entropy(configured):
     assert schedule.bounds(0, 1.1).eps_high_at(0.0) == pytest.approx(0.5)
     assert schedule.bounds(1, 1.3).eps_high_at(0.0) == pytest.approx(0.2)
     assert schedule.bounds(1, 1.3).eps_low_at(0.0) == pytest.approx(0.3)
+
+
+def test_the_sink_keeps_a_diary(configured):
+    config = configured(section_of("sink.py"))
+    check_sinks(config.log)
+    with Reporter(config, 0) as reporter:
+        reporter.step(1, {"reward": 0.25})
+        reporter.evaluation(1, {"eval_reward": 0.5})
+    assert (config.run_dir / "diary.txt").read_text().splitlines() == [
+        "the run begins",
+        "step 1 of 100: reward 0.250",
+        "evaluated after step 1: reward 0.500",
+        "the run has ended",
+    ]

@@ -154,3 +154,8 @@ def test_errors_of_a_running_part_name_it_and_keep_their_traceback(error):
     with expected as raised, parts.blamed("some.key", "my.py:f", "step 3"):
         raise error
     assert raised.value.__cause__ is error and "test_parts.py, line" in str(raised.value)
+
+
+def test_an_error_that_says_what_to_do_stays_as_it_is():
+    with pytest.raises(UserError, match="^mend it$"), parts.blamed("key", "my.py:f", "step 3"):
+        raise UserError("mend it")

@@ -1,4 +1,4 @@
-"""metrics.jsonl (an object a step), eval.jsonl (an object an evaluation), TensorBoard events."""
+"""metrics.jsonl (an object a step) and eval.jsonl (an object an evaluation): the sink, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE_NAME = "metrics.jsonl"
 EVAL_NAME = "eval.jsonl"
 
 
-class MetricsWriter:
+class JsonlSink:
     """Appends to a run's metrics; one process of a run (rank 0) has one.
 
     A run that was killed has written steps beyond its last checkpoint.  They are about to be made
@@ -30,48 +30,26 @@ class MetricsWriter:
         UserError: a file is there but damaged, other than by a half-written last line.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int):
-        # Here, because it takes a second or two that `train --dry-run` and `plot` need not wait.
-        from torch.utils.tensorboard import SummaryWriter
-
-        run_dir = Path(run_dir)
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], resume_step: int):
         run_dir.mkdir(parents=True, exist_ok=True)
         # An evaluation after k steps comes before step k + 1, so resuming after k makes it again.
         self._steps = _open(run_dir / FILE_NAME, resume_step + 1)
         self._evaluations = _open(run_dir / EVAL_NAME, resume_step)
-        # TensorBoard hides events from purge_step on that an earlier process wrote.
-        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one object: `step`, then `values`, in full precision; on disk when this returns.
 
         JSON has no nan and no infinity: both become null (and `read_metrics` gives nan).
         """
-        self._append(self._steps, step, values)
+        _append(self._steps, step, values)
 
     def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Append the evaluation of the policy after `step` finished steps, in the same way."""
-        self._append(self._evaluations, step, values)
+        _append(self._evaluations, step, values)
 
-    def _append(self, file: TextIO, step: int, values: Mapping[str, float]) -> None:
-        assert "step" not in values
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()  # a killed run does not write these steps again, see purge_step
-
-    def close(self) -> None:
+    def close(self, ok: bool) -> None:
         self._steps.close()
         self._evaluations.close()
-        self._events.close()
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def read_metrics(run_dir: Path, name: str = FILE_NAME) -> list[dict[str, float]]:
@@ -118,6 +96,13 @@ def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
                 )
         found.append((line, content))
     return found
+
+
+def _append(file: TextIO, step: int, values: Mapping[str, float]) -> None:
+    assert "step" not in values
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+    file.flush()
 
 
 def _open(file: Path, first_step: int) -> TextIO:

@@ -1,19 +1,28 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.metrics.writer import MetricsWriter, read_metrics
+from megatron_gpc.metrics.jsonl import JsonlSink, read_metrics
+
+
+def _sink(run_dir, resume_step):
+    return contextlib.closing(_Closes(run_dir, {}, resume_step))
+
+
+class _Closes(JsonlSink):
+    def close(self, ok=True):
+        super().close(ok)
 
 
 def _write(run_dir, resume_step, steps, value=0.5):
-    with MetricsWriter(run_dir, resume_step) as writer:
+    with _sink(run_dir, resume_step) as sink:
         for step in steps:
-            writer.write(step, {"reward": value})
+            sink.write(step, {"reward": value})
 
 
 def _steps(run_dir):
@@ -21,8 +30,8 @@ def _steps(run_dir):
 
 
 def test_a_line_is_one_object_with_the_step_first_in_full_precision_at_once(tmp_path):
-    with MetricsWriter(tmp_path / "new" / "run", 0) as writer:
-        writer.write(1, {"reward": 0.1 + 0.2, "weight_version": 8})
+    with _sink(tmp_path / "new" / "run", 0) as sink:
+        sink.write(1, {"reward": 0.1 + 0.2, "weight_version": 8})
         text = (tmp_path / "new" / "run" / "metrics.jsonl").read_text()
         assert text == '{"step": 1, "reward": 0.30000000000000004, "weight_version": 8}\n'
         assert read_metrics(tmp_path / "new" / "run") == json.loads(f"[{text}]")
@@ -45,11 +54,7 @@ def test_resuming_drops_the_steps_after_the_checkpoint_and_goes_on(tmp_path):
     _write(tmp_path, 2, [3, 4, 5])
     assert _steps(tmp_path) == [0, 1, 2, 3, 4, 5]
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:3] == before[:3]
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "metrics.jsonl",
-        "eval.jsonl",
-        "tensorboard",
-    }
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "eval.jsonl"}
 
 
 def test_resuming_at_the_last_step_keeps_everything(tmp_path):
@@ -59,11 +64,11 @@ def test_resuming_at_the_last_step_keeps_everything(tmp_path):
 
 
 def test_resuming_after_k_steps_makes_the_evaluation_of_k_again(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with _sink(tmp_path, 0) as sink:
         for step in (0, 2, 4):
-            writer.write_evaluation(step, {"eval_reward": 0.5})
-    with MetricsWriter(tmp_path, 2) as writer:
-        writer.write_evaluation(2, {"eval_reward": 0.6})
+            sink.write_evaluation(step, {"eval_reward": 0.5})
+    with _sink(tmp_path, 2) as sink:
+        sink.write_evaluation(2, {"eval_reward": 0.6})
     lines = read_metrics(tmp_path, "eval.jsonl")
     assert [(line["step"], line["eval_reward"]) for line in lines] == [(0, 0.5), (2, 0.6)]
 
@@ -96,7 +101,7 @@ def test_a_damaged_line_is_refused_by_its_number(tmp_path, damage, says):
     with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: {says}"):
         read_metrics(tmp_path)
     with pytest.raises(UserError, match="line 2"):
-        MetricsWriter(tmp_path, 3)
+        JsonlSink(tmp_path, {}, 3)
 
 
 def test_what_holds_no_metrics_is_refused(tmp_path):
@@ -105,12 +110,3 @@ def test_what_holds_no_metrics_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\x89PNG\xff\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: is not a text file"):
         read_metrics(tmp_path)
-
-
-def test_tensorboard_shows_the_same_numbers_and_forgets_what_was_made_again(tmp_path):
-    _write(tmp_path, 0, [1, 2, 3, 4], value=0.25)
-    _write(tmp_path, 2, [3], value=0.75)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("reward")]
-    assert shown == [(1, 0.25), (2, 0.25), (3, 0.75)]

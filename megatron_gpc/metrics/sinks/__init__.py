@@ -1,0 +1,136 @@
+"""Where a run's numbers go: built-in sinks, one a file, and those that a user brings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_gpc import parts
+from megatron_gpc.config import LogConfig
+from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import replace_text
+
+KEY = "log.sinks"
+
+SINKS = {
+    "jsonl": "megatron_gpc.metrics.jsonl:JsonlSink",
+    "tensorboard": "megatron_gpc.metrics.sinks.tensorboard:TensorBoardSink",
+    "wandb": "megatron_gpc.metrics.sinks.wandb:WandbSink",
+    "mlflow": "megatron_gpc.metrics.sinks.mlflow:MlflowSink",
+    "swanlab": "megatron_gpc.metrics.sinks.swanlab:SwanlabSink",
+}
+EXTRAS = ("wandb", "mlflow", "swanlab")
+"""Those that need a library of their name, which is an optional extra of this package."""
+
+PAGES = "pages.json"
+"""In the run's folder: by which id each service knows the run."""
+
+_GROUPS = {  # prefix of a metric's name -> its group
+    "eval_": "eval",
+    **dict.fromkeys(("reward", "groups_all_"), "reward"),
+    **dict.fromkeys(("entropy", "share_e", "gradient_share_e", "dh_"), "entropy"),
+    **dict.fromkeys(("clip_", "eps_", "ratio_"), "clip"),
+    **dict.fromkeys(("seconds_", "tokens_per_second"), "time"),
+    **dict.fromkeys(("response_", "truncated", "groups_", "samples_", "staleness_"), "rollout"),
+    **dict.fromkeys(("weight_version", "logp_gap_", "correction_", "faults_"), "rollout"),
+}
+
+
+class MetricSink(Protocol):
+    """What a class or a factory gives that is called with (run_dir, config, resume_step).
+
+    `run_dir` is the run's folder, `config` its resolved configuration (a mapping of sections), and
+    `resume_step` counts the finished steps of the checkpoint that the run continues from, 0 at
+    first.  Steps after it may have been written before and come again.
+    """
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics of a training step, counted from 1, by their names in metrics.jsonl."""
+        ...
+
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """The evaluation of the policy after `step` finished steps."""
+        ...
+
+    def close(self, ok: bool) -> None:
+        """Nothing more comes.  `ok` is False if the run ends by an error."""
+        ...
+
+
+def check_sinks(log: LogConfig) -> None:
+    """Refuse sinks that cannot work, without starting any.
+
+    Raises:
+        UserError: a library or a part is missing, or a signature does not fit.
+    """
+    for name in log.sinks:
+        make = _factory(log, name)
+        if isinstance(make, type):
+            check_methods(name, make, ("self",))
+
+
+def make_sink(log: LogConfig, name: str, *given: Any) -> MetricSink:
+    """Start one; `given` is (run_dir, config, resume_step).
+
+    Raises:
+        UserError, PartError: it cannot be started.
+    """
+    make = _factory(log, name)
+    with parts.blamed(KEY, name, "its start"):
+        sink = make(*given, **_arguments(log, name))
+    check_methods(name, sink)
+    return sink
+
+
+def check_methods(name: str, sink: Any, bound: tuple[str, ...] = ()) -> None:
+    """Refuse a sink without the methods of MetricSink.
+
+    Args:
+        bound: `self`, if `sink` is a class.
+    """
+    methods = {
+        "write": ("step", "values"),
+        "write_evaluation": ("step", "values"),
+        "close": ("ok",),
+    }
+    for method, positional in methods.items():
+        if not callable(getattr(sink, method, None)):
+            raise UserError(f"{KEY}: {name} has no method {method}({', '.join(positional)})")
+        found = getattr(sink, method)
+        parts.check_call(KEY, f"{name}.{method}", found, (*bound, *positional), {})
+
+
+def _factory(log: LogConfig, name: str) -> Callable[..., MetricSink]:
+    if name in EXTRAS:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name is no library
+            raise UserError(
+                f"{KEY}: {name} is not installed here: pip install 'megatron-gpc[{name}]'"
+            )
+    make = parts.find(KEY, SINKS.get(name, name), {})
+    positional = ("run_dir", "config", "resume_step")
+    parts.check_call(KEY, name, make, positional, _arguments(log, name))
+    return make
+
+
+def _arguments(log: LogConfig, name: str) -> Mapping[str, Any]:
+    return log.sinks_arguments.get(name.rpartition(":")[2], {})
+
+
+def tag(name: str) -> str:
+    """A metric's name below its group, as pages show it: `entropy/dh_predicted`, `train/loss`."""
+    groups = (group for prefix, group in _GROUPS.items() if name.startswith(prefix))
+    return f"{next(groups, 'train')}/{name}"
+
+
+def page_id(run_dir: Path, sink: str, make: Callable[[], str]) -> str:
+    """By which id a service knows this run: made once, and the same when the run is continued."""
+    file = run_dir / PAGES
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if sink not in known:
+        known[sink] = make()
+        replace_text(file, json.dumps(known) + "\n")
+    return known[sink]
