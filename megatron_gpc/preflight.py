@@ -8,6 +8,7 @@ a UserError that names the key and the way out.
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,12 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.layout import check_batch, check_layout, model_parallel_size
 from megatron_gpc.engines.starter import check_start
 from megatron_gpc.errors import UserError
+from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_ks
 from megatron_gpc.metrics.sinks import check_sinks
 from megatron_gpc.rewards import verifier
 from megatron_gpc.rollout.prompt_reader import PromptReader
+from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.weights import HFReader, check_reference, family_of
 from megatron_gpc.weights.folders import is_converted, read_hf_config
 
@@ -72,9 +75,25 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     check_weights(config.model.hf)
     if config.rollout.replay is None:
         reader = PromptReader(config, config.model.hf, say)
-        reader.training()
+        prompts = PromptSource(reader.training(), config.seed)
         reader.held_out()
+        if config.resume == "auto":
+            refuse_changed(prompts, _digest_so_far(config.run_dir), config.data)
     return True
+
+
+def _digest_so_far(run_dir: Path) -> str | None:
+    """The digest of the prompts in the checkpoint that a run continues from.
+
+    None: there is none, or it is too damaged to tell, which is for resuming to say.
+    """
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            common = torch.load(folder / "common.pt", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            continue
+        return common["train_state"]["sampling"].get("prompts")
+    return None
 
 
 def check_evaluation(config: Config, model: Path, say: Say) -> None:

@@ -25,9 +25,8 @@ from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.answers import Generation
 from megatron_gpc.engines.client import Request
 from megatron_gpc.engines.fleet import Engines
-from megatron_gpc.errors import UserError
 from megatron_gpc.rewards import Verifier, judge_all
-from megatron_gpc.rollout.prompts import PromptSource
+from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.types import Prompt, Sample
 
 Span = tuple[str, int, int]
@@ -132,14 +131,7 @@ class Collector:
         made_of = self._made_of()
         # what older checkpoints do not know is taken to be as it was
         changed = [key for key, value in made_of.items() if state.get(key, value) != value]
-        data = self.config.data
-        if "prompts" in changed and data.changed == "refuse":
-            raise UserError(
-                f"data.prompts: {data.prompts} does not have the prompts that this run was trained "
-                "on (token ids, labels or order differ), so its position means nothing there: put "
-                "the prompts back as they were, start a new run (resume=none, or another run_dir), "
-                "or go on with these from here (data.changed=accept)"
-            )
+        refuse_changed(self.source, state.get("prompts"), self.config.data)
         self.source.restore(state["source"])
         if not changed:
             self.unfinished = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from megatron_gpc.config import DataConfig
 from megatron_gpc.errors import UserError
 from megatron_gpc.types import Prompt
 
@@ -179,6 +180,24 @@ def is_messages(value: object) -> bool:
             for message in value
         )
     )
+
+
+def refuse_changed(prompts: PromptSource, digest: str | None, data: DataConfig) -> None:
+    """Hold the prompts to those that a run was trained on.
+
+    Args:
+        digest: of the run's prompts, from its checkpoint; None: one from before there were digests.
+
+    Raises:
+        UserError: they are others, and data.changed does not allow that.
+    """
+    if digest not in (None, prompts.digest) and data.changed == "refuse":
+        raise UserError(
+            f"data.prompts: {data.prompts} does not have the prompts that this run was trained "
+            "on (token ids, labels or order differ), so its position means nothing there: put "
+            "the prompts back as they were, start a new run (resume=none, or another run_dir), "
+            "or go on with these from here (data.changed=accept)"
+        )
 
 
 class PromptSource:

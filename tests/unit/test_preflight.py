@@ -3,6 +3,7 @@ tools/estimate_memory.py alike, in one line, with nothing touched."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from damage import cut
 from tiny import byte_tokenizer, run_config, tiny_qwen2
 from tools.tool_scripts import call
@@ -24,6 +26,8 @@ from megatron_gpc.doctor.plan import plan
 from megatron_gpc.errors import UserError
 from megatron_gpc.preflight import check_training
 from megatron_gpc.rollout.prompt_reader import PromptReader, context_length
+from megatron_gpc.rollout.prompts import PromptSource
+from megatron_gpc.types import TrainState
 from megatron_gpc.weights.folders import read_hf_config
 from megatron_gpc.weights.hf_files import SINGLE
 
@@ -349,6 +353,26 @@ def test_prompts_that_do_not_fit_can_be_left_out(job, capsys):
     assert [len(p.token_ids) for p in reader.held_out()] == [124, 1]
     notes = [f for f in plan(load(job.config, job.overrides), check_training) if f.status == "note"]
     assert any("2 of 4 prompts are left out" in note.found for note in notes)
+
+
+def test_prompts_other_than_those_of_the_run_so_far_are_refused_before_it_continues(job, capsys):
+    job.ask("1+1=", "2+2=")
+    so_far = PromptSource(PromptReader(load(job.config), job.model).training(), seed=0).digest
+    folder = job.run_dir / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    state = TrainState(step=3, sampling={"prompts": so_far})
+    torch.save({"train_state": dataclasses.asdict(state)}, folder / "common.pt")
+    assert job.command("train", "--dry-run") == 0
+    job.ask("2+2=", "1+1=")
+    before = sorted(job.run_dir.rglob("*"))
+    for command in (("train",), ("train", "--dry-run")):
+        assert job.command(*command) == 2
+        assert "does not have the prompts that this run was trained on" in capsys.readouterr().err
+    assert sorted(job.run_dir.rglob("*")) == before
+    for way_out in ("data.changed=accept", "resume=none"):
+        assert job.command("train", "--dry-run", way_out) == 0
+    (folder / "common.pt").write_bytes(b"damaged")
+    assert job.command("train", "--dry-run") == 0, "which checkpoint counts is for resuming to say"
 
 
 def test_a_token_beyond_the_vocabulary_is_an_error_also_where_prompts_may_be_left_out(
