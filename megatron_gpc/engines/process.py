@@ -103,6 +103,7 @@ class ServerProcess:
 
     def _check_wanted(self) -> None:
         if self._given_up.is_set():
+            self._process.kill()  # it has nothing to finish, and may not listen to signals yet
             raise ServerError(f"{self.name}: nobody waits for it any longer")
 
     @property

@@ -149,6 +149,7 @@ def test_the_first_saves_and_says_so_and_the_same_command_says_where_it_continue
     assert "asked to end: " in again.text and "Ctrl-C again ends at once" in again.text
 
 
+@pytest.mark.slow
 def test_while_ranks_start_it_is_answered_at_once_and_nothing_is_begun(terminal, run):
     it = terminal("train", "parallel.tp=2")
     it.await_text("starting 2 of 2 ranks")
@@ -190,6 +191,7 @@ def test_before_there_are_ranks_it_ends_at_once_and_so_does_what_makes_the_model
     assert it.text.endswith("megatron-gpc: interrupted")
 
 
+@pytest.mark.slow
 def test_an_evaluation_ends_at_once_and_leaves_nothing(terminal, run, model):
     it = terminal("eval", f"eval.prompts={model}/prompts.jsonl", "rollout.max_response_tokens=900")
     it.await_text("held-out samples")
@@ -200,6 +202,7 @@ def test_an_evaluation_ends_at_once_and_leaves_nothing(terminal, run, model):
     assert left.name == "logs"
 
 
+@pytest.mark.slow
 def test_engines_for_runs_elsewhere_end_while_they_start_and_while_they_serve(terminal, tmp_path):
     urls = f"rollout.server.urls_file={tmp_path}/urls"
     for moment in ("starting 1 rollout engine", "serving on http"):
@@ -210,6 +213,7 @@ def test_engines_for_runs_elsewhere_end_while_they_start_and_while_they_serve(te
         assert "asked to end: the engines end; Ctrl-C again ends at once" in it.text
 
 
+@pytest.mark.slow
 def test_a_rank_that_torchrun_started_saves_too(terminal, run):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1")
     it = terminal("train", command=(*torchrun, "-m", "megatron_gpc"), quiet=False)
