@@ -25,8 +25,8 @@ def group_advantages(
         normalize: `std` or `mean`.
 
     Returns:
-        advantages_N, fp32.  Computed in float64, so that it does not depend on the order of samples
-        within rounding of fp32.
+        advantages_N, fp32.  Computed in float64, so that the order of the samples changes it by no
+        more than the rounding of fp32.
 
     >>> group_advantages(torch.tensor([1., 0., 3., 3.]), torch.tensor([0, 0, 1, 1]), "mean")
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])

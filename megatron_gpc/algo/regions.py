@@ -88,8 +88,8 @@ def entropy_inner_product(stats: TokenStats, weight_T: torch.Tensor) -> torch.Te
 
 
 def gradient_norm(stats: TokenStats, weight_T: torch.Tensor) -> torch.Tensor:
-    """|dJ/dx| of each token [T]: its share of the gradient before the network.  Arguments as of
-    `entropy_inner_product`."""
+    """|dJ/dx| of each token [T]: its share of the gradient before the network.  The arguments are
+    those of `entropy_inner_product`."""
     squared_T = 1 - 2 * stats.logp_T.exp() + stats.sum_p2_T
     return weight_T.abs() * squared_T.clamp(min=0).sqrt()  # p_a = 1 can round to below 0
 

@@ -110,7 +110,7 @@ class PhaseSchedule:
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Another schedule's state, where a run goes on under this one, means nothing here."""
+        """Ignored: the state is that of another schedule, which the run had before."""
 
 
 class OscillatorySchedule:

@@ -44,7 +44,7 @@ def token_stats(
         targets_T: sampled tokens, int64, 0 <= target < vocab_size.
         vocab_size: true size of the vocabulary; logits beyond it are padding and take no part: the
             entropy must not depend on how far tensor parallelism made the vocabulary pad.
-        group: the tensor-parallel ranks; None where the vocabulary is whole.
+        group: the tensor-parallel ranks; None if the vocabulary is not cut.
         temperature: divides the logits, here and nowhere else.
         chunk_tokens: tokens whose fp32 logits exist at the same time.
         entropy_grad: whether entropy_T carries gradient; without, nothing is kept for it.
@@ -146,5 +146,5 @@ class _TokenStats(torch.autograd.Function):
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:
-    """Slices of at most `size` tokens; none where size is 0."""
+    """Slices of at most `size` tokens; no slices if size is 0."""
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens if size else 0, size or 1)]

@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-# What megatron-core says at every start where its optional parts are absent; the README says it
+# What megatron-core says at every start if its optional parts are absent; the README says it
 # once.  Here, because this runs before the first import of megatron.
 warnings.filterwarnings("ignore", module=r"megatron\.core.*")
 warnings.filterwarnings("ignore", module=r"torch\.distributed.*", category=FutureWarning)

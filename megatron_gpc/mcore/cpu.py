@@ -1,6 +1,6 @@
 """megatron-core on CPU tensors over gloo.  Every patch of a foreign library stands in this file.
 
-`install()` runs before the first megatron import and does nothing where CUDA works.  Written for
+`install()` runs before the first megatron import and does nothing if CUDA works.  Written for
 megatron-core 0.16.1.  Inside `megatron.core`, and only there, the name `torch` becomes a stand-in
 whose CUDA surface answers for the CPU; everybody else keeps the real torch, but for `Tensor.cuda`
 and `Tensor.type`, because a method has no module in which to replace it.
@@ -372,6 +372,6 @@ def _patch_checkpoint_writer() -> None:
     Why: planning a save starts a multiprocessing manager in every rank.  It outlives a rank that is
     killed, imports the main script again, and costs the first save 6 s; nobody needs it, because
     mcore/checkpoint/writer.py reports through a pipe.  An upstream fault, not about CPUs.
-    Gone when: core starts it where it is used, in the writing.
+    Gone when: core starts it only where it is used, while writing.
     """
     _core("dist_checkpointing.strategies.filesystem_async")._get_write_results_queue = _nothing

@@ -33,7 +33,7 @@ _SECTIONS = {
     "ddp": DistributedDataParallelConfig,
     "optimizer": OptimizerConfig,
 }
-_OWN_KEYS = {  # fields that follow from keys of ours, where setting them too could contradict
+_OWN_KEYS = {  # fields that follow from keys of ours; setting them too could contradict those
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",
     "virtual_pipeline_model_parallel_size": "parallel.vpp",
@@ -94,7 +94,7 @@ def check_overrides(config: Config, model: ModelFields | None) -> None:
     """Hold what is set under `megatron.*` to megatron-core's dataclasses.
 
     Args:
-        model: None where model.build has yet to make it; then only fields are checked, one by one.
+        model: None if model.build has not made it yet; then only fields are checked, one by one.
 
     Raises:
         UserError: an unknown field (names the nearest), one that is not free to be set, a value of

@@ -43,7 +43,7 @@ class Offload:
         self.is_away = True
 
     def to_device(self) -> None:
-        """Does nothing where nothing is away."""
+        """Does nothing if everything is there already."""
         if not self.is_away:
             return
         for storage, kept in self.away:

@@ -102,7 +102,7 @@ class Policy:
             core.no_sync_func = no_sync if config.parallel.vpp else no_sync[0]
 
     def weights_changed(self) -> None:
-        """Weights were written from outside: the optimizer's fp32 copies follow."""
+        """Copy weights that were written from outside into the optimizer's fp32 copies."""
         self.optimizer.reload_model_params()
 
     def score(self, batch: RolloutBatch) -> TokenStats:
@@ -129,11 +129,11 @@ class Policy:
         bounds: Bounds,
         sums: Sums,
     ) -> dict[str, float]:
-        """One optimizer step on one mini-batch, or none where the numbers forbid it.
+        """One optimizer step on one mini-batch, or no step if loss or gradient is not finite.
 
-        Where the loss or the gradient is not finite, on whichever rank, all ranks leave the update
-        out: weights, optimizer, learning-rate schedule and `sums` stay as they are.  So they do
-        where the mini-batch is empty (rollout.overlong=drop may leave it nothing).
+        If the loss or the gradient is not finite on any rank, all ranks leave the update out:
+        weights, optimizer, learning-rate schedule and `sums` stay as they are.  The same happens
+        if the mini-batch is empty, which rollout.overlong=drop can cause.
 
         Args:
             batch: the step's rollout.
@@ -198,7 +198,7 @@ class Policy:
     ) -> list[tuple[MicroBatch, LossOutputs, RegionSums]]:
         """The gradient of one mini-batch, over all ranks, into megatron-core's buffers.
 
-        Arguments as of `update`.
+        The arguments are those of `update`.
 
         Returns:
             On the last pipeline stage: this rank's micro-batches, each with what the loss says
@@ -237,7 +237,7 @@ class Policy:
     ) -> list[Any]:
         """megatron-core's pipeline schedule over some samples; results on the last stage only.
 
-        Of no samples there are none: the schedule cannot run without a micro-batch.
+        Without samples there are no results: the schedule cannot run without a micro-batch.
         """
         if not samples:
             return []
@@ -347,7 +347,7 @@ def _count(micro: MicroBatch, stats: TokenStats) -> torch.Tensor:
 
 
 def _add(sums: Sums, micro: MicroBatch, loss: LossOutputs) -> None:
-    """`update_means`, but for the regions', and UPDATE_MAXIMA of one micro-batch."""
+    """Add one micro-batch's UPDATE_MAXIMA and `update_means`, except those of the regions."""
     count = len(micro.slots_T)
     sums.add("loss", loss.loss_sum, count)
     sums.add("ratio_mean", loss.ratio_T.sum(), count)

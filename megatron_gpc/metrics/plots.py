@@ -150,7 +150,7 @@ def _reward_panel(ax: Axes, run: Run) -> None:
 
 
 def _diversity_panel(ax: Axes, run: Run) -> None:
-    """Distinct right answers where they were counted, else the length of responses."""
+    """Distinct right answers if they were counted, else the length of responses."""
     distinct = run.series("eval_distinct_right")
     if len(distinct):
         start_panel(ax, "distinct right answers a prompt", run)
@@ -232,7 +232,7 @@ def _one_metric_panel(ax: Axes, run: Run, name: str, title: str) -> None:
 
 def _bounds(run: Run) -> list[tuple[str, Series, Series]]:
     """Upper and lower bound of the ratio over steps, 1 + eps_plus and 1 - eps_minus, at p = 0, 0.5
-    and 1; empty where one of them was not recorded at every step."""
+    and 1; empty if one of them was not recorded at every step."""
     found = []
     for at, label in (("p0", "p = 0"), ("p05", "p = 0.5"), ("p1", "p = 1")):
         high, low = (run.series(f"eps_{side}_at_{at}").known() for side in ("high", "low"))

@@ -79,7 +79,7 @@ def dh_panel(ax: Axes, run: Run) -> None:
 
 def prediction_panel(ax: Axes, run: Run) -> None:
     """Predicted against measured change of entropy, a point a step (diagnostics.entropy_change);
-    where it was not measured, how often the tokens of each region were clipped."""
+    if it was not measured, how often the tokens of each region were clipped."""
     measured = run.series("dh_measured")
     if not len(measured):
         start_panel(ax, "tokens of each region clipped", run)

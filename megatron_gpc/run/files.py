@@ -29,7 +29,7 @@ def sha256(file: Path) -> str:
 
 
 def problems(folder: Path, share: int, shares: int) -> list[str]:
-    """What is wrong with this share of a checkpoint's files; nothing where it is sound.
+    """What is wrong with this share of a checkpoint's files; empty if nothing is.
 
     Args:
         share: which one, 0 <= share < shares; all of them together see every file.

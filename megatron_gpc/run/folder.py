@@ -86,8 +86,8 @@ def _set_aside(config: Config) -> None:
 
 
 def _newest_step(run_dir: Path) -> int | None:
-    """Steps done at the newest checkpoint; None: there is none to continue from.  One in the making
-    has another name."""
+    """Finished steps of the newest checkpoint; None if there is no checkpoint to continue from.
+    A checkpoint that is being written has another name."""
     names = [f.name.removeprefix("step_") for f in (run_dir / "checkpoints").glob("step_*")]
     return max((int(name) for name in names if name.isdigit()), default=None)
 
@@ -116,7 +116,7 @@ def _changes(content: dict[str, Any], text: str) -> list[str]:
 
 
 def build_model(config: Config) -> None:
-    """Run model.build where model.hf does not exist yet.
+    """Run model.build if model.hf does not exist yet.
 
     Raises:
         UserError: there is no such script, or it failed.

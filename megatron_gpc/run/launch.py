@@ -34,7 +34,7 @@ STACKS_SIGNAL = signal.SIGUSR2
 POLL_S = 0.02
 LOG_LINES = 20
 
-# How an error reads where a peer had gone: gloo, the store, NCCL; or where it never came.
+# What an error says if a peer had gone (gloo, the store, NCCL), or if it never came.
 _LOST_A_PEER = (
     *("caused by a remote worker crashing", "Connection reset by peer", "Broken pipe"),
     *("got 0 bytes", "remote process exited", "ncclRemoteError", "Timed out waiting"),
@@ -64,8 +64,8 @@ def run_ranks(
         pass_on: signals to this process that are for the ranks.  They start with these blocked.
 
     Returns:
-        0; SAVED where the ranks were asked to end and did; or the exit code of the rank that failed
-        first (1 where a signal ended it).
+        0; SAVED if the ranks were asked to end and did; or the exit code of the rank that failed
+        first (1 if a signal ended it).
 
     Raises:
         KeyboardInterrupt: SIGINT is passed on and came a second time; the ranks were killed.
@@ -101,7 +101,7 @@ def run_ranks(
 
 @contextmanager
 def _noted_interrupts(pass_on: Sequence[signal.Signals]) -> Iterator[list[int]]:
-    """A list that SIGINT is added to, where it is to be passed on.
+    """A list that SIGINT is added to, if it is to be passed on.
 
     Held back in this thread it may still reach one that a library has started before.
     """
@@ -171,9 +171,9 @@ class Rank:
         self.error = log_dir / f"rank_{number}.error.json"
         self.stacks = stacks_file(log_dir, number)
         self.failed_at = 0.0
-        """When it failed, as far as is known [s since 1970]; 0 where it has not."""
+        """When it failed, as far as is known [s since 1970]; 0 if it has not failed."""
         self.state = ""
-        """What the kernel said of it before it was ended, where that is telling."""
+        """What the kernel said of it before it was ended, if that tells anything."""
         output = self.log.open("w") if self.log else None
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", *command],  # see own_search_path
@@ -232,7 +232,7 @@ class Rank:
         return code < 0 and code != -signal.SIGABRT and not self.error.exists()
 
     def exit_code(self) -> int:
-        """What it ended with: 2 for a user's error, 1 where a signal cut it short."""
+        """Its exit code: 2 for a user's error, 1 if a signal ended it."""
         code = self.process.returncode
         return 2 if self.said()[0].startswith("UserError: ") else max(code, 1)
 

@@ -92,7 +92,7 @@ def _held(path: Path) -> bool | None:
 
 
 def _said(file: TextIO) -> str:
-    """`process 7 on node3, since 14:05:01`; nothing where it does not say."""
+    """`process 7 on node3, since 14:05:01`; empty if the lock does not say."""
     file.seek(0)
     try:
         content = json.loads(file.read())

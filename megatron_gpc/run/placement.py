@@ -1,4 +1,4 @@
-"""What a process is to a run: one of its ranks, or what starts ranks, all or those of a node."""
+"""Which part of a run this process is: a rank, or what starts the ranks, all or one node's."""
 
 from __future__ import annotations
 

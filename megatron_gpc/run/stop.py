@@ -21,7 +21,7 @@ from megatron_gpc.run.say import say
 SAVED = 75
 """Exit code of a run that was asked to end and can be continued (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
-"""Exit code where Ctrl-C ended it and nothing was saved, as shells have it."""
+"""Exit code if Ctrl-C ended the run and nothing was saved; shells use the same."""
 BATCH_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """From the batch system."""
 STOP_SIGNALS = (*BATCH_SIGNALS, signal.SIGINT)
@@ -42,7 +42,7 @@ def held(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 class StopRequest:
-    """From now on a stop signal ends nothing by itself; it is noted here.  In the main thread.
+    """From now on a stop signal ends nothing by itself; it is noted here.  Made in the main thread.
 
     The second Ctrl-C ends this process at once.  A rank of `launch.run_ranks` leaves that to its
     launcher: a terminal sends SIGINT to both, and the launcher passes it on.
@@ -51,8 +51,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.doing = "the run is still starting, and stops before its next step"
-        """What becomes of a request that comes now; said when one does."""
-        # `run_ranks` holds SIGINT back where it starts ranks; nobody else does.
+        """What the next request will lead to; the message says it when a request comes."""
+        # `run_ranks` holds SIGINT back while it starts ranks; nobody else does.
         self._launched = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         # Blocked here, and so in whatever is started from here: a terminal and srun send SIGINT to
         # servers and workers too.  The listening thread takes it.

@@ -47,7 +47,11 @@ class SkippedUpdates:
         self.names = list(names)
 
     def add(self, step: int, update: int) -> Path:
-        """Count update `update` of training step `step` (both from 1); where it is to be saved."""
+        """Count update `update` of training step `step` (both from 1).
+
+        Returns:
+            The file that its mini-batch is to be saved in.
+        """
         self.names.append(f"step_{step:06d}_update_{update}.pt")
         return self.folder / self.names[-1]
 
@@ -96,7 +100,7 @@ def save_mini_batch(
 
 
 class Watchdog:
-    """For the time of a `with` block, ends this process where it shows no sign of life.
+    """Ends this process if it shows no sign of life during a `with` block.
 
     The timer is a C thread's: it needs neither Python's main thread nor its lock, so that it works
     where a collective or a file system hangs.  The stacks of all threads are written to

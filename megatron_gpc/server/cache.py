@@ -200,7 +200,7 @@ class RowCache(Cache):
         return grown
 
     def _move_columns(self, by: int) -> None:
-        """Move every row's tokens `by` columns to the right (left where negative)."""
+        """Move every row's tokens `by` columns to the right (left if negative)."""
         first = int(self._start[: self.rows].min()) if self.rows else self.column
         for layer in self.own_layers:
             if layer.is_initialized and first < self.column:

@@ -32,7 +32,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 MEMORY = {"weights", "kv_cache"}
 """What can be released."""
 _Entry = tuple[Callable[[Future], None], Future]
-"""Of the inbox: work, and the Future that it is to answer through."""
+"""An entry of the inbox: work to do, and the Future that gets its result."""
 MAX_PREFILL_TOKENS = 16384
 """Tokens, padding included, of one prefill pass; a longer prompt is prefilled alone."""
 
@@ -233,7 +233,7 @@ class Engine:
             raise
 
     def _obey(self) -> None:
-        """Do what is in the inbox; where there is nothing else to do, wait for an entry."""
+        """Do what is in the inbox; if there is nothing else to do, wait for an entry."""
         idle = self.paused or not (self._running or self._waiting)
         while idle or not self._inbox.empty():
             work, future = self._inbox.get()
@@ -255,7 +255,7 @@ class Engine:
         self._closing = True
 
     def _enqueue(self, job: Job) -> None:
-        """Raises UserError where a request's id is in flight already, or comes twice in the job."""
+        """Raises UserError if a request's id is in flight already, or comes twice in the job."""
         rids = [request.rid for request in job.requests]
         taken = {sequence.request.rid for sequence in [*self._running, *self._waiting]}
         twice = {rid for rid, count in Counter(rids).items() if count > 1} | taken & {*rids}

@@ -61,7 +61,7 @@ def load_folder(
 
 
 def _refuse_two_spellings(folder: Path) -> None:
-    """Refuse what the trainer refuses of config.json, where it is of a family that can be trained;
+    """Refuse what the trainer refuses in config.json, if its family can be trained;
     what else is wrong with the file transformers says."""
     hf = None
     with suppress(OSError, ValueError):

@@ -70,7 +70,7 @@ class WeightReceiver:
         return received
 
     def leave(self, name: str) -> None:
-        """Raises UserError where there is no such group."""
+        """Raises UserError if there is no such group."""
         if name not in self._groups:
             raise UserError("The group to be destroyed does not exist.")
         leave_group(self._groups.pop(name))

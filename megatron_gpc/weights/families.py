@@ -103,7 +103,7 @@ class Family:
     defaults: Mapping[str, Any]
     """What transformers takes for settings that a config.json may leave out."""
     fixed: Mapping[str, Any]
-    """Settings of which only this value is supported; any other is refused by name."""
+    """Settings and the only value of each that is supported; others are refused by name."""
     nulls: Mapping[str, Any]
     """Settings that may be null -> what transformers takes null for; a string names a setting."""
 

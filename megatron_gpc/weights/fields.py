@@ -17,7 +17,7 @@ from megatron_gpc.errors import UserError
 
 _SPELLINGS = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
 _NULL_IS_UNSET = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-"""Rope settings of which transformers reads null as absent; any other null it trips over."""
+"""Rope settings for which transformers takes null to mean absent; a null elsewhere is an error."""
 
 _ROPE_KEYS = {
     "default": set(),
@@ -35,7 +35,7 @@ _ROPE_KEYS = {
 }
 """Rope types that megatron-core computes as transformers does, and what each may set."""
 DEFAULT_THETA = 10000.0
-"""Of transformers, where neither place says."""
+"""The default of transformers, if neither place names one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ModelFields:
     qk_layernorm: bool
     """Norms on query and key heads; layer specs are chosen by it."""
     dtype: str | None
-    """Type that the checkpoint says it is in ("bfloat16"); None where it says nothing."""
+    """Type that the checkpoint says it is in ("bfloat16"); None if it does not say."""
     config_attributes: dict[str, Any] = field(default_factory=dict)
     """To be set on the TransformerConfig object once it exists: GPTModel reads yarn's settings from
     there, although the dataclass has no such fields."""
@@ -130,7 +130,7 @@ def rope_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of rotary embeddings, as transformers 5 puts it together: `rope_type`,
     `rope_theta`, and what else is given.
 
-    `rope_scaling`, where it says anything, stands for `rope_parameters`; what stands beside them
+    `rope_scaling`, if it says anything, stands for `rope_parameters`; what stands beside them
     at the top level fills in what they lack.
 
     Raises:
@@ -221,7 +221,7 @@ def flag(config: Mapping[str, Any], key: str) -> bool:
 
 
 def items(config: Mapping[str, Any], key: str) -> Sequence[Any]:
-    """A list of config.json; empty where it is absent.
+    """A list from config.json; empty if it is absent.
 
     Raises:
         UserError: something else.

@@ -57,7 +57,8 @@ def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> 
     """Copy what a checkpoint holds besides weights: configuration, tokenizer, template, licence.
 
     Args:
-        dtype: what config.json is to say; None, or where it does: as it is, byte for byte.
+        dtype: what config.json shall say.  If it says so already, or with None, config.json is
+            copied byte for byte.
 
     Raises:
         UserError: source has no config.json.

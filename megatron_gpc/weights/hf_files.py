@@ -303,7 +303,7 @@ def _settle(shard: _Shard) -> None:
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in another dtype; the tensor itself where it has that already, or dtype is None.
+    """The tensor in another dtype; the same tensor if it has that dtype, or dtype is None.
 
     Raises:
         UserError: a finite number becomes infinite, as large ones do in float16.

@@ -57,7 +57,7 @@ _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, AssertionError, AttributeError),
     *(ImportError, LookupError, TypeError, ValueError),
 )
-"""What unpickling and torch's reader raise where a file is damaged."""
+"""What unpickling and torch's reader raise if a file is damaged."""
 _MODEL = ("embedding.", "decoder.", "output_layer.")
 """How keys of the model begin; the others are the optimizer's."""
 

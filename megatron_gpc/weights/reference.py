@@ -19,7 +19,7 @@ def check_reference(config: Config, hf: Mapping[str, Any] | None) -> None:
     """Hold kl.reference to the model, if it is needed and not model.hf itself; reads no weights.
 
     Args:
-        hf: the model's config.json; None where model.build has yet to make it.
+        hf: the model's config.json; None if model.build has not made it yet.
 
     Raises:
         UserError: it is not there, of another architecture, or lacks weights.

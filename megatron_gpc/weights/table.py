@@ -70,7 +70,7 @@ def padded_vocab_size(vocab: int, tp: int = 1) -> int:
 
 
 def to_megatron(param: Param, hf_tensors: Sequence[Tensor]) -> Tensor:
-    """The whole Megatron tensor [param.shape]; a copy, except where nothing has to move.
+    """The whole Megatron tensor [param.shape]; a copy, unless nothing has to move.
 
     Args:
         hf_tensors: the tensors named by param.hf, in that order, of one dtype.
@@ -102,7 +102,7 @@ def to_megatron(param: Param, hf_tensors: Sequence[Tensor]) -> Tensor:
 
 
 def to_hf(param: Param, whole: Tensor) -> tuple[Tensor, ...]:
-    """The tensors named by param.hf; views of `whole` where possible.
+    """The tensors named by param.hf; views of `whole` if possible.
 
     Raises:
         UserError: `whole` is not [param.shape].
@@ -121,7 +121,7 @@ def to_hf(param: Param, whole: Tensor) -> tuple[Tensor, ...]:
 
 
 def shard(param: Param, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """What tensor-parallel rank `tp_rank` of `tp_size` holds; a view of `whole` where possible.
+    """What tensor-parallel rank `tp_rank` of `tp_size` holds; a view of `whole` if possible.
 
     With fewer key-value heads than ranks, megatron-core still cuts linear_qkv's rows evenly,
     through the middle of a head if need be, and gathers the product

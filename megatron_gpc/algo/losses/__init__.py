@@ -75,7 +75,7 @@ class Objective:
     def prepare(
         self, streams: TokenStreams, scored: TokenStats, step: int, seed: int
     ) -> TokenStreams:
-        """The streams with what the loss wants to know of the whole rollout; arguments as of
+        """The streams, with what the loss computes from the whole rollout; for the arguments see
         `PreparedLoss.prepare`."""
         nothing = not len(streams.old_logp_T)  # no loss has to reckon with an empty step
         if nothing or not hasattr(self.loss, "prepare"):

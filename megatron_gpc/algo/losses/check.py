@@ -1,4 +1,4 @@
-"""A loss is called on a made-up example before a run begins, and refused where it would fail."""
+"""A loss is called on a made-up example before a run begins, and refused if it would fail."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def part(inputs: LossInputs, held_T: torch.Tensor) -> LossInputs:
 
 
 def _called(loss: Any, inputs: LossInputs) -> tuple[LossOutputs, float]:
-    """Outputs and the loss; ValueError where they cannot be trained with."""
+    """Outputs and the loss; ValueError if they cannot be trained with."""
     outputs, tokens = loss(inputs), len(inputs.logp_T)
     what = f"for {tokens} tokens"
     if not isinstance(outputs, LossOutputs):

@@ -55,7 +55,7 @@ class Checkpoints:
         self._save: _Save | None = None
 
     def resume(self) -> TrainState | None:
-        """Take over the newest sound checkpoint; None where the run has none yet.
+        """Load the newest checkpoint that is not damaged; None if the run has no checkpoint yet.
 
         Every file is read and held to its checksum first, in shares over the ranks.  A damaged
         checkpoint is named on rank 0's stderr, renamed to `step_NNNNNN.damaged`, and the one before

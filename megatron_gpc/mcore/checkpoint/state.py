@@ -167,7 +167,7 @@ def _complete_optimizer(optimizer: ChainedOptimizer) -> None:
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any], updates: int) -> None:
-    """Adam goes on after so many updates, which is where its bias correction stands."""
+    """Load the state and the number of updates, on which Adam's bias correction depends."""
     chained = optimizer.chained_optimizers
     for number, one in enumerate(chained):
         part = state if len(chained) == 1 else state[number]
@@ -204,7 +204,7 @@ def _tracker() -> Any:
 
 
 def set_generator_states(states: dict[str, Any]) -> None:
-    """What `generator_states` gave comes back; a GPU's only where there is one."""
+    """Restore what `generator_states` returned; a GPU's generator only if there is a GPU."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
