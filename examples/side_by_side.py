@@ -76,7 +76,7 @@ def run_side_by_side(
 
 
 def _is_finished(config: Config) -> bool:
-    """Whether the run has all its steps; False where it has not begun."""
+    """Whether the run has all its steps; False if it has not begun."""
     file = config.run_dir / "config.yaml"
     if not file.is_file():
         return False

@@ -129,7 +129,7 @@ def balance(
 
 
 def _fill(lengths: list[int], count: int, size: int, limit: int) -> list[list[int]] | None:
-    """`count` shares; None where they are too few."""
+    """`count` shares; None if that is too few for the limits."""
     shares: list[list[int]] = [[] for _ in range(count)]
     open_shares = [(0, share) for share in range(count)]  # a heap: fewest tokens first
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -159,7 +159,7 @@ def multiples(p: ParallelConfig) -> tuple[int, int]:
 def join(
     sequences: list[torch.Tensor], multiple_of: tuple[int, int]
 ) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """(tokens_S, lengths_B) of a MicroBatch of these sequences; of padding where there are none.
+    """(tokens_S, lengths_B) of a MicroBatch of these sequences; only padding if there are none.
 
     Args:
         sequences: tokens, without padding.

@@ -24,7 +24,7 @@ class Handover:
         self.offload = Offload(policy) if rank0.colocated else None
 
     def refresh(self, version: int, clock: Clock) -> None:
-        """Give the engines these weights where they have others; evaluate where that is due."""
+        """Give the engines these weights unless they have them; evaluate if that is due."""
         if version != self.version:
             self._hand_over(version)
         clock.lap("seconds_sync")
@@ -33,7 +33,7 @@ class Handover:
         clock.lap("seconds_evaluation")
 
     def rollout(self, step: int) -> tuple[RolloutBatch, dict[str, float]]:
-        """A training step's samples; weights are handed over where no engine has them any more."""
+        """A training step's samples; hands weights over again if no engine has them any more."""
         while (found := from_main(self.rank0.rollout(step))) is None:
             self._hand_over(step - 1)
         if self.offload is not None:

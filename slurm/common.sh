@@ -27,7 +27,7 @@ check_venv() {
     die "$GPC_VENV has no megatron-gpc: run 'make .venv/.installed' in $ROOT, or set GPC_VENV"
 }
 
-# value KEY: of the resolved configuration, such as rollout.replay; empty where it is null or an empty list.
+# value KEY: of the resolved configuration, such as rollout.replay; empty if it is null or an empty list.
 # shellcheck disable=SC2086
 value() {
   $GPC_WRAP "$GPC_VENV/bin/python" -c 'import functools, sys, yaml
@@ -64,7 +64,7 @@ read_arguments() {
 
 # ---- attempts ----
 
-newest_step() { # the newest complete checkpoint's; 0 where there is none
+newest_step() { # the newest complete checkpoint's; 0 if there is none
   find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null |
     sed -n 's/.*step_0*\([0-9][0-9]*\)$/\1/p' | sort -n | tail -n 1 | grep . || echo 0
 }

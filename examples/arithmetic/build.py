@@ -12,7 +12,7 @@ there is room for entropy.  OUT becomes a Hugging Face checkpoint folder with
 The warm-up stops once sampled answers are right TARGET of the time.  Its answers are skewed: the
 digits of a are drawn with P(d) ~ skew^d, so that likely and unlikely tokens exist from the start;
 that is what thresholds by probability can tell apart.  They have a fixed length (a has 3 digits, 2
-for N < 200): where short answers were taught too, the policy soon wrote nothing else, since they
+for N < 200): when short answers were taught too, the policy soon wrote nothing else, since they
 are easier, and entropy fell for that reason and no other.
 
 With --peaked the warm-up is in two stages, as language models are trained: a broad one (uniform

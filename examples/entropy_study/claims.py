@@ -70,7 +70,7 @@ def mean_entropy(run: Run, begin: float = 0.0, end: float = 1.0) -> float:
 
 
 def at_end(run: Run, metric: str) -> float:
-    """The last evaluation's; nan where it was not made."""
+    """The last evaluation's; nan if it was not made."""
     values = run.series(metric).values
     return float(values[-1]) if len(values) else math.nan
 

@@ -42,7 +42,7 @@ class Place:
 
     @staticmethod
     def from_environment() -> Place:
-        """As torchrun or srun has started it; alone where neither has.
+        """As torchrun or srun has started it; alone if neither has.
 
         Raises:
             UserError: several processes, and nothing says where they meet.
@@ -99,7 +99,7 @@ class Meeting:
         self.store.set(f"doctor/{what}/{self.place.rank}", json.dumps(value))
 
     def heard(self, what: str, rank: int, timeout_s: float | None = None) -> Any:
-        """What a rank tells; None where it does not in time."""
+        """What a rank reports; None if it does not report in time."""
         key = f"doctor/{what}/{rank}"
         until = self.deadline if timeout_s is None else time.monotonic() + timeout_s
         while not self.store.check([key]):
@@ -198,7 +198,7 @@ def _appears(file: Path, meeting: Meeting) -> bool:
 
 
 def all_reduce(meeting: Meeting) -> Finding:
-    """A sum over all ranks, over NCCL where there are GPUs, else over gloo."""
+    """A sum over all ranks, over NCCL if there are GPUs, else over gloo."""
     place, cuda = meeting.place, torch.cuda.is_available()
     backend = "nccl" if cuda else "gloo"
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # or a peer that is lost would end us unheard

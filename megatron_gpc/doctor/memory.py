@@ -53,7 +53,7 @@ def estimate(config: Config, hf: Mapping[str, Any], world: int) -> Estimate:
         (_parameters(params, p, stage, model.transformer["num_layers"]) for stage in range(p.pp)),
         key=sum,
     )
-    # Adam's two moments, and an fp32 copy where weights are not fp32 themselves.
+    # Adam's two moments, and an fp32 copy if the weights are not fp32 themselves.
     state = 12 if size == 2 else 8
     copies = (dp * p.cp, max(1, dp * p.cp // p.ep)) if config.optim.distributed else (1, 1)
     sizes = model.transformer

@@ -51,7 +51,7 @@ def table(told: Sequence[Told]) -> Table:
 
 
 def last_words(told: Sequence[Told]) -> str:
-    """One line: whether all is well, and which nodes to leave out where only some are bad."""
+    """One line: whether all is well, and which nodes to leave out if only some are bad."""
     hosts = list(dict.fromkeys(host for host, _ in told))
     bad = list(dict.fromkeys(host for host, f in told if f.status == "problem"))
     if not bad:

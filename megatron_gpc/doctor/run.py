@@ -45,7 +45,7 @@ def examine(
         timeout_s: how long the processes wait for each other, for each part.
 
     Returns:
-        0; 1 where a problem was found, on any process.
+        0; 1 if a problem was found on any process.
 
     Raises:
         UserError: nothing says where the processes meet.

@@ -53,10 +53,10 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         **unused: Any,
     ):
-        """The arguments are those that megatron-core's attention layer gives.
+        """Takes the arguments that megatron-core's attention layer passes.
 
         Raises:
-            UserError: `megatron.transformer` asks for an attention that this is not.
+            UserError: `megatron.transformer` asks for a kind of attention that this module lacks.
         """
         super().__init__(config=config)
         assert attn_mask_type is AttnMaskType.causal and attention_type == "self"
@@ -85,7 +85,7 @@ class PackedAttention(MegatronModule):
         Args:
             query_SHD: [positions, heads, head size].
             key_SGD, value_SGD: [positions, key-value groups, head size].
-            attention_mask, attn_mask_type, attention_bias: nothing but causal attention is there.
+            attention_mask, attn_mask_type, attention_bias: ignored; attention is always causal.
             packed_seq_params: where the sequences begin.
         """
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()

@@ -22,7 +22,7 @@ from megatron_gpc.types import RolloutBatch, TokenStats
 
 
 class EntropyChange:
-    """Made before a step's updates, asked after them; every rank does both (collectives).
+    """Is made before a step's updates and asked after them.  Both are collectives.
 
     Weights are those of the optimizer, fp32; that bf16 models round them is left out.
 

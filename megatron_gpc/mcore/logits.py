@@ -53,7 +53,7 @@ def sequence_logits(
         forward_step_func=forward,
         data_iterator=[iter(()) for _ in models] if p.vpp else iter(()),
         model=list(models) if p.vpp else models[0],
-        num_microbatches=p.pp if p.vpp else 1,  # the interleaved schedule wants so many
+        num_microbatches=p.pp if p.vpp else 1,  # the interleaved schedule needs a multiple of this
         seq_length=len(tokens_S),
         micro_batch_size=1,
         forward_only=True,

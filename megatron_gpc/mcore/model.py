@@ -77,7 +77,7 @@ class PolicyModel(GPTModel):
             max_seqlen_q=max(lengths_B),
             max_seqlen_kv=max(lengths_B),
         )
-        # Rotary embeddings count positions from where the sequences begin, so none are given, and
+        # Rotary embeddings get positions from the beginnings of sequences, so none are given, and
         # attention is causal inside each sequence without a mask.
         nothing: Any = (None, None)
         return super().forward(tokens_S[None], *nothing, packed_seq_params=packed)

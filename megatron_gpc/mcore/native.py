@@ -91,7 +91,7 @@ def have_apex() -> bool:
 
 
 def check_overrides(config: Config, model: ModelFields | None) -> None:
-    """Hold what is set under `megatron.*` to megatron-core's dataclasses.
+    """Check what is set under `megatron.*` against megatron-core's dataclasses.
 
     Args:
         model: None if model.build has not made it yet; then only fields are checked, one by one.

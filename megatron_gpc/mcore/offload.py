@@ -39,7 +39,7 @@ class Offload:
         for chunk in self.policy.chunks:
             chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
         if device().type == "cuda":
-            torch.cuda.empty_cache()  # or the memory stays this process's
+            torch.cuda.empty_cache()  # or this process would keep the memory
         self.is_away = True
 
     def to_device(self) -> None:

@@ -36,7 +36,7 @@ class Console:
     Args:
         total_steps: T, steps of the whole run.
         start_step: steps that were finished when this process began.
-        output: where to write; standard output where None.
+        output: where to write; None means standard output.
     """
 
     def __init__(

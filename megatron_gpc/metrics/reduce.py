@@ -71,7 +71,7 @@ class Sums:
         self._pairs[rows] += pairs.double()
 
     def add_max(self, name: str, value: Scalar) -> None:
-        """Raise the maximum `name` to `value` where that is larger."""
+        """Raise the maximum `name` to `value` if that is larger."""
         row = self._max_row[name]
         value = torch.as_tensor(_detached(value), dtype=torch.float64, device=self._maxima.device)
         self._maxima[row] = torch.maximum(self._maxima[row], value)

@@ -68,7 +68,7 @@ class Series:
         return Series(self.steps, np.array(means))
 
     def peak(self) -> tuple[int, float]:
-        """Step and value of the smoothed series' maximum; (0, nan) where there is none.
+        """Step and value of the smoothed series' maximum; (0, nan) if there is none.
 
         Smoothed, because the largest of many noisy values says more about the noise.
         """
@@ -80,7 +80,7 @@ class Series:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of what is not nan; nan where nothing is left."""
+    """Mean of the values that are not nan; nan if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 
@@ -230,7 +230,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
-    """The key without its sections where that is clear among `keys`."""
+    """The key without its sections, if no other of `keys` ends in the same."""
     last = key.rsplit(".", 1)[-1]
     return last if [one.rsplit(".", 1)[-1] for one in keys].count(last) == 1 else key
 

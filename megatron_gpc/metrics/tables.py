@@ -99,7 +99,7 @@ def _phase_1(run: Run, name: str) -> float:
 
 
 def _phase_2(run: Run, name: str) -> float:
-    """Mean over the rest; nan where a run has not come so far."""
+    """Mean over the rest; nan if a run has not come so far."""
     series = run.series(name)
     rest = series.steps > run.split
     return Series(series.steps[rest], series.values[rest]).mean()

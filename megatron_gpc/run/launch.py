@@ -85,12 +85,12 @@ def run_ranks(
                 started.append(Rank(number, share, master, log_dir, [module, *arguments]))
             failed = _watch(started, pass_on, asked)
         except KeyboardInterrupt:
-            for rank in started:  # at once: nobody wants to know what they were doing
+            for rank in started:  # at once: their stacks are of no interest then
                 rank.process.kill()
             raise
         finally:
             _end(started)
-            while signal.sigtimedwait(pass_on, 0):  # what came too late means nothing any more
+            while signal.sigtimedwait(pass_on, 0):  # signals that came too late are dropped
                 pass
     if not failed:
         return max(rank.process.returncode for rank in started)

@@ -67,7 +67,7 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, BATCH_SIGNALS)
 
     def over(self) -> None:
-        """The run has ended: signals that come while this process does so mean nothing any more."""
+        """The run is over: ignore signals that come while this process ends."""
         for one in STOP_SIGNALS:
             signal.signal(one, signal.SIG_IGN)
 
@@ -94,10 +94,10 @@ class StopRequest:
 
 
 def marker(run_dir: Path) -> Path:
-    """Exists while a run is one that was asked to end and did; holds {"step": its last}."""
+    """This file exists after a run was asked to end and did; it holds {"step": its last}."""
     return run_dir / "stopped.json"
 
 
 def mark(run_dir: Path, step: int) -> None:
-    """Say, for whoever starts the run again, that everything up to `step` is saved."""
+    """Write down, for whoever continues the run, that everything up to `step` is saved."""
     replace_text(marker(run_dir), json.dumps({"step": step}) + "\n")

@@ -1,4 +1,4 @@
-"""What ends a run that goes on in vain: updates that come to nothing, ranks that fall silent."""
+"""Ends a run that cannot succeed: too many updates are left out, or a rank is silent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _ErrorHandler(ErrorHandler):
     def record_exception(self, e: BaseException) -> None:
-        with suppress(OSError):  # a full disk may be the very error; it is raised all the same
+        with suppress(OSError):  # if the disk is full, the error itself is still raised
             super().record_exception(e)
 
 
@@ -128,6 +128,6 @@ class Watchdog:
             self._file.unlink()
 
     def alive(self) -> None:
-        """A part of a training step has ended: the time of silence begins anew."""
+        """A part of a training step has ended: start the time of silence again."""
         if self._seconds > 0:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stacks)

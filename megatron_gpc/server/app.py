@@ -316,7 +316,7 @@ class Server:
     # ---- app ----
 
     def app(self, api_key: str | None = None) -> FastAPI:
-        """The application; with a key it answers only who sends it as a bearer token."""
+        """The application.  If there is a key, requests must carry it as a bearer token."""
         app = FastAPI(lifespan=self._lifespan, openapi_url=None)
         if api_key is not None:
             expected = f"Bearer {api_key}"
@@ -384,7 +384,7 @@ def _first_problem(error: RequestValidationError) -> str:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent is gone, however that ended."""
+    """Have the kernel kill this process when its parent has ended, in whatever way."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone before the line above

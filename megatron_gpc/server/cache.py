@@ -150,7 +150,7 @@ class RowCache(Cache):
         """Drop all rows but `alive` (ascending).
 
         Returns:
-            For each remaining row the row it was: the last rows have moved into the gaps.
+            For each remaining row its number before: the last rows have moved into the gaps.
         """
         count = len(alive)
         order = [row for row in alive if row < count]

@@ -38,7 +38,7 @@ MAX_PREFILL_TOKENS = 16384
 
 
 class EngineEnded(RuntimeError):
-    """The engine's thread is over, by `close` or by an error; nothing is generated any more."""
+    """The engine's thread has ended, by `close` or an error; nothing can be generated any more."""
 
 
 class Engine:

@@ -135,7 +135,7 @@ def _load(loader: Any, what: str, folder: str | None, **options: Any) -> PreTrai
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Admits what plain tensors pickle to and nothing else: a pickle can otherwise run any code."""
+    """Unpickles plain tensors only, because a pickle can otherwise run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):

@@ -23,7 +23,7 @@ class SamplingParams:
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0
-    """Until so many tokens are there, stop tokens have probability 0."""
+    """Stop tokens have probability 0 until the sample has this many tokens."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1

@@ -110,7 +110,7 @@ class LiveSequence:
         return (*self.request.input_ids, *self.tokens) if self.tokens else self.request.input_ids
 
     def append(self, token: int, logprob: float) -> None:
-        """As in SGLang the length limit is looked at first: a stop token there counts as length."""
+        """As in SGLang, the length is checked first: a stop token at the limit counts as length."""
         if not math.isfinite(logprob):
             self.finish = ABORTED
             self.job.fail(

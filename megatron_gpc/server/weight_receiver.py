@@ -12,7 +12,7 @@ from megatron_gpc.engines.weight_group import join_group, leave_group
 from megatron_gpc.errors import UserError
 
 TIMEOUT_S = 300.0
-"""For joining and for one broadcast [s]; a trainer that has died does not block the server."""
+"""Deadline of joining and of one broadcast [s], so that no dead trainer blocks the server."""
 
 
 class WeightReceiver:

@@ -78,7 +78,7 @@ def measure(way: str, tokens: int, vocab: int, chunk: int) -> dict[str, float]:
 
 
 def in_own_process(way: str, tokens: int, vocab: int, chunk: int) -> dict[str, float]:
-    """`measure` where nothing else has raised the peak."""
+    """`measure` in a process in which nothing else has raised the peak."""
     sizes = ("--tokens", str(tokens), "--vocab", str(vocab), "--chunk", str(chunk))
     done = subprocess.run(
         [sys.executable, __file__, "--way", way, *sizes],

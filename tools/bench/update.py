@@ -86,7 +86,7 @@ def rollout(vocab: int, tokens: int) -> RolloutBatch:
 
 
 def now() -> float:
-    """Seconds; of CPU time where that is what a step takes."""
+    """Seconds: of CPU time without a GPU, else of wall time."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()

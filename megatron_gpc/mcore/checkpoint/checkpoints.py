@@ -31,7 +31,7 @@ __all__ = ["Checkpoints", "load_weights"]
 
 T = TypeVar("T")
 POLL_S = 0.05
-"""Pause between two looks at a save that is waited for [s]."""
+"""How often to look whether a save is complete while waiting for it [s]."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Checkpoints:
     def resume(self) -> TrainState | None:
         """Load the newest checkpoint that is not damaged; None if the run has no checkpoint yet.
 
-        Every file is read and held to its checksum first, in shares over the ranks.  A damaged
-        checkpoint is named on rank 0's stderr, renamed to `step_NNNNNN.damaged`, and the one before
-        is looked at.
+        Every file is read and compared with its checksum first; the ranks share this work.  A
+        damaged checkpoint is named on rank 0's stderr and renamed to `step_NNNNNN.damaged`; then
+        the one before is checked.
 
         Raises:
             UserError: there are checkpoints, but none is sound; or it is not of this model.
@@ -196,7 +196,7 @@ def _gather(value: T) -> list[T]:
 
 
 def _on_main(work: Callable[[], T], what: str, way_out: str = "") -> T:
-    """Do file work on rank 0; its result, or its OSError as a UserError, on every rank."""
+    """Do file work on rank 0; all ranks get its result, or its OSError as a UserError."""
     result: tuple[T | None, str | None] = (None, None)
     if is_main():
         try:

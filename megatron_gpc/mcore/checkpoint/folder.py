@@ -68,7 +68,7 @@ def publish(part: Path, final: Path, sums: Mapping[str, str]) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is looked at once and never taken for a sound one."""
+    """Rename a damaged checkpoint, so that it is never checked again or taken for a sound one."""
     number, aside = 1, folder.with_name(folder.name + ".damaged")
     while aside.exists():
         number += 1

@@ -36,8 +36,9 @@ _UNREADABLE = (
 def content(config: Config, policy: Policy, state: TrainState) -> dict[str, Any]:
     """All that a run needs to go on as if nothing had happened; every rank enters.
 
-    Model and optimizer under names and shapes that no layout shows in; the number of updates, from
-    which learning rate and Adam's step follow; TrainState; random generators of every rank.
+    Model and optimizer, under names and shapes that do not depend on the layout; the number of
+    updates, from which learning rate and Adam's step follow; TrainState; random generators of every
+    rank.
     """
     generators: list[Any] | None = [None] * dist.get_world_size() if is_main() else None
     dist.gather_object(generator_states(), generators)
@@ -75,7 +76,7 @@ def take_over(config: Config, policy: Policy, folder: Path) -> TrainState:
     if loaded["layout"] == _layout(config):
         set_generator_states(loaded["generators"][dist.get_rank()])
     else:
-        # Another number than that of the run's start, or the first draws would come again.
+        # Not the seed that the run started with, or its first draws would be repeated.
         seed_generators(config.seed + 1_000_003 * state.step)
     return state
 
@@ -160,7 +161,7 @@ def _complete_optimizer(optimizer: ChainedOptimizer) -> None:
     """Give Adam the moments, 0, that it otherwise makes in its first step: every step so far may
     have been without an update."""
     for one in optimizer.chained_optimizers:
-        one.init_state_fn(one.optimizer, one.config)  # fills what is not there
+        one.init_state_fn(one.optimizer, one.config)  # adds only what is missing
         if isinstance(one.optimizer, torch.optim.Adam):
             for state in one.optimizer.state.values():
                 state.setdefault("step", torch.zeros(()))
@@ -181,7 +182,7 @@ def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any], updates:
 
 
 def _layout(config: Config) -> dict[str, Any]:
-    """What decides which rank does what, and so whose generator is whose."""
+    """The layout: with another one, a rank cannot take over the generator of the same number."""
     return dataclasses.asdict(config.parallel) | {"dp": None, "ranks": dist.get_world_size()}
 
 

@@ -56,7 +56,8 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 
 def strategy() -> FullyParallelSaveStrategyWrapper:
-    """Shares what data-parallel ranks have in common out among them; once a run, for it caches."""
+    """Shares what data-parallel ranks have in common out among them.  Made once a run, because it
+    caches."""
     group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return FullyParallelSaveStrategyWrapper(
         _Strategy(),
@@ -95,7 +96,7 @@ class RankWriter:
         self._outcome: Written | str | None = None
 
     def outcome(self) -> Written | str | None:
-        """None while it writes; what was written; or what went wrong."""
+        """None while it is writing, then what was written or what went wrong."""
         if self._outcome is None and self._receiver.poll():
             try:
                 self._outcome = self._receiver.recv()
@@ -129,7 +130,8 @@ def _write(
 
 
 def _cause(error: BaseException) -> str:
-    """What was first: torch's zip writer covers a full disk with a complaint about positions."""
+    """The first error of a chain: torch's zip writer hides a full disk behind a complaint about
+    positions."""
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {error}"
