@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,15 +33,11 @@ class Terminal:
     def __init__(self, *arguments: str, command: tuple[str, ...] = COMMAND, quiet: bool = True):
         self._quiet = quiet
         self._master, slave = pty.openpty()
-
-        def take_terminal() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
         self.process = subprocess.Popen(
             [*command, *arguments],
             **{"stdin": slave, "stdout": slave, "stderr": slave, "cwd": ROOT},
             start_new_session=True,
-            preexec_fn=take_terminal,
+            preexec_fn=partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0),
         )
         os.close(slave)
         self._raw = ""
@@ -132,6 +129,7 @@ def _quiet_server(run: Path) -> bool:
     return "Traceback" not in (run / "logs" / "server.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_first_saves_and_says_so_and_the_same_command_says_where_it_continues(terminal, run):
     first = terminal("train", "parallel.tp=2")
     first.wait_until(lambda: _steps(run) >= 2)

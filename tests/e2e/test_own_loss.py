@@ -11,6 +11,7 @@ from compare_runs import untimed
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_the_same_loss_and_the_reference_it_began_with(arguments, tmp_path):
     shutil.copy(ROOT / "examples" / "extend" / "my_loss.py", tmp_path / "mine.py")
     first, again = tmp_path / "first", tmp_path / "again"

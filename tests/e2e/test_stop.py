@@ -26,6 +26,7 @@ def undisturbed(arguments, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_that_was_asked_to_end_saves_and_continues_to_the_same_bytes(
     undisturbed, arguments, tmp_path
 ):

@@ -108,6 +108,7 @@ def test_samples_from_weights_sent_as_tensors_are_the_same_and_trained_on_again_
     assert refused.returncode == 2 and "no samples of step 3" in refused.stderr
 
 
+@pytest.mark.slow
 def test_engines_and_policy_that_take_turns_give_the_same_run(arguments, tmp_path):
     runs = [tmp_path / "beside", tmp_path / "turns"]
     for run, colocated in zip(runs, ("false", "true"), strict=True):

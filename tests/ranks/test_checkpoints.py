@@ -86,7 +86,9 @@ def test_a_run_goes_on_as_if_nothing_had_happened(
         world, layout = LAYOUTS[name]
         config = run_config(tmp_path, models[model], *layout, *settings, *COSINE)
         got = pool(world).run(checkpoint_ranks.resume_and_go_on, config)
-        assert all(result["state"] == STATE and not result["said"] for result in got)
+        assert all(result["state"] == STATE for result in got)
+        first, *others = (result["said"] for result in got)
+        assert first.count("\n") == 1 and "resuming from step" in first and not any(others)
         ours, theirs = got[0]["updates"], want[0]["updates"]
         assert [one[2] for one in ours] == [one[2] for one in theirs], "learning rates"
         if name == saved:
@@ -138,7 +140,8 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_taken(
     (folder / "step_000009.part").mkdir()
     (step, said), (other, silence) = pool(2).run(checkpoint_ranks.resumed, config)
     assert step == other == 2 and not silence
-    four, three = said.splitlines()
+    four, three, two = said.splitlines()
+    assert "resuming from step 2 (checkpoints/step_000002)" in two
     assert f"{folder}/step_000004 is damaged: __1_0.distcp is not what was written" in four
     assert ".metadata is missing; common.pt is not what was written" in three
     left = ["step_000001", "step_000002", "step_000003.damaged", "step_000004.damaged"]

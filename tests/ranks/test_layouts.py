@@ -51,19 +51,26 @@ def test_clipping_acts_and_no_ratio_is_so_near_a_bound_that_fp32_could_decide(re
         assert reference.margin > 1e-4
 
 
+FEW = [
+    (Layout(1), [11]),
+    # ranks without a token, before and after a response of 100
+    (Layout(4, ("parallel.dp=4",)), [1, 0, 4]),
+    # four micro-batches for three sequences
+    (Layout(4, (PP2, VPP2, DP2)), [4, 1, 0]),
+    # one token in all: it has its row on one context-parallel rank of one replica
+    (Layout(4, (CP2, DP2)), [4]),
+    (Layout(4, (CP2, TP2, SP)), [2]),
+    (Layout(4, (PP2, DP2, "parallel.ep=2"), ("moe",)), [11]),
+    (Layout(4, ("parallel.dp=4", "parallel.ep=4"), ("moe",)), [11, 3]),
+]
+"""Layouts with the samples of mini-batches so small that some ranks have no response token."""
+
+
 @pytest.mark.parametrize(
     ("layout", "samples"),
     [
-        (Layout(1), [11]),
-        # ranks without a token, before and after a response of 100
-        (Layout(4, ("parallel.dp=4",)), [1, 0, 4]),
-        # four micro-batches for three sequences
-        (Layout(4, (PP2, VPP2, DP2)), [4, 1, 0]),
-        # one token in all: it has its row on one context-parallel rank of one replica
-        (Layout(4, (CP2, DP2)), [4]),
-        (Layout(4, (CP2, TP2, SP)), [2]),
-        (Layout(4, (PP2, DP2, "parallel.ep=2"), ("moe",)), [11]),
-        (Layout(4, ("parallel.dp=4", "parallel.ep=4"), ("moe",)), [11, 3]),
+        *zip(two_models_each([layout for layout, _ in FEW]), (few for _, few in FEW), strict=True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in FEW),
     ],
     ids=str,
 )
@@ -77,7 +84,15 @@ def test_ranks_and_micro_batches_without_a_response_token_add_nothing(
         hold_to(reference, of_ranks, slots, name)
 
 
-@pytest.mark.parametrize("layout", [Layout(2, (TP2,), ("tied",)), Layout(4, (CP2, PP2))], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, (TP2,), ("tied",)),
+        Layout(4, (CP2, PP2), ("qk-norm", "moe")),
+        pytest.param(Layout(4, (CP2, PP2)), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_entropy_bonus_has_the_same_gradient_too(problems, pool, tmp_path, layout):
     results = measure(pool, layout, problems, tmp_path, "train.entropy_coef=0.1")
     for name in layout.models:

@@ -24,7 +24,7 @@ EVERYTHING = Layout(4, (TP2, PP2, VPP2, SP))
     [
         Layout(1),
         pytest.param(replace(EVERYTHING, models=("tied", "moe")), marks=pytest.mark.slow),
-        Layout(2, (CP2,), ("qk-norm", "moe")),
+        pytest.param(Layout(2, (CP2,), ("qk-norm", "moe")), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -50,7 +50,11 @@ def test_recomputed_activations_change_no_bit(problems, pool, tmp_path, layout):
             assert (got["loss"], got["grad_norm"]) == (want["loss"], want["grad_norm"])
 
 
-@pytest.mark.parametrize("layout", [ONE, replace(EVERYTHING, models=("moe",))], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [ONE, pytest.param(replace(EVERYTHING, models=("moe",)), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_order_of_micro_batches_is_of_no_account(problems, references, pool, tmp_path, layout):
     run = ranks.score_and_update_in_reverse
     overrides = ("train.micro_batch_size=1",)

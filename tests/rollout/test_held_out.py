@@ -51,9 +51,11 @@ def test_k_is_held_to_the_number_of_samples(tmp_path):
         (["eval.prompts=p.jsonl", "--checkpoint", "run"], "no complete checkpoint yet"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_with_code_2(tmp_path, monkeypatch, capsys, more, says):
+def test_what_cannot_be_evaluated_is_refused_with_code_2(
+    model_a, tmp_path, monkeypatch, capsys, more, says
+):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    run_config(tmp_path, tmp_path / "model")
+    run_config(tmp_path, model_a)
     monkeypatch.chdir(tmp_path)
     assert main(["eval", "config.yaml", *more]) == 2
     assert says in capsys.readouterr().err

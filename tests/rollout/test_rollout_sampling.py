@@ -90,7 +90,9 @@ def test_uniforms_follow_from_seed_index_and_position_alone():
         ({"stop_token_ids": [1, "x"]}, "stop_token_ids"),
         ({"sampling_seed": -1}, "sampling_seed"),
         ({"ignore_eos": 1}, "ignore_eos"),
-        ({"stop": "."}, "'stop'"),
+        ({"stop": [".", 1]}, "stop has"),
+        ({"stop": ""}, "stop has"),
+        ({"stops": "."}, "'stops'"),
     ],
 )
 def test_bad_parameter_is_refused_by_name(values, named):

@@ -65,7 +65,7 @@ HF_CONFIG_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a size is absent": (lambda f: rewrite_config(f, hidden_size=None), "lacks hidden_size"),
     "config of a larger model": (
-        lambda f: rewrite_config(f, num_hidden_layers=3),
+        lambda f: rewrite_config(f, num_hidden_layers=3, layer_types=None),
         "lacks model.layers.2.",
     ),
     "config of an untied model": (
@@ -199,7 +199,8 @@ MEGATRON_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "configuration of another architecture": (
         lambda f: rewrite_config(f / "hf", model_type="gpt2"), "'gpt2' is not supported"),
     "configuration of a deeper model": (
-        lambda f: rewrite_config(f / "hf", num_hidden_layers=3), "config.json says [3, "),
+        lambda f: rewrite_config(f / "hf", num_hidden_layers=3, layer_types=None),
+        "config.json says [3, "),
     "configuration of an untied model": (
         lambda f: rewrite_config(f / "hf", tie_word_embeddings=False),
         "lacks output_layer.weight (for lm_head.weight)",

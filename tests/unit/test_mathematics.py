@@ -87,6 +87,7 @@ PAIRS = Path(__file__).with_name("mathematics_pairs.jsonl")
 KNOWN_ERRORS = {(r"\ln 2", r"\boxed{\log 2}", 0.0)}
 
 
+@pytest.mark.slow
 def test_the_confusion_matrix_of_the_labelled_pairs_is_the_documented_one():
     kinds = [json.loads(line) for line in PAIRS.read_text("utf-8").splitlines()]
     cases = [

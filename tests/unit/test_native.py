@@ -12,8 +12,8 @@ from megatron_gpc.weights import FAMILIES, family_of
 
 MODEL = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 100},
-    **{"num_attention_heads": 4, "max_position_embeddings": 64, "num_experts": 4},
-    **{"num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "shared_expert_intermediate_size": 32,
 }
 
