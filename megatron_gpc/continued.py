@@ -19,6 +19,8 @@ CONSEQUENCES = {
     "data.changed": "other prompts go on at the same position: in this epoch some may come twice "
     "and others not at all",
     "data.verifier": "rewards before and after are of different judges",
+    "data.verifier_arguments": "rewards before and after are of different judges",
+    "data.right_at": "right answers before and after are other ones",
     "model.hf": "only configuration and tokenizer are read from it; the weights are the "
     "checkpoint's",
     "rollout.temperature": "log-probs, ratios and entropies are of another distribution from here "

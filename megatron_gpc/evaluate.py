@@ -28,7 +28,7 @@ from megatron_gpc.evaluation_file import describe, file_for
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.preflight import check_evaluation, check_weights
-from megatron_gpc.rewards import verifier
+from megatron_gpc.rewards.judging import Judge
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.evaluation import (
     as_evaluated,
@@ -36,6 +36,7 @@ from megatron_gpc.rollout.evaluation import (
     groups_of,
     nucleus,
     right_P,
+    score_means,
 )
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource
@@ -65,6 +66,8 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
         UserError: checkpoint, prompts or verifier cannot be used, or `out` holds something else.
         RolloutError: the engines did not start, or gave no good answers.
     """
+    if config.eval.prompts is None:
+        raise UserError("eval.prompts is not set: there is nothing to evaluate on")
     source = newest(checkpoint or config.model.hf)
     check_evaluation(config, model_of(source), lambda text: say(f"warning: {text}"))
     ks = pass_ks(config.eval)
@@ -91,7 +94,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
                 as_evaluated(config),
                 engines,
                 PromptSource(prompts, config.seed),
-                verifier(config.data.verifier, special_tokens(tokenizer)),
+                Judge(config.data, special_tokens(tokenizer)),
                 tokenizer.decode,
                 stops.token_ids,
                 {**stops.sampling, **nucleus(config)},
@@ -226,8 +229,8 @@ def _sample(collector: Collector, prompts: Sequence[Prompt], count: int) -> list
 def results(samples: Sequence[Sample], count: int, ks: Sequence[int]) -> dict[str, Any]:
     """What is said of `count` samples of each prompt, given prompt by prompt.
 
-    `mean` is the mean reward (mean@count), `pass` the mean over prompts of pass@k for every k; a
-    sample is right where its reward is above 0.
+    `mean` is the mean reward (mean@count), `pass` the mean over prompts of pass@k for every k,
+    `scores` the mean of each further number of the verifier.
     """
     groups, right = groups_of(samples, count), right_P(samples, count)
     rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
@@ -237,6 +240,7 @@ def results(samples: Sequence[Sample], count: int, ks: Sequence[int]) -> dict[st
         "mean": float(rewards.mean()),
         "pass": {str(k): pass_at_k(right, count, k) for k in ks},
         "distinct_right": distinct_right(samples, count),
+        "scores": score_means(samples, ""),
         "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
         "mean_tokens": sum(len(s.token_ids) for s in samples) / len(samples),
         "by_prompt": [

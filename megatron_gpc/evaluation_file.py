@@ -79,7 +79,7 @@ def describe(config: Config, checkpoint: Path) -> Evaluation:
         raise UserError(f"eval.prompts: {prompts}: cannot be read: {error.strerror}") from None
     content = yaml.safe_load(dump(as_evaluated(config)))
     settings = {
-        "verifier": content["data"].pop("verifier"),
+        **{key: content["data"][key] for key in ("verifier", "verifier_arguments", "right_at")},
         **{key: content["data"][key] for key in _DATA},
         "seed": config.seed,
         "engines": content["rollout"]["server"]["kind"],

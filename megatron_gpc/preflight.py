@@ -25,7 +25,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_ks
 from megatron_gpc.metrics.sinks import check_sinks
-from megatron_gpc.rewards import verifier
+from megatron_gpc.rewards.judging import check_verifier
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.weights import HFReader, check_reference, family_of
@@ -51,7 +51,7 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     check_batch(config, _data_parallel_size(config))
     check_reference(config, hf)
     Objective(config)  # calls it on a made-up example
-    verifier(config.data.verifier)
+    check_verifier(config.data)
     check_schedule(config.clip, config.train.steps)
     check_sinks(config.log)
     pass_ks(config.eval)
@@ -75,10 +75,12 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     check_weights(config.model.hf)
     if config.rollout.replay is None:
         reader = PromptReader(config, config.model.hf, say)
-        prompts = PromptSource(reader.training(), config.seed)
-        reader.held_out()
+        training, held_out = reader.training(), reader.held_out()
+        for prompts in (training, held_out):
+            check_verifier(config.data, *prompts[:1])
         if config.resume == "auto":
-            refuse_changed(prompts, _digest_so_far(config.run_dir), config.data)
+            source = PromptSource(training, config.seed)
+            refuse_changed(source, _digest_so_far(config.run_dir), config.data)
     return True
 
 
@@ -103,13 +105,11 @@ def check_evaluation(config: Config, model: Path, say: Say) -> None:
         model: Hugging Face folder or converted checkpoint with the configuration and the tokenizer.
         say: is told what is not wrong, but should be known.
     """
-    if config.eval.prompts is None:
-        raise UserError("eval.prompts is not set: there is nothing to evaluate on")
+    assert config.eval.prompts is not None
     check_file("eval.prompts", config.eval.prompts)
     pass_ks(config.eval)
-    verifier(config.data.verifier)
     check_start(config.rollout.server, config.sglang)
-    PromptReader(config, model, say).held_out()
+    check_verifier(config.data, PromptReader(config, model, say).held_out()[0])
 
 
 def check_serving(config: Config) -> None:

@@ -25,9 +25,15 @@ from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.metrics.reporter import Reporter
 from megatron_gpc.preflight import check_weights
-from megatron_gpc.rewards import verifier
+from megatron_gpc.rewards.judging import Judge
 from megatron_gpc.rollout.collector import Collector
-from megatron_gpc.rollout.evaluation import as_evaluated, distinct_right, nucleus, right_P
+from megatron_gpc.rollout.evaluation import (
+    as_evaluated,
+    distinct_right,
+    nucleus,
+    right_P,
+    score_means,
+)
 from megatron_gpc.rollout.prefetch import Pending
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource
@@ -82,7 +88,7 @@ class Rank0:
             parts = (
                 self.engines,
                 PromptSource(reader.training(), config.seed),
-                verifier(config.data.verifier, special_tokens(tokenizer)),
+                Judge(config.data, special_tokens(tokenizer)),
                 tokenizer.decode,
                 stops.token_ids,
             )
@@ -289,6 +295,7 @@ class Rank0:
             {
                 "eval_reward": sum(s.reward for s in samples) / len(samples),
                 "eval_distinct_right": distinct_right(samples, count),
+                **score_means(samples, "eval_reward_"),
                 **{f"eval_pass_at_{k}": pass_at_k(right, count, k) for k in ks},
             },
         )

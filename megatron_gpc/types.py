@@ -35,6 +35,23 @@ class Prompt:
     token_ids: tuple[int, ...]
     label: Any
     """Whatever the verifier needs to judge an answer; never shown to the policy."""
+    messages: list[dict[str, str]] | None = None
+    """[{role, content}] as the file has them; None if the prompt is text there."""
+    row: dict[str, Any] = field(default_factory=dict)
+    """Every other field of its line in the file."""
+    place: str = ""
+    """FILE:LINE, for messages."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of an answer."""
+
+    reward: float
+    right: bool
+    """What counts for pass@k, dynamic sampling and groups_all_right."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Further numbers of the verifier's, by name; their means become metrics."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,15 @@ class Sample:
     """(version, start, end): the weights that made tokens start <= i < end, in order.  A version is
     the trainer's count of finished steps, as a string."""
     reward: float = 0.0
+    """The verifier's, less the penalty for length (rollout.overlong)."""
+    right: bool = False
+    """The verifier's word, whatever the length."""
+    scores: dict[str, float] = field(default_factory=dict)
 
-    def judged(self, reward: float) -> Sample:
-        return replace(self, reward=reward)
+    def judged(self, verdict: Verdict, penalty: float = 0.0) -> Sample:
+        """The sample with its verdict and the penalty for its length."""
+        reward = verdict.reward - penalty
+        return replace(self, reward=reward, right=verdict.right, scores=verdict.scores)
 
     @staticmethod
     def from_plain(values: dict[str, Any]) -> Sample:

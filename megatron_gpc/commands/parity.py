@@ -76,7 +76,7 @@ def measure(
         config = Config(
             run_dir=work,
             model=ModelConfig(hf=hf.absolute()),
-            data=DataConfig(prompts=work, verifier="none"),
+            data=DataConfig(prompts=work, verifier="math"),
             parallel=parallel,
         )
         check_layout(config, hf_config, torch.cuda.is_available())

@@ -74,8 +74,17 @@ class DataConfig:
 
     prompts: Path
     """Prompts to train on; shuffled anew every epoch, from the run's seed."""
-    verifier: str
-    """Name of the reward function, from megatron_gpc.rewards."""
+    verifier: typing.Annotated[str, Part("math", "addition")]
+    """What judges answers: `math` compares final answers (docs/evaluation.md), `addition` is the
+    example's.  Or a function of your own, as `package.module:name` or `path/to/file.py:name`
+    (docs/extend.md)."""
+    verifier_arguments: Arguments = dataclasses.field(default_factory=dict)
+    """Passed to a verifier of your own by keyword."""
+    verifier_timeout_s: PositiveFloat = 60.0
+    """How long a call of your own verifier may take [s]; a run whose verifier hangs ends."""
+    right_at: FiniteFloat = 1.0
+    """An answer is right if its reward is at least this, unless your verifier says `right` itself.
+    Right answers count for pass@k, rollout.filter, groups_all_right and groups_all_wrong."""
     max_prompt_tokens: PositiveInt | None = None
     """Most tokens of a prompt, of data.prompts and of eval.prompts; left out, what the context
     (max_position_embeddings of the model, or sglang.args.context_length) has beside

@@ -1,4 +1,4 @@
-"""Verifiers: one a file, found by name in this table."""
+"""Built-in verifiers: one a file, found by name in this table; judging.py puts them to work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ It may have a method `many`, which judges a list of (text, label) at once, in th
 
 
 @dataclass(frozen=True)
-class Judge:
+class BuiltIn:
     """A verifier of ours, given the answer alone: nothing from the end of the turn on."""
 
     verify: Verifier
@@ -41,9 +41,9 @@ class Judge:
         return [self.verify(text, label) for text, label in pairs]
 
 
-VERIFIERS: dict[str, Judge] = {
-    "addition": Judge(addition.verify, sees_end=True),
-    "math": Judge(mathematics.verify, mathematics.verify_all),
+VERIFIERS: dict[str, BuiltIn] = {
+    "addition": BuiltIn(addition.verify, sees_end=True),
+    "math": BuiltIn(mathematics.verify, mathematics.verify_all),
 }
 
 

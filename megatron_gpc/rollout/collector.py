@@ -25,9 +25,10 @@ from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.answers import Generation
 from megatron_gpc.engines.client import Request
 from megatron_gpc.engines.fleet import Engines
-from megatron_gpc.rewards import Verifier, judge_all
+from megatron_gpc.rewards.judging import Answer
+from megatron_gpc.rollout.evaluation import score_means
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
-from megatron_gpc.types import Prompt, Sample
+from megatron_gpc.types import Prompt, Sample, Verdict
 
 Span = tuple[str, int, int]
 
@@ -60,11 +61,11 @@ class Group:
 
     @property
     def verdict(self) -> Literal["mixed", "right", "wrong"]:
-        """Whether its rewards differ, and where not, on which side they all are."""
-        rewards = {sample.reward for sample in self.samples}
-        if len(rewards) > 1:
+        """Whether all of its answers are right, or wrong; a penalty for length plays no part."""
+        right = {sample.right for sample in self.samples}
+        if len(right) > 1:
             return "mixed"
-        return "right" if rewards.pop() > 0 else "wrong"
+        return "right" if right.pop() else "wrong"
 
 
 @dataclasses.dataclass
@@ -85,7 +86,7 @@ class Collector:
         config: the run.
         engines: where samples come from.
         source: training prompts.
-        verifier: (text, label) -> reward.
+        judge: (text, prompt) of some answers -> their verdicts; may take long.
         decode: response tokens -> text, special tokens kept: whether an answer was ended is for the
             verifier to judge, and servers differ in what they trim.
         stop_token_ids: tokens that end a response.
@@ -97,13 +98,13 @@ class Collector:
         config: Config,
         engines: Engines,
         source: PromptSource,
-        verifier: Verifier,
+        judge: Callable[[Sequence[Answer]], list[Verdict]],
         decode: Callable[[Sequence[int]], str],
         stop_token_ids: Sequence[int],
         sampling: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.config, self.engines, self.source = config, engines, source
-        self.verifier, self.decode = verifier, decode
+        self.judge, self.decode = judge, decode
         self.stop_token_ids, self.sampling = list(stop_token_ids), sampling
         self.unfinished: dict[int, list[Sample]] = {}
         """Position -> samples of an aborted group that go on in the next step (rollout.partial)."""
@@ -148,6 +149,7 @@ class Collector:
             "prompts": self.source.digest,
             "seed": self.config.seed,
             "verifier": self.config.data.verifier,
+            "verifier_arguments": self.config.data.verifier_arguments,
             **{name: getattr(rollout, name) for name in settings},
         }
 
@@ -329,15 +331,14 @@ class Collector:
     def _judged(self, samples: Sequence[Sample]) -> list[Sample]:
         """The same samples, with the rewards of those that are finished."""
         finished = [sample for sample in samples if sample.finish_reason != "abort"]
-        pairs = [(sample.text, sample.prompt.label) for sample in finished]
-        rewards = iter(judge_all(self.verifier, pairs))
+        verdicts = iter(self.judge([(sample.text, sample.prompt) for sample in finished]))
         judged = []
         for sample in samples:
             if sample.finish_reason != "abort":
-                reward = next(rewards)
+                penalty = 0.0
                 if self.config.rollout.overlong == "penalty":
-                    reward -= overlong_penalty(len(sample.token_ids), self.config.rollout)
-                sample = sample.judged(reward)
+                    penalty = overlong_penalty(len(sample.token_ids), self.config.rollout)
+                sample = sample.judged(next(verdicts), penalty)
             judged.append(sample)
         return judged
 
@@ -381,6 +382,7 @@ class Collector:
             "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
             "staleness_mean": aged / tokens_of_age.total(),
             "staleness_max": float(max(tokens_of_age)),
+            **score_means(samples, "reward_"),
             **{name: float(count) for name, count in self.engines.counts.items()},
         }
         return Rollout(samples, [group.position for group in chosen], metrics)

@@ -39,11 +39,18 @@ def groups_of(samples: Sequence[Sample], group_size: int) -> list[Sequence[Sampl
 
 
 def right_P(samples: Sequence[Sample], group_size: int) -> list[int]:
-    """How many samples of each prompt are right: have a reward above 0."""
-    return [sum(s.reward > 0 for s in group) for group in groups_of(samples, group_size)]
+    """How many samples of each prompt are right."""
+    return [sum(s.right for s in group) for group in groups_of(samples, group_size)]
 
 
 def distinct_right(samples: Sequence[Sample], group_size: int) -> float:
     """Mean over prompts of how many different right answers their samples gave."""
     groups = groups_of(samples, group_size)
-    return sum(len({s.text for s in group if s.reward > 0}) for group in groups) / len(groups)
+    return sum(len({s.text for s in group if s.right}) for group in groups) / len(groups)
+
+
+def score_means(samples: Sequence[Sample], prefix: str) -> dict[str, float]:
+    """Mean of each further number of the verifier, over the samples that have it."""
+    names = dict.fromkeys(name for sample in samples for name in sample.scores)
+    values = {name: [s.scores[name] for s in samples if name in s.scores] for name in names}
+    return {f"{prefix}{name}": sum(having) / len(having) for name, having in values.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,12 +54,12 @@ def read_prompts(
         UserError: names file and line of what cannot be used.
     """
     texts: list[str] = []
-    labels, numbers = [], []
+    rows, numbers = [], []
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
-            text, label = _read_line(f"{file}:{number}", line, render)
+            text, row = _read_line(f"{file}:{number}", line, render)
             texts.append(text)
-            labels.append(label)
+            rows.append(row)
             numbers.append(number)
     if not texts:
         raise UserError(f"{file}: no prompts in it")
@@ -68,8 +68,8 @@ def read_prompts(
     for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
         part = slice(start, start + _TOKENIZED_AT_ONCE)
         ids = tokenize(texts[part])
-        for number, text, token_ids, label in zip(
-            numbers[part], texts[part], ids, labels[part], strict=True
+        for number, text, token_ids, row in zip(
+            numbers[part], texts[part], ids, rows[part], strict=True
         ):
             if not token_ids:
                 raise UserError(f"{file}:{number}: the prompt has no tokens")
@@ -82,7 +82,7 @@ def read_prompts(
                     f"vocabulary of {limit.vocabulary}; the tokenizer in model.hf is another "
                     "model's, or has had tokens added"
                 )
-            prompts.append(Prompt(len(prompts), text, tuple(token_ids), label))
+            prompts.append(_prompt(len(prompts), text, token_ids, row, f"{file}:{number}"))
     if too_long and limit is not None:
         _refuse_or_say(file, too_long, len(prompts), limit, say)
     return prompts
@@ -139,8 +139,8 @@ def _lines(file: Path) -> list[str]:
 
 def _read_line(
     where: str, line: str, render: Callable[[list[Message]], str] | None
-) -> tuple[str, Any]:
-    """(text, label) of a line."""
+) -> tuple[str, dict[str, Any]]:
+    """The prompt of a line as text, and the line as it is."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -165,7 +165,16 @@ def _read_line(
         raise UserError(f"{where}: {error}") from None
     except UnicodeEncodeError as error:  # half of a surrogate pair
         raise UserError(f"{where}: the prompt is no valid text: {error}") from None
-    return text, row["label"]
+    return text, row
+
+
+def _prompt(
+    index: int, text: str, token_ids: Sequence[int], row: dict[str, Any], place: str
+) -> Prompt:
+    """Of `row` as the file has it, all but the prompt and the label is left in Prompt.row."""
+    prompt, label = row.pop("prompt"), row.pop("label")
+    messages = None if isinstance(prompt, str) else prompt
+    return Prompt(index, text, tuple(token_ids), label, messages, row, place)
 
 
 def is_messages(value: object) -> bool:

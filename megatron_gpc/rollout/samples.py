@@ -38,6 +38,8 @@ SCHEMA = pa.schema(
             ),
         ),
         ("reward", pa.float64()),
+        ("right", pa.bool_()),  # null in files of older versions
+        ("scores", pa.string()),  # JSON
         ("advantage", pa.float32()),
     ]
 )
@@ -86,6 +88,8 @@ def write_samples(run_dir: Path, step: int, saved: SavedStep) -> Path:
                 for version, start, end in sample.weight_versions
             ],
             "reward": sample.reward,
+            "right": sample.right,
+            "scores": json.dumps(sample.scores),
             "advantage": saved.advantages[n],
         }
         for n, sample in enumerate(saved.samples)
@@ -149,6 +153,8 @@ def _sample(row: dict[str, Any]) -> Sample:
             (span["version"], span["start"], span["end"]) for span in row["weight_versions"]
         ),
         reward=row["reward"],
+        right=bool(row["right"]),
+        scores=json.loads(row["scores"] or "{}"),
     )
 
 

@@ -128,7 +128,7 @@ def test_engines_and_policy_that_take_turns_give_the_same_run(arguments, tmp_pat
         (["clip.shedule=id"], "did you mean 'clip.schedule'"),
         (["parallel.tp=3"], "parallel.tp=3 does not divide"),
         (["parallel.vpp=2"], "needs parallel.pp > 1"),
-        (["data.verifier=foo"], "there are: addition"),
+        (["data.verifier=foo"], "expected math, addition, or a part of your own"),
         (["model.hf=/nowhere", "model.build=null"], "model.hf: /nowhere is not there"),
         (["megatron.transformer.num_layers=8"], "it follows from model.hf"),
         (["data.prompts=/nowhere.jsonl"], "data.prompts: /nowhere.jsonl is not there"),

@@ -66,7 +66,7 @@ def write_run(tmp_path: Path):
             clip=clip,
             train=cfg.TrainConfig(steps=steps),
             model=cfg.ModelConfig(hf=Path("/models/tiny")),
-            data=cfg.DataConfig(prompts=Path("/data/prompts.jsonl"), verifier="sum"),
+            data=cfg.DataConfig(prompts=Path("/data/prompts.jsonl"), verifier="addition"),
         )
         (folder / "config.yaml").write_text(dump(run))
         lines = _lines(clip, steps, steps if made is None else made, seed)

@@ -25,16 +25,22 @@ from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.collector import (
     Collector,
+    Group,
     overlong_penalty,
     sample_seed,
 )
 from megatron_gpc.rollout.evaluation import distinct_right
 from megatron_gpc.rollout.prefetch import Pending
 from megatron_gpc.rollout.prompts import PromptSource
-from megatron_gpc.types import Prompt, Sample
+from megatron_gpc.types import Prompt, Sample, Verdict
 from megatron_gpc.weights import carry_over
 
 PROMPTS = [Prompt(i, "", (5 + i, 7, 9), label=i) for i in range(40)]
+
+
+def even(text: str) -> Verdict:
+    right = int(text.split()[0]) % 2 == 0
+    return Verdict(float(right), right)
 
 
 class Rig:
@@ -53,7 +59,7 @@ class Rig:
             engines or self.engines,
             PromptSource(prompts, config.seed),
             # right: the first token is even; so groups are mixed, all right or all wrong
-            verifier=lambda text, label: float(int(text.split()[0]) % 2 == 0),
+            judge=lambda answers: [even(text) for text, _ in answers],
             decode=lambda ids: " ".join(map(str, ids)),
             stop_token_ids=[1],
         )
@@ -395,6 +401,18 @@ def test_other_prompts_are_refused_and_what_was_made_of_other_settings_is_made_a
     assert resumed(other, state=old)[0].result(1) == pending.result(1), "a checkpoint without one"
 
 
+def test_a_penalty_for_length_makes_no_group_mixed():
+    right, wrong = Verdict(1.0, True), Verdict(0.0, False)
+
+    def verdict(*judged: tuple[Verdict, float]) -> str:
+        blank = Sample(PROMPTS[0], 0, (2,), (-1.0,), "a", "length", (("0", 0, 1),))
+        return Group(0, PROMPTS[0], [blank.judged(*one) for one in judged]).verdict
+
+    assert verdict((wrong, 0.0), (wrong, 0.75)) == "wrong"
+    assert verdict((right, 0.0), (right, 1.0)) == "right"
+    assert verdict((right, 1.0), (wrong, 0.0)) == "mixed"
+
+
 def test_the_overlong_penalty_grows_over_the_buffer():
     rollout = RolloutConfig(max_response_tokens=256, overlong_buffer=64)
     lengths = (1, 192, 224, 256)
@@ -403,7 +421,8 @@ def test_the_overlong_penalty_grows_over_the_buffer():
 
 def test_distinct_right_counts_different_right_answers_a_prompt():
     def sample(text: str, reward: float) -> Sample:
-        return Sample(PROMPTS[0], 0, (2,), (-1.0,), text, "stop", (("0", 0, 1),), reward)
+        right = reward > 0
+        return Sample(PROMPTS[0], 0, (2,), (-1.0,), text, "stop", (("0", 0, 1),), reward, right)
 
     samples = [sample("a", 1.0), sample("a", 1.0), sample("b", 1.0), sample("c", 0.0)]
     samples += [sample("d", 0.0)] * 4

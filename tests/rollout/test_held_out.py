@@ -16,7 +16,18 @@ from megatron_gpc.types import Prompt, Sample
 def test_results_are_means_over_prompts():
     rewards = [[1.0, 0.0, 0.0, 0.0], [0.0] * 4]
     samples = [
-        Sample(Prompt(p, "", (5,), p), i, (7, 1), (-1.0, -1.0), f"{i}", "stop", (), reward)
+        Sample(
+            Prompt(p, "", (5,), p),
+            i,
+            (7, 1),
+            (-1.0, -1.0),
+            f"{i}",
+            "stop",
+            (),
+            reward,
+            reward > 0,
+            {"words": reward * 3},
+        )  # fmt: skip
         for p, row in enumerate(rewards)
         for i, reward in enumerate(row)
     ]
@@ -24,6 +35,7 @@ def test_results_are_means_over_prompts():
     assert found["mean"] == 0.125
     assert found["pass"] == {"1": 0.125, "2": 0.25, "4": 0.5}
     assert [row["right"] for row in found["by_prompt"]] == [1, 0]
+    assert found["scores"] == {"words": 0.375}
     assert found["mean_tokens"] == 2 and found["truncated"] == 0
 
 

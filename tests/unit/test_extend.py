@@ -15,6 +15,8 @@ from megatron_gpc.algo.schedules import CheckedSchedule, check_schedule
 from megatron_gpc.config.file import load
 from megatron_gpc.metrics.reporter import Reporter
 from megatron_gpc.metrics.sinks import check_sinks
+from megatron_gpc.rewards.judging import Judge, check_verifier
+from megatron_gpc.types import Prompt, Verdict
 
 EXAMPLES = sorted((ROOT / "examples" / "extend").glob("*.py"))
 
@@ -84,4 +86,17 @@ def test_the_sink_keeps_a_diary(configured):
         "step 1 of 100: reward 0.250",
         "evaluated after step 1: reward 0.500",
         "the run has ended",
+    ]
+
+
+def test_the_reward_reads_the_last_number(configured, tmp_path):
+    text = section_of("reward.py").replace("data:", "").strip().replace("\n  ", ", ")
+    file = tmp_path / "config.yaml"
+    file.write_text(f"run_dir: run\nmodel: {{hf: start}}\ndata: {{{text}}}\n")
+    data = load(file).data
+    prompt = Prompt(0, "1+1=", (1,), 2, row={"max_words": 1})
+    check_verifier(data, prompt)
+    assert Judge(data)([("so it is 2", prompt), ("3", prompt)]) == [
+        Verdict(1 - 0.003, True, {"words": 3.0}),
+        Verdict(0.0, False, {"words": 0.0}),
     ]

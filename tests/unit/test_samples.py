@@ -21,7 +21,7 @@ PROMPT = Prompt(7, "500=", (53, 48, 48, 61), {"target": 500, "terms": [1, None]}
 # log-probs as training takes them: fp32
 LOGPROBS = tuple(torch.tensor([-0.1, -1 / 3, -20.0]).tolist())
 SAMPLES = [
-    Sample(PROMPT, 0, (49, 43, 36), LOGPROBS, "1+$ é", "stop", (("3", 0, 3),), 1.0),
+    Sample(PROMPT, 0, (49, 43, 36), LOGPROBS, "1+$ é", "stop", (("3", 0, 3),), 1.0, True, {"n": 2}),
     Sample(PROMPT, 1, (49,), (-0.5,), "1", "length", (("3", 0, 0), ("4", 0, 1)), 1 / 3),
 ]
 SAVED = SavedStep(SAMPLES, [31], [0.0, 0.0])
