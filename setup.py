@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_gpc", "megatron_gpc.*"]),
+    package_data={"megatron_gpc.commands": ["start/*"]},  # what `megatron-gpc init` writes
     entry_points={"console_scripts": ["megatron-gpc = megatron_gpc.cli:main"]},
     install_requires=[
         "torch==2.13.0",

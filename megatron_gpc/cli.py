@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    start = commands.add_parser(
+        "init",
+        help="write a run to start from",
+        description="Write config.yaml, prompts.jsonl, reward.py and build_model.py (makes a tiny "
+        "model) into a folder.  The run works as it is; change the files into your own.",
+    )
+    start.add_argument("folder", type=Path, metavar="DIR", help="folder; made if it is missing")
+    start.set_defaults(run=_init)
 
     train = commands.add_parser(
         "train",
@@ -192,6 +202,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file, the same as for train")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from megatron_gpc.commands.init import init
+
+    for file in init(arguments.folder):
+        print(file)
+    print(f"now: megatron-gpc train {shlex.quote(str(arguments.folder / 'config.yaml'))}")
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
