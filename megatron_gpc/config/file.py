@@ -53,7 +53,7 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         given = _flatten(nested, f"override {override!r}")
-        flat.update(_resolve_paths(given, Path.cwd()))
+        flat = _over(flat, _resolve_paths(given, Path.cwd()))
         origin.update(dict.fromkeys(given, f"override {override!r}"))
     return _build(flat, str(path), origin)
 
@@ -99,7 +99,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any
     if base is not None:
         below, origin = _read(path.parent / base, (*extended_by, path))
     own = _resolve_paths(_flatten(content, name), path.parent)
-    return below | own, origin | dict.fromkeys(own, name)
+    return _over(below, own), origin | dict.fromkeys(own, name)
 
 
 def warnings(config: Config) -> list[str]:
@@ -165,13 +165,19 @@ def _flatten(content: dict[str, Any], source: str, prefix: str = "") -> dict[str
                 )
             flat.update(_flatten(value, source, key + "."))
         elif key in valid:
-            if typing.get_origin(valid[key]) is dict and isinstance(value, dict):
+            if typing.get_origin(valid[key]) is dict and isinstance(value, dict) and value:
                 flat.update({f"{key}.{field}": inner for field, inner in value.items()})
             else:
                 flat[key] = value
         else:
             raise UserError(f"{source}: unknown key {key!r}{_nearest(key, [*valid, *sections])}")
     return flat
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, the second over the first; fields of a mapping add up, but `{}` empties it."""
+    emptied = tuple(f"{key}." for key, value in above.items() if value == {})
+    return {key: value for key, value in below.items() if not key.startswith(emptied)} | above
 
 
 def _nearest(key: str, valid: typing.Iterable[str]) -> str:

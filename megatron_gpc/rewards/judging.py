@@ -97,8 +97,9 @@ class Judge:
         """What the user's function gives for one answer, or for a batch."""
         self._thread.begins(what)
         with parts.blamed(KEY, self.data.verifier, what):
+            limit = asyncio.timeout(self.data.verifier_timeout_s)
             try:
-                async with asyncio.timeout(self.data.verifier_timeout_s) as limit:
+                async with limit:
                     found = self._call(texts, prompts)
                     return await found if inspect.isawaitable(found) else found
             except TimeoutError:

@@ -62,6 +62,18 @@ def test_overrides_win_and_keep_their_types(file):
     assert config.megatron.transformer == {"recompute_granularity": "full"}
 
 
+def test_fields_of_a_mapping_add_up_and_an_empty_one_empties_it(file):
+    file.write_text(file.read_text() + "clip: {schedule_arguments: {rate: 2, from: 1}}\n")
+    arguments = "clip.schedule_arguments"
+    assert load(file, [f"{arguments}.rate=3"]).clip.schedule_arguments == {"rate": 3, "from": 1}
+    assert load(file, [f"{arguments}={{}}"]).clip.schedule_arguments == {}
+    given = [f"{arguments}={{}}", f"{arguments}.rate=4"]
+    assert load(file, given).clip.schedule_arguments == {"rate": 4}
+    above = file.with_name("above.yaml")
+    above.write_text(f"extends: {file.name}\nclip: {{schedule_arguments: {{}}}}\n")
+    assert load(above).clip.schedule_arguments == {}
+
+
 def test_dump_and_load_give_the_same_configuration(file, tmp_path):
     url = "rollout.server.urls=http://localhost:30000"
     config = load(file, ["clip.phase_split=0.3", "seed=7", url])

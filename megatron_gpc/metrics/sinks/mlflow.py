@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ class MlflowSink:
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], resume_step: int,
                  experiment: str = "megatron-gpc", tracking_uri: str | None = None):  # fmt: skip
-        import mlflow
+        mlflow: Any = import_module("mlflow")
 
         own = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir}/mlflow.db"
         mlflow.set_tracking_uri(tracking_uri or own)

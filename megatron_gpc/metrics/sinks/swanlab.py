@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ class SwanlabSink:
     """One page a run, the same when it is continued; `settings` go to swanlab.init."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], resume_step: int, **settings: Any):
-        import swanlab
+        swanlab: Any = import_module("swanlab")
 
         given = {"project": "megatron-gpc", "name": run_dir.name, "log_dir": run_dir / "swanlab"}
         if "SWANLAB_MODE" not in os.environ:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ class WandbSink:
     """One page a run, the same when it is continued; `settings` go to wandb.init."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], resume_step: int, **settings: Any):
-        import wandb
-        from requests.utils import get_netrc_auth  # where `wandb login` leaves the key
+        wandb: Any = import_module("wandb")
+        requests: Any = import_module("requests.utils")  # reads what `wandb login` leaves
 
         host = wandb.Settings().base_url
-        has_key = os.environ.get("WANDB_API_KEY") or get_netrc_auth(host)
+        has_key = os.environ.get("WANDB_API_KEY") or requests.get_netrc_auth(host)
         given = {"project": "megatron-gpc", "name": run_dir.name, "dir": run_dir}
         if "WANDB_MODE" not in os.environ:
             given["mode"] = "online" if has_key else "offline"
