@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 from commands import CONFIG, command_line, metrics
 
+ROUNDED = {"entropy": 1e-6, "loss": 1e-4, "grad_norm": 1e-4, "ratio_mean": 1e-5}
+"""Largest relative differences of a first step at another layout.  Adam's first update is the
+gradient's sign times the learning rate: a gradient within rounding of 0 moves its weight one way or
+the other, so loss and gradient of the updates after it differ by more than rounding."""
+
 
 @pytest.fixture(scope="session")
 def arguments(warm_start) -> Callable[..., list[str]]:

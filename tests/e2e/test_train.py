@@ -9,6 +9,7 @@ import time
 
 import pytest
 import warm
+from arithmetic_fixtures import ROUNDED
 from commands import CONFIG, ROOT, command_line, launch, metrics
 from compare_runs import untimed
 
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's 
 # What a step gives before its first update is exact to fp32 rounding; later updates see weights
 # that Adam has moved by rounding of near-zero gradients.
 EXACT = {"reward", "response_length", "eps_high_at_p0", "eps_low_at_p1", "weight_version", "step"}
-ROUNDED = {"entropy": 1e-6, "loss": 1e-4, "grad_norm": 1e-4, "ratio_mean": 1e-5}
 
 
 @pytest.mark.parametrize(
