@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +26,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, flatten
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import replace_text
-from megatron_gpc.run.launch import die_with_parent
+from megatron_gpc.run.launch import POLL_S, die_with_parent
 from megatron_gpc.run.lock import PREPARING, take
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import marker
@@ -129,17 +130,20 @@ def build_model(config: Config) -> None:
     # The script has the machine to itself: a thread limit that was meant for ranks is not for it.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     say(f"making the model with {model.build}, once: {model.hf}")
-    with subprocess.Popen(
+    building = subprocess.Popen(
         [sys.executable, str(model.build), str(model.hf)],
         env=environment,
         preexec_fn=die_with_parent,
         start_new_session=True,  # a terminal's Ctrl-C is for this process, which ends all of it
-    ) as building:
-        try:
-            exit_code = building.wait()
-        except BaseException:
-            os.killpg(building.pid, signal.SIGKILL)
-            raise
+    )
+    try:
+        # Not wait(): a signal that reaches another thread, or comes just before, does not end it.
+        while (exit_code := building.poll()) is None:
+            time.sleep(POLL_S)
+    except BaseException:
+        os.killpg(building.pid, signal.SIGKILL)
+        building.wait()
+        raise
     if exit_code or not (model.hf / "config.json").is_file():
         raise UserError(
             f"model.build: {model.build} failed (exit code {exit_code}) or made no "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 from tiny import run_config
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.folder import prepare
+from megatron_gpc.run.folder import build_model, prepare
 
 
 @pytest.fixture
@@ -52,3 +57,27 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"run_dir: {tmp_path}/file/run: Not a directory"):
         prepare(run_config(tmp_path, tmp_path, f"run_dir={tmp_path}/file/run"))
+
+
+def test_an_interrupt_that_another_thread_gets_ends_what_makes_the_model_too(tmp_path):
+    script, started = tmp_path / "build.py", tmp_path / "started"
+    script.write_text(
+        "import os, time\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        f"os.rename({str(tmp_path / 'pid')!r}, {str(started)!r})\n"
+        "time.sleep(20)\n"
+    )
+
+    def interrupt() -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    config = run_config(tmp_path, tmp_path / "absent", f"model.build={script}")
+    with pytest.raises(KeyboardInterrupt):
+        build_model(config)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
