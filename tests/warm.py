@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import inspect
 import io
 import multiprocessing.util
@@ -340,10 +341,13 @@ def _run(arguments: list[str]) -> int:
 
 def main() -> None:
     """Be the launch pad of a process that runs tests."""
+    gc.disable()
     import warm  # what is unpickled is of that name, not of __main__
     import warm_imports  # noqa: F401
 
     channel = socket.socket(fileno=int(sys.argv[1]))
+    gc.enable()
+    gc.freeze()  # what was imported: a fork's collector would touch, and so copy, all of its pages
     channel.send(b"ready")
     warm._BASE_PATH = [path for path in sys.path if path not in _OWN]
     warm._serve(channel)
