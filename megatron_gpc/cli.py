@@ -227,7 +227,7 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     import torch
 
     from megatron_gpc.continued import consequences
-    from megatron_gpc.run.folder import build_model, prepare
+    from megatron_gpc.run.folder import make_model, prepare
     from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
     from megatron_gpc.run.placement import adopt_rank, my_share
 
@@ -241,7 +241,7 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
 
     def ready() -> TextIO:
         if not complete:
-            build_model(config)
+            make_model(config)
             _check(config)
         return prepare(config, consequences)
 
@@ -336,10 +336,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     from megatron_gpc.engines.answers import RolloutError
     from megatron_gpc.evaluate import evaluate
     from megatron_gpc.metrics.tables import evaluation_table, print_table
-    from megatron_gpc.run.folder import build_model
+    from megatron_gpc.run.folder import make_model
 
     if arguments.checkpoint is None:
-        build_model(config)
+        make_model(config)
     try:
         file, found = evaluate(config, arguments.checkpoint, arguments.out)
     except RolloutError as error:

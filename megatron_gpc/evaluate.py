@@ -21,10 +21,10 @@ import torch
 from rich.progress import track
 
 from megatron_gpc.config import Config
-from megatron_gpc.engines.fleet import Engines
+from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.errors import UserError
-from megatron_gpc.evaluation_file import describe, file_for
+from megatron_gpc.evaluation_file import evaluation_of, file_for
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.preflight import check_evaluation, check_weights
@@ -71,7 +71,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
     source = newest(checkpoint or config.model.hf)
     check_evaluation(config, model_of(source), lambda text: say(f"warning: {text}"))
     ks = pass_ks(config.eval)
-    evaluation = describe(config, source)
+    evaluation = evaluation_of(config, source)
     file = file_for(evaluation, config, out)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
         log_dir = file.parent / "logs" / file.stem
         starter = Starter(config.rollout.server, config.sglang, folder, log_dir)
         say(starter.what_happens())
-        with Engines(starter) as engines:
+        with Fleet(starter) as engines:
             engines.await_started()
             _give_weights(engines, folder, source.name)
             collector = Collector(
@@ -202,7 +202,7 @@ def _keep(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def _give_weights(engines: Engines, folder: Path, version: str) -> None:
+def _give_weights(engines: Fleet, folder: Path, version: str) -> None:
     """Have every engine read the folder, as after an update; those started from it read it again,
     which tells that they can.
 

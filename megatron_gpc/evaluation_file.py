@@ -63,7 +63,7 @@ class Evaluation:
         }
 
 
-def describe(config: Config, checkpoint: Path) -> Evaluation:
+def evaluation_of(config: Config, checkpoint: Path) -> Evaluation:
     """
     Args:
         checkpoint: a complete one, or a Hugging Face folder.

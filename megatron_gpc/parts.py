@@ -132,7 +132,7 @@ def _module(key: str, source: str) -> ModuleType:
             raise UserError(f"{key}: {file} is not there; name the file of your part")
         stem = re.sub(r"\W", "_", file.stem)
         module = f"{__name__}.{stem}_{str(file).encode().hex()}"
-        folder, path = file.parent, contextlib.nullcontext()  # _Loader sees to it
+        folder, path = file.parent, contextlib.nullcontext()  # _FileLoader sees to it
     else:
         module, folder = source, Path.cwd()
         path = _importable(folder, first=False)
@@ -161,7 +161,7 @@ def _importable(folder: Path, first: bool) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
+class _FileLoader(importlib.machinery.SourceFileLoader):
     """Files beside a user's file can be imported while that one is."""
 
     def exec_module(self, module: ModuleType) -> None:
@@ -181,7 +181,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         file = bytes.fromhex(spelled[1]).decode(errors="replace")
         return importlib.util.spec_from_file_location(
-            fullname, file, loader=_Loader(fullname, file)
+            fullname, file, loader=_FileLoader(fullname, file)
         )
 
 

@@ -18,8 +18,8 @@ from megatron_gpc.algo.advantages import group_advantages
 from megatron_gpc.algo.schedules import CheckedSchedule
 from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
-from megatron_gpc.engines.colocation import Turns
-from megatron_gpc.engines.fleet import Engines, WeightsNeeded
+from megatron_gpc.engines.colocation import Colocation
+from megatron_gpc.engines.fleet import Fleet, WeightsNeeded
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
@@ -34,7 +34,7 @@ from megatron_gpc.rollout.evaluation import (
     right_P,
     score_means,
 )
-from megatron_gpc.rollout.prefetch import Pending
+from megatron_gpc.rollout.prefetch import Prefetch
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.rollout.tokenizer import special_tokens
@@ -77,8 +77,8 @@ class Rank0:
                 config.rollout.server, config.sglang, self._servable(), config.run_dir / "logs"
             )
             say(starter.what_happens())
-            self.engines = self._stack.enter_context(Engines(starter))
-            self._turns = Turns(self.engines)
+            self.engines = self._stack.enter_context(Fleet(starter))
+            self._turns = Colocation(self.engines)
             files = filter(None, (config.data.prompts, config.eval.prompts))
             say(f"reading prompts: {', '.join(map(str, files))}")
             reader = PromptReader(config, config.model.hf)
@@ -141,7 +141,7 @@ class Rank0:
         if state.controller:
             self._schedule.restore(state.controller)
         if not self.config.rollout.replay:
-            self._pending = Pending(self.engines, self.collector)
+            self._pending = Prefetch(self.engines, self.collector)
             if state.sampling:
                 self._pending.restore(state.sampling)
         self.reporter = self._stack.enter_context(Reporter(self.config, state.step))

@@ -23,7 +23,7 @@ from megatron_gpc.config.file import load
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.metrics.plots import plot_runs
 from megatron_gpc.metrics.tables import compare_table, print_table
-from megatron_gpc.run.folder import build_model
+from megatron_gpc.run.folder import make_model
 
 sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
 from side_by_side import run_side_by_side  # noqa: E402
@@ -50,7 +50,7 @@ def main() -> int:
         *("parallel.tp=1", "parallel.pp=1"),
         *arguments.overrides,
     ]
-    build_model(load(HERE / "config.yaml", overrides))  # once, before runs that would all build it
+    make_model(load(HERE / "config.yaml", overrides))  # once, before runs that would all build it
     runs = {
         f"{schedule}-{seed}": [*overrides, f"clip.schedule={schedule}", f"seed={seed}"]
         for seed, schedule in product(arguments.seeds, arguments.schedules)

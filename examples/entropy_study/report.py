@@ -34,7 +34,7 @@ from megatron_gpc.metrics.panels import GROUP_COLOURS, STYLE, save_figure
 from megatron_gpc.metrics.pass_at_k import powers_of_two
 from megatron_gpc.metrics.plots import groups_figure
 from megatron_gpc.metrics.region_panels import PREDICTIONS, scatter_predictions
-from megatron_gpc.metrics.runs import Group, Run
+from megatron_gpc.metrics.runs import Run, SeedGroup
 
 TITLES = {
     "static": "static 0.2",
@@ -203,7 +203,7 @@ def _part(
     arms = [arm for arm in arms if arm in seeds[0]]
     if not arms:
         return ""
-    groups = [Group(TITLES[arm], [seed[arm] for seed in seeds]) for arm in arms]
+    groups = [SeedGroup(TITLES[arm], [seed[arm] for seed in seeds]) for arm in arms]
     save_figure(groups_figure(groups, panels), out / f"{name}.png")
     rows = []
     for arm in arms:

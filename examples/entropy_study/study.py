@@ -22,7 +22,7 @@ from report import write_report
 from megatron_gpc.config.file import load
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.metrics.runs import load_run
-from megatron_gpc.run.folder import build_model
+from megatron_gpc.run.folder import make_model
 
 sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
 from side_by_side import run_side_by_side  # noqa: E402
@@ -93,7 +93,7 @@ def make_runs(arguments: argparse.Namespace) -> float:
     ]
     config = ARITHMETIC / "config.yaml"
     begin = time.monotonic()
-    build_model(load(config, common))  # once, before runs that would all build it
+    make_model(load(config, common))  # once, before runs that would all build it
     runs = {
         f"{arm}-{seed}": [
             *common,

@@ -34,7 +34,7 @@ from megatron_gpc.config import ClipConfig
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.types import Bounds
 
-KEY = "clip.schedule"
+SCHEDULE_KEY = "clip.schedule"
 
 Line = tuple[float, float]  # (slope, intercept) of a threshold over p
 
@@ -170,8 +170,8 @@ class CheckedSchedule:
 
     def __init__(self, clip: ClipConfig, steps: int):
         self.name = clip.schedule
-        make = parts.find(KEY, self.name, SCHEDULES)
-        parts.check_call(KEY, self.name, make, ("clip", "steps"), clip.schedule_arguments)
+        make = parts.find(SCHEDULE_KEY, self.name, SCHEDULES)
+        parts.check_call(SCHEDULE_KEY, self.name, make, ("clip", "steps"), clip.schedule_arguments)
         with self._blamed("its start"):
             self._schedule: Schedule = make(clip, steps, **clip.schedule_arguments)
 
@@ -181,7 +181,7 @@ class CheckedSchedule:
             found = self._schedule.bounds(k, entropy)
         problem = _problem(found)
         if problem:
-            raise PartError(f"{KEY}: {self.name}: {doing} gave {found}: {problem}")
+            raise PartError(f"{SCHEDULE_KEY}: {self.name}: {doing} gave {found}: {problem}")
         return found
 
     def state(self) -> dict[str, Any]:
@@ -194,8 +194,8 @@ class CheckedSchedule:
             plain = error
         if not isinstance(plain, dict):
             raise PartError(
-                f"{KEY}: {self.name}: state() gave {state!r}; expected a dictionary, of what JSON "
-                "can hold"
+                f"{SCHEDULE_KEY}: {self.name}: state() gave {state!r}; expected a dictionary, "
+                "of what JSON can hold"
             )
         return plain
 
@@ -204,7 +204,7 @@ class CheckedSchedule:
             self._schedule.restore(state)
 
     def _blamed(self, doing: str) -> AbstractContextManager[None]:
-        return parts.blamed(KEY, self.name, doing)
+        return parts.blamed(SCHEDULE_KEY, self.name, doing)
 
 
 def check_schedule(clip: ClipConfig, steps: int) -> None:
@@ -222,8 +222,8 @@ def check_schedule(clip: ClipConfig, steps: int) -> None:
             second.restore(state)
         if second.state() != state:
             raise UserError(
-                f"{KEY}: {clip.schedule}: after restore({state}) its state() is {second.state()}; "
-                "a run that is continued would go on otherwise"
+                f"{SCHEDULE_KEY}: {clip.schedule}: after restore({state}) its state() is "
+                f"{second.state()}; a run that is continued would go on otherwise"
             )
     except PartError as error:
         raise UserError(str(error)) from error

@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 
 from megatron_gpc.doctor.finding import Finding
+from megatron_gpc.doctor.memory import GIB
 
-GIB = 2**30
 FREE_SHARE = 0.95
 """Of a GPU's memory that must be free before a run."""
 SMI_TIMEOUT_S = 30.0
 SHM_GIB = 1.0
-FILES = 4096
+OPEN_FILES = 4096
 
 
 def machine(peer: str, ports: Sequence[int]) -> list[Finding]:
@@ -160,7 +160,7 @@ def _shared_memory() -> Finding:
 
 def _files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < FILES:
+    if soft < OPEN_FILES:
         advice = f"ulimit -n {hard if hard != resource.RLIM_INFINITY else 65536}"
         return Finding("open files", "problem", f"at most {soft}", advice)
     return Finding("open files", "ok", f"at most {soft}")

@@ -27,11 +27,11 @@ from megatron_gpc.errors import UserError
 
 FAREWELL_S = 5.0
 """How long rank 0 keeps the store for the others to read the end."""
-POLL_S = 0.05
+STORE_POLL_S = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Rendezvous:
     """Which of how many processes this is."""
 
     rank: int = 0
@@ -41,7 +41,7 @@ class Place:
     port: int = 0
 
     @staticmethod
-    def from_environment() -> Place:
+    def from_environment() -> Rendezvous:
         """As torchrun or srun has started it; alone if neither has.
 
         Raises:
@@ -53,12 +53,12 @@ class Place:
         elif int(e.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         else:
-            return Place()
+            return Rendezvous()
         try:
             rank, world, local = (int(e[name]) for name in names)
             if "MASTER_ADDR" not in e and (step := _step_hosts()):
-                return Place(rank, world, local, step[0], _step_port())
-            return Place(rank, world, local, e["MASTER_ADDR"], int(e["MASTER_PORT"]))
+                return Rendezvous(rank, world, local, step[0], _step_port())
+            return Rendezvous(rank, world, local, e["MASTER_ADDR"], int(e["MASTER_PORT"]))
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"this is one of several processes, but {error} is not set or no number; export "
@@ -69,7 +69,7 @@ class Place:
 class Meeting:
     """The store of some processes, until `deadline`."""
 
-    def __init__(self, place: Place, timeout_s: float):
+    def __init__(self, place: Rendezvous, timeout_s: float):
         """Rank 0 opens the store, the others find it.
 
         Raises:
@@ -105,7 +105,7 @@ class Meeting:
         while not self.store.check([key]):
             if time.monotonic() > until:
                 return None
-            time.sleep(POLL_S)
+            time.sleep(STORE_POLL_S)
         return json.loads(self.store.get(key))
 
     def all_heard(self, what: str) -> list[Any]:
@@ -154,7 +154,7 @@ def shared_folder(meeting: Meeting | None, folder: Path) -> Finding:
         finding = Finding(check, "problem", f"not there on {host}", "mount it, or make it")
     else:
         told, finding = True, Finding(check, "ok", "written and seen")
-    place = meeting.place if meeting else Place()
+    place = meeting.place if meeting else Rendezvous()
     name = None
     if place.rank == 0 and told:
         name = f".canary-{secrets.token_hex(8)}"
@@ -193,7 +193,7 @@ def _appears(file: Path, meeting: Meeting) -> bool:
         if time.monotonic() > until:
             return False
         os.listdir(file.parent)
-        time.sleep(POLL_S)
+        time.sleep(STORE_POLL_S)
     return True
 
 

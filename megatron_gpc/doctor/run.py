@@ -14,7 +14,7 @@ from megatron_gpc.doctor.machine import machine
 from megatron_gpc.doctor.meeting import (
     FAREWELL_S,
     Meeting,
-    Place,
+    Rendezvous,
     all_reduce,
     missing,
     shared_folder,
@@ -50,7 +50,7 @@ def examine(
     Raises:
         UserError: nothing says where the processes meet.
     """
-    place, host = Place.from_environment(), socket.gethostname()
+    place, host = Rendezvous.from_environment(), socket.gethostname()
     own = software(sglang_python)
     own += machine(place.address, ports if place.local_rank == 0 else ())
     if config is not None:

@@ -43,7 +43,7 @@ HEALTH_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """One sample to be drawn.  `sampling_params` in SGLang's names, with n left out or 1."""
 
     input_ids: Sequence[int]
@@ -113,10 +113,10 @@ class SGLangClient:
         self, input_ids: Sequence[int], sampling_params: dict[str, Any], rid: str | None = None
     ) -> Generation:
         """One sample; see generate_many."""
-        return (await self.generate_many([Request(input_ids, sampling_params, rid)]))[0]
+        return (await self.generate_many([SampleRequest(input_ids, sampling_params, rid)]))[0]
 
     async def generate_many(
-        self, requests: Sequence[Request], attempts: int | None = None
+        self, requests: Sequence[SampleRequest], attempts: int | None = None
     ) -> list[Generation]:
         """One sample a request, in the requests' order, in few HTTP posts where `batched`.
 
@@ -147,7 +147,7 @@ class SGLangClient:
         return [generation for task in tasks for generation in task.result()]
 
     async def _generate_part(
-        self, requests: Sequence[Request], attempts: int | None
+        self, requests: Sequence[SampleRequest], attempts: int | None
     ) -> list[Generation]:
         rids = [request.rid or uuid.uuid4().hex for request in requests]
 

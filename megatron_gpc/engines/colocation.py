@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import asyncio
 
-from megatron_gpc.engines.fleet import Engine, Engines, Memory
+from megatron_gpc.engines.fleet import Engine, Fleet, Memory
 
 
-class Turns:
-    """Called on the trainer's thread."""
+class Colocation:
+    """Whose turn it is; called on the trainer's thread."""
 
-    def __init__(self, engines: Engines):
-        self.engines = engines
+    def __init__(self, fleet: Fleet):
+        self.fleet = fleet
 
     def rest(self) -> None:
         """Have every engine give up its memory; one that does not is ended."""
-        engines = self.engines
-        engines.asleep = True
-        engines.run(self._started())
-        engines.each(engines.alive(), _release)
-        for engine in engines.engines:
+        fleet = self.fleet
+        fleet.asleep = True
+        fleet.run(self._started())
+        fleet.each(fleet.alive(), _release)
+        for engine in fleet.engines:
             if engine.state == "down":
                 assert engine.process is not None, "colocated engines are started by the run"
                 engine.process.stop()
@@ -39,8 +39,8 @@ class Turns:
         Raises:
             ServerUnavailable: none answers in time.
         """
-        self.engines.asleep = False
-        self.engines.await_alive()
+        self.fleet.asleep = False
+        self.fleet.await_alive()
         self._resume("weights")
 
     def take_cache(self) -> None:
@@ -52,12 +52,12 @@ class Turns:
             await engine.client.resume_memory(memory)
             engine.released.remove(memory)
 
-        resting = [engine for engine in self.engines.alive() if memory in engine.released]
-        self.engines.each(resting, resume)
+        resting = [engine for engine in self.fleet.alive() if memory in engine.released]
+        self.fleet.each(resting, resume)
 
     async def _started(self) -> None:
         """Wait for engines that are being started: they would take memory in the policy's turn."""
-        await asyncio.gather(*(e.reviving for e in self.engines.engines if e.reviving is not None))
+        await asyncio.gather(*(e.reviving for e in self.fleet.engines if e.reviving is not None))
 
 
 async def _release(engine: Engine) -> None:

@@ -29,7 +29,7 @@ from megatron_gpc.engines.answers import (
     RolloutError,
     ServerUnavailable,
 )
-from megatron_gpc.engines.client import Request, SGLangClient
+from megatron_gpc.engines.client import SampleRequest, SGLangClient
 from megatron_gpc.engines.process import ServerError, ServerProcess, SGLangServer
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.run.launch import own_address
@@ -38,9 +38,9 @@ T = TypeVar("T")
 P = TypeVar("P", bound=ServerProcess)
 Memory = Literal["weights", "kv_cache"]
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-POLL_S = 0.5
+STARTED_POLL_S = 0.5
 """How often is looked whether a start is still wanted [s]."""
-CLOSE_S = 10.0
+CANCEL_S = 10.0
 """How long work that is called off may take to end [s]."""
 WATCH_S = 1.0
 """How often engines are looked at [s]."""
@@ -74,8 +74,8 @@ class Engine:
         self.state, self.problem = "down", f"{self.url}: {error or type(error).__name__}"
 
 
-class Engines:
-    """All engines of a run.  Use as `with Engines(...) as engines`.
+class Fleet:
+    """All engines of a run.  Use as `with Fleet(...) as fleet`.
 
     Args:
         starter: how engines are started or found.
@@ -106,7 +106,7 @@ class Engines:
 
     # ---- life ----
 
-    def __enter__(self) -> Engines:
+    def __enter__(self) -> Fleet:
         """Start or find the engines; does not wait for them, see `await_started`."""
         self._thread.start()
         self._starting = asyncio.run_coroutine_threadsafe(self._start(), self.loop)
@@ -138,7 +138,7 @@ class Engines:
         """
         deadline = time.monotonic() + self.config.start_timeout_s + 60
         while not over():
-            wait([self._starting], POLL_S)
+            wait([self._starting], STARTED_POLL_S)
             if self._starting.done() or time.monotonic() > deadline:
                 self._starting.result(0)
                 return True
@@ -180,7 +180,7 @@ class Engines:
         for task in tasks:
             task.cancel()
         if tasks:  # or Python complains of tasks that were never awaited
-            await asyncio.wait(tasks, timeout=CLOSE_S)
+            await asyncio.wait(tasks, timeout=CANCEL_S)
         for client in [e.client for e in self.engines] + [self._router_client]:
             if client is not None:
                 await client.close()
@@ -287,7 +287,7 @@ class Engines:
 
     # ---- samples ----
 
-    async def generate(self, requests: Sequence[Request]) -> list[Generation]:
+    async def generate(self, requests: Sequence[SampleRequest]) -> list[Generation]:
         """Samples from whichever engine has most room; on the engines' loop.
 
         What fails or is malformed is counted and asked for again, elsewhere where possible.
@@ -319,7 +319,7 @@ class Engines:
                 engine.in_flight -= len(requests)
         raise AssertionError("the loop ends by returning or raising")
 
-    def _with_own_rid(self, request: Request) -> Request:
+    def _with_own_rid(self, request: SampleRequest) -> SampleRequest:
         """The request under an id that no server has seen: `PREFIX-step-12-40-3-907`.
 
         A server refuses an id that is in flight, and may still hold what was given up: an attempt
@@ -345,7 +345,7 @@ class Engines:
                 f"{self.version!r}; does someone else use this server?"
             )
 
-    async def ask_each(self, request: Request) -> list[Generation]:
+    async def ask_each(self, request: SampleRequest) -> list[Generation]:
         """One sample of every ready engine, in their order; `check_probe` judges them."""
         self._asked = []
         found: list[Generation] = []

@@ -25,7 +25,7 @@ STOP_TIMEOUT_S = 5.0
 """How long a server may take to end by itself before it is killed."""
 KILL_TIMEOUT_S = 60.0
 """How long a busy machine may take to be rid of one that was killed."""
-LOOK_S = 0.2
+START_POLL_S = 0.2
 """How often a server that starts is looked at [s]."""
 LOG_LINES = 20
 
@@ -213,7 +213,7 @@ class EmbeddedServer(ServerProcess):
         while not sent.endswith(b"\n"):
             self._check_wanted()
             left = max(deadline - time.monotonic(), 0.0)
-            if not select.select([receiver], [], [], min(left, LOOK_S))[0]:
+            if not select.select([receiver], [], [], min(left, START_POLL_S))[0]:
                 if left:
                     continue
                 raise self.failure(f"was not up after {timeout_s:g} s")
@@ -283,7 +283,7 @@ class SGLangServer(ServerProcess):
                         return
                 except httpx.TransportError:
                     pass
-                time.sleep(LOOK_S)
+                time.sleep(START_POLL_S)
         raise self.failure(f"was not healthy after {timeout_s:g} s")
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from megatron_gpc.config import Config
-from megatron_gpc.engines.fleet import Engines
+from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.process import ServerError
 from megatron_gpc.engines.starter import Starter, check_start
 from megatron_gpc.errors import RunStopped, UserError
@@ -19,7 +19,7 @@ from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import StopRequest
 from megatron_gpc.weights.folders import hf_folder
 
-POLL_S = 0.5
+FLEET_POLL_S = 0.5
 IN_STEP = "SLURM_STEP_ID"
 """Set below srun."""
 
@@ -57,22 +57,22 @@ def serve(config: Config, stop: StopRequest) -> None:
     log_dir = config.run_dir / "logs" / f"serve_{number}"
     starter = Starter(started_here, config.sglang, config.model.hf, log_dir, host=_address(nodes))
     say(starter.what_happens())
-    with Engines(starter) as engines:
+    with Fleet(starter) as fleet:
         try:
-            if not engines.await_started(lambda: _over(stop)):
+            if not fleet.await_started(lambda: _over(stop)):
                 return
         except ServerError as error:
             raise RunStopped(f"{socket.gethostname()}: {error}") from None
-        urls = [engine.url for engine in engines.engines]
+        urls = [engine.url for engine in fleet.engines]
         _publish(server.urls_file, urls, number, nodes, server.start_timeout_s, stop)
         say(f"serving on {', '.join(urls)}")
         while not _over(stop):
-            if engines.exhausted():
+            if fleet.exhausted():
                 raise RunStopped(
                     f"{socket.gethostname()}: no engine is left and "
                     f"rollout.server.max_restarts={server.max_restarts} are used up; see {log_dir}"
                 )
-            time.sleep(POLL_S)
+            time.sleep(FLEET_POLL_S)
 
 
 def _over(stop: StopRequest) -> bool:
@@ -117,5 +117,5 @@ def _await_file(file: Path, timeout_s: float, key: str, stop: StopRequest) -> bo
             return False
         if time.monotonic() > deadline:
             raise UserError(f"{key}: {file} did not appear within {timeout_s:g} s")
-        time.sleep(POLL_S)
+        time.sleep(FLEET_POLL_S)
     return True

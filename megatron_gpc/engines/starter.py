@@ -26,7 +26,7 @@ from megatron_gpc.run.launch import free_port
 
 CHECK_TIMEOUT_S = 60.0
 """How long the interpreter of SGLang's environment may take to say whether SGLang is there [s]."""
-LOOK_S = 1.0
+URLS_POLL_S = 1.0
 """How often is looked for urls_file [s]."""
 
 
@@ -170,7 +170,7 @@ class Starter:
                     f"rollout.server.urls_file: {file} did not appear within "
                     f"{self.config.start_timeout_s:g} s"
                 )
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(URLS_POLL_S)
         urls = _read(file, "urls_file").split()
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise UserError(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gpc.config import ServerConfig
-from megatron_gpc.engines.fleet import Engine, Engines
+from megatron_gpc.engines.fleet import Engine, Fleet
 from megatron_gpc.engines.weight_group import join_group, leave_group
 from megatron_gpc.weights import write_single
 
@@ -38,34 +38,34 @@ class WeightSync(Protocol):
     def close(self) -> None: ...
 
 
-def make_sync(config: ServerConfig, engines: Engines, folder: Path) -> WeightSync:
+def make_sync(config: ServerConfig, fleet: Fleet, folder: Path) -> WeightSync:
     """The configured way.
 
     Args:
         folder: where `disk` puts model.safetensors; engines see it under the same path.
     """
     if config.sync == "disk":
-        return DiskSync(engines, folder)
+        return DiskSync(fleet, folder)
     if config.sync == "tensor":
-        return TensorSync(engines, config.bucket_mb * 2**20)
-    return DistributedSync(engines, config.bucket_mb * 2**20, config.sync_timeout_s)
+        return TensorSync(fleet, config.bucket_mb * 2**20)
+    return DistributedSync(fleet, config.bucket_mb * 2**20, config.sync_timeout_s)
 
 
 class DiskSync:
     """Safetensors in a shared folder.  A restarted engine finds the current weights there."""
 
-    def __init__(self, engines: Engines, folder: Path):
-        self.engines, self.folder = engines, folder
+    def __init__(self, fleet: Fleet, folder: Path):
+        self.fleet, self.folder = fleet, folder
 
     def push(self, tensors: Iterable[Named], version: str) -> None:
         write_single(self.folder, tensors)
-        self.engines.current = (str(self.folder), version)
+        self.fleet.current = (str(self.folder), version)
         path = str(self.folder)
-        members = self.engines.alive()
-        self.engines.each(
+        members = self.fleet.alive()
+        self.fleet.each(
             members, lambda engine: engine.client.update_weights_from_disk(path, version)
         )
-        self.engines.confirm(members, version)
+        self.fleet.confirm(members, version)
 
     def close(self) -> None:
         pass
@@ -74,21 +74,21 @@ class DiskSync:
 class TensorSync:
     """Tensors inside requests: for a trainer and engines on one host."""
 
-    def __init__(self, engines: Engines, bucket_bytes: int):
-        self.engines, self.bucket_bytes = engines, bucket_bytes
+    def __init__(self, fleet: Fleet, bucket_bytes: int):
+        self.fleet, self.bucket_bytes = fleet, bucket_bytes
 
     def push(self, tensors: Iterable[Named], version: str) -> None:
-        members = self.engines.alive()
-        self.engines.each(members, lambda engine: engine.client.begin_weight_update())
+        members = self.fleet.alive()
+        self.fleet.each(members, lambda engine: engine.client.begin_weight_update())
         for bucket in buckets(tensors, self.bucket_bytes):
-            self.engines.each(
+            self.fleet.each(
                 members,
                 lambda engine, bucket=bucket: engine.client.update_weights_from_tensor(
                     bucket, version
                 ),
             )
-        self.engines.each(members, lambda engine: engine.client.end_weight_update())
-        self.engines.confirm(members, version)
+        self.fleet.each(members, lambda engine: engine.client.end_weight_update())
+        self.fleet.confirm(members, version)
 
     def close(self) -> None:
         pass
@@ -100,8 +100,8 @@ class DistributedSync:
     The group is made again whenever the set of engines changes.
     """
 
-    def __init__(self, engines: Engines, bucket_bytes: int, timeout_s: float):
-        self.engines, self.bucket_bytes, self.timeout_s = engines, bucket_bytes, timeout_s
+    def __init__(self, fleet: Fleet, bucket_bytes: int, timeout_s: float):
+        self.fleet, self.bucket_bytes, self.timeout_s = fleet, bucket_bytes, timeout_s
         self.backend = "nccl" if torch.cuda.is_available() else "gloo"
         self.group: dist.ProcessGroup | None = None
         self.members: list[Engine] = []
@@ -110,12 +110,12 @@ class DistributedSync:
     def push(self, tensors: Iterable[Named], version: str) -> None:
         self._join()
         members, name = self.members, self.name
-        self.engines.each(members, lambda engine: engine.client.begin_weight_update())
+        self.fleet.each(members, lambda engine: engine.client.begin_weight_update())
         for bucket in buckets(tensors, self.bucket_bytes):
             if self.group is None:
                 continue  # the tensors are consumed all the same: other ranks are sending them
             described = [(key, tensor.dtype, tensor.shape) for key, tensor in bucket]
-            await_received = self.engines.begin_each(
+            await_received = self.fleet.begin_each(
                 members,
                 lambda engine, described=described: engine.client.update_weights_from_distributed(
                     described, version, name
@@ -128,24 +128,24 @@ class DistributedSync:
                 self._leave()
             await_received()
             self._leave_if_broken()
-        self.engines.each(members, lambda engine: engine.client.end_weight_update())
-        self.engines.confirm(members if self.group is not None else [], version)
+        self.fleet.each(members, lambda engine: engine.client.end_weight_update())
+        self.fleet.confirm(members if self.group is not None else [], version)
 
     def close(self) -> None:
         self._leave()
 
     def _join(self) -> None:
         """A group of the trainer and the engines that live; None where one did not come."""
-        if self.group is not None and self.engines.alive() == self.members:
+        if self.group is not None and self.fleet.alive() == self.members:
             return
         self._leave()
-        self.members = self.engines.alive()
+        self.members = self.fleet.alive()
         ends = list(itertools.accumulate((e.tp_size for e in self.members), initial=1))
         first = dict(zip(self.members, ends, strict=False))
         self.name = name = f"weights-{next(_numbers)}"
-        host = self.engines.trainer_address
+        host = self.fleet.trainer_address
         store = dist.TCPStore(host, 0, None, True, wait_for_workers=False)  # any free port
-        await_joined = self.engines.begin_each(
+        await_joined = self.fleet.begin_each(
             self.members,
             lambda engine: engine.client.init_weights_update_group(
                 host, store.port, first[engine], ends[-1], name, self.backend
@@ -165,7 +165,7 @@ class DistributedSync:
             return
         leave_group(self.group)
         self.group, name = None, self.name
-        self.engines.each(
+        self.fleet.each(
             self.members, lambda engine: engine.client.destroy_weights_update_group(name)
         )
 

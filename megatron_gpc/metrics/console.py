@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-LOG_LINES = 20
+LINES_A_RUN = 20
 """A log gets so many lines a run at even distances, besides the first and the last step ..."""
 LOG_SILENCE_S = 60.0
 """... and one whenever a step ends that long after the last line [s]."""
@@ -44,7 +44,7 @@ class Console:
     ):
         self._output = output or rich.console.Console()
         self._total, self._start = total_steps, start_step
-        self._every = max(1, math.ceil((total_steps - start_step) / LOG_LINES))
+        self._every = max(1, math.ceil((total_steps - start_step) / LINES_A_RUN))
         self._ends = deque([(start_step, time.monotonic())], maxlen=RATE_STEPS + 1)
         self._last_line = time.monotonic()
         self._progress: Progress | None = None

@@ -33,7 +33,7 @@ from megatron_gpc.metrics.panels import (
     trace,
 )
 from megatron_gpc.metrics.region_panels import dh_panel, prediction_panel, share_panel
-from megatron_gpc.metrics.runs import PLOT_NAME, Group, Run, Series, group_runs, load_run
+from megatron_gpc.metrics.runs import PLOT_NAME, Run, SeedGroup, Series, group_runs, load_run
 
 EVAL_TITLES = {
     "eval_reward": "held-out reward",
@@ -95,7 +95,7 @@ def overlay_figure(runs: Sequence[Run]) -> Figure:
     return groups_figure(group_runs(runs), panels)
 
 
-def groups_figure(groups: Sequence[Group], panels: Mapping[str, str]) -> Figure:
+def groups_figure(groups: Sequence[SeedGroup], panels: Mapping[str, str]) -> Figure:
     """One panel a metric, one colour a group: mean over seeds, a band of one standard deviation,
     and every run as a thin line.
 
@@ -250,7 +250,7 @@ def _between(lower: Series) -> float:
 # --- panels of several runs -------------------------------------------------------------------
 
 
-def _overlay_panel(ax: Axes, groups: Sequence[Group], name: str, title: str) -> None:
+def _overlay_panel(ax: Axes, groups: Sequence[SeedGroup], name: str, title: str) -> None:
     ax.set_title(title)
     ax.set_xlabel("step")
     for group, colour in zip(groups, itertools.cycle(GROUP_COLOURS), strict=False):

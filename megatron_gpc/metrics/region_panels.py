@@ -22,7 +22,7 @@ from megatron_gpc.metrics.panels import (
 )
 from megatron_gpc.metrics.runs import Run, correlation, paired
 
-REGIONS = (  # from the bottom up: what raises entropy, then what lowers it
+REGION_LINES = (  # from the bottom up: what raises entropy, then what lowers it
     ("e2", "E2 unlikely, A > 0: H ↑", BLUE),
     ("e3", "E3 likely, A < 0: H ↑", SKY),
     ("e1", "E1 likely, A > 0: H ↓", ORANGE),
@@ -38,7 +38,7 @@ def share_panel(ax: Axes, run: Run, metric: str, title: str) -> None:
     """What the regions hold of a whole, over steps: metrics METRIC_e1 to METRIC_e4."""
     start_panel(ax, title, run)
     ax.set_title(ax.get_title("left"), pad=30)  # the legend stands below it
-    shares = [run.series(f"{metric}_{name}").smooth() for name, _, _ in REGIONS]
+    shares = [run.series(f"{metric}_{name}").smooth() for name, _, _ in REGION_LINES]
     steps = shares[0].steps
     if not len(steps) or any(len(share) != len(steps) for share in shares):
         say_missing(ax)
@@ -49,8 +49,8 @@ def share_panel(ax: Axes, run: Run, metric: str, title: str) -> None:
     ax.stackplot(
         steps,
         values,
-        labels=[label for _, label, _ in REGIONS],
-        colors=[colour for _, _, colour in REGIONS],
+        labels=[label for _, label, _ in REGION_LINES],
+        colors=[colour for _, _, colour in REGION_LINES],
         alpha=0.85,
     )
     ax.set_ylim(0, 1)
@@ -63,13 +63,13 @@ def share_panel(ax: Axes, run: Run, metric: str, title: str) -> None:
 def dh_panel(ax: Axes, run: Run) -> None:
     """The logit-space prediction: what each region pulls entropy by, and their sum."""
     start_panel(ax, "predicted change of H, by region", run)
-    series = [run.series(f"dh_predicted_{name}").smooth() for name, _, _ in REGIONS]
+    series = [run.series(f"dh_predicted_{name}").smooth() for name, _, _ in REGION_LINES]
     total = run.series("dh_predicted").smooth()
     if not all(map(len, (*series, total))):
         say_missing(ax)
         return
     ax.axhline(0, color=GREY, linewidth=0.8)
-    for one, (name, _, colour) in zip(series, REGIONS, strict=True):
+    for one, (name, _, colour) in zip(series, REGION_LINES, strict=True):
         line(ax, one, color=colour, linewidth=1.3, label=name.upper())
     line(ax, total, color=BLACK, label="sum")
     ax.set_ylabel("nats a token, eta = 1")
@@ -83,7 +83,7 @@ def prediction_panel(ax: Axes, run: Run) -> None:
     measured = run.series("dh_measured")
     if not len(measured):
         start_panel(ax, "tokens of each region clipped", run)
-        found = [(run.series(f"clip_fraction_{name}"), name, c) for name, _, c in REGIONS]
+        found = [(run.series(f"clip_fraction_{name}"), name, c) for name, _, c in REGION_LINES]
         if not all(len(series) for series, _, _ in found):
             say_missing(ax)
             return

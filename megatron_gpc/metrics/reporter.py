@@ -13,12 +13,12 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.file import plain
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.metrics.console import Console
-from megatron_gpc.metrics.sinks import KEY, MetricSink, make_sink
+from megatron_gpc.metrics.sinks import SINKS_KEY, MetricSink, make_sink
 from megatron_gpc.metrics.tables import print_table, summary_table
 
-CLOSE_S = 60.0
+SINK_CLOSE_S = 60.0
 """How long a sink may take to pass on what it has when the run ends [s] ..."""
-CLOSE_FAILED_S = 5.0
+SINK_CLOSE_FAILED_S = 5.0
 """... and when it ends by an error, which others wait to see."""
 
 Warn = Callable[[str], None]
@@ -72,7 +72,7 @@ class Reporter:
         for behind in self._behind:
             behind.close(ok)
         for behind in self._behind:
-            behind.join(CLOSE_S if ok else CLOSE_FAILED_S)
+            behind.join(SINK_CLOSE_S if ok else SINK_CLOSE_FAILED_S)
         for sink in self._direct:
             sink.close(ok)
 
@@ -136,14 +136,14 @@ class _Behind:
         """Wait until the sink has taken everything, up to a deadline."""
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            self._warn(f"{KEY}: {self._name} has not taken everything after {timeout_s:g} s")
+            self._warn(f"{SINKS_KEY}: {self._name} has not taken everything after {timeout_s:g} s")
 
     def _work(self) -> None:
         warned = False
         while (job := self._jobs.get()) is not None:
             doing, call = job
             try:
-                with parts.blamed(KEY, self._name, doing):
+                with parts.blamed(SINKS_KEY, self._name, doing):
                     call()
             except (PartError, UserError) as error:
                 if not warned:

@@ -185,7 +185,7 @@ def load_run(folder: Path) -> Run:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs that differ in their seed alone."""
 
     label: str
@@ -205,7 +205,7 @@ class Group:
         return Series(steps, rows.mean(axis=0)), Series(steps, spread)
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[SeedGroup]:
     """Pool runs whose configurations differ in the seed alone, in order of first appearance.
 
     A label is the schedule and whatever else the given runs differ in: `static eps_high=0.28`.
@@ -226,7 +226,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         name = run.config["clip.schedule"]
         head = heads[name] if list(heads.values()).count(heads[name]) == 1 else name
         pooled.setdefault(" ".join([head, *parts]), []).append(run)
-    return [Group(label, members) for label, members in pooled.items()]
+    return [SeedGroup(label, members) for label, members in pooled.items()]
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_gpc.metrics.runs import PLOT_NAME, Group, Run, Series, group_runs, load_run
+from megatron_gpc.metrics.runs import PLOT_NAME, Run, SeedGroup, Series, group_runs, load_run
 from megatron_gpc.types import Sample
 
 
@@ -140,7 +140,7 @@ def compare_table(run_dirs: Sequence[Path]) -> Table:
     return table
 
 
-def _paired_differences(first: Group, other: Group) -> tuple[list[int], list[list[float]]]:
+def _paired_differences(first: SeedGroup, other: SeedGroup) -> tuple[list[int], list[list[float]]]:
     """Seeds that both groups have, and for every compared number other - first, seed by seed."""
     of_first = {run.seed: run for run in first.runs}
     of_other = {run.seed: run for run in other.runs}

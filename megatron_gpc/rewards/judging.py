@@ -24,10 +24,10 @@ from megatron_gpc.rewards import VERIFIERS, judge_all, verifier
 from megatron_gpc.rewards.extraction import END_TOKENS
 from megatron_gpc.types import Prompt, Verdict
 
-KEY = "data.verifier"
+VERIFIER_KEY = "data.verifier"
 MADE_UP = "The answer is 42."
 """What a user's verifier is tried out on."""
-POLL_S = 0.05
+VERDICT_POLL_S = 0.05
 SHOWN = 60
 """Characters of an answer's beginning and of its end that messages show."""
 
@@ -64,7 +64,9 @@ class Judge:
             self._thread = _Thread(data)
             return
         arguments = data.verifier_arguments
-        parts.check_call(KEY, data.verifier, lambda text, label: None, ("text", "label"), arguments)
+        parts.check_call(
+            VERIFIER_KEY, data.verifier, lambda text, label: None, ("text", "label"), arguments
+        )
         self._built_in = verifier(data.verifier, special)
 
     def __call__(self, answers: Sequence[Answer]) -> list[Verdict]:
@@ -96,7 +98,7 @@ class Judge:
     async def _result(self, what: str, texts: Any, prompts: Any) -> Any:
         """What the user's function gives for one answer, or for a batch."""
         self._thread.begins(what)
-        with parts.blamed(KEY, self.data.verifier, what):
+        with parts.blamed(VERIFIER_KEY, self.data.verifier, what):
             limit = asyncio.timeout(self.data.verifier_timeout_s)
             try:
                 async with limit:
@@ -123,7 +125,7 @@ class Judge:
         return Verdict(reward, right, found)
 
     def _wrong(self, what: str, result: Any, why: str) -> PartError:
-        return PartError(f"{KEY}: {self.data.verifier} gave {result!r} for {what}: {why}")
+        return PartError(f"{VERIFIER_KEY}: {self.data.verifier} gave {result!r} for {what}: {why}")
 
 
 def check_verifier(data: DataConfig, first: Prompt | None = None) -> None:
@@ -147,7 +149,7 @@ class _Call:
     """The user's function, called as its signature wants it."""
 
     def __init__(self, data: DataConfig):
-        self.function = parts.find(KEY, data.verifier, {})
+        self.function = parts.find(VERIFIER_KEY, data.verifier, {})
         self.arguments = data.verifier_arguments
         self.batch = bool(getattr(self.function, "batch", False))
         self.is_async = any(
@@ -158,7 +160,7 @@ class _Call:
         positional = names if self.prompt == "third" else names[:2]
         keywords = {names[2]: None} if self.prompt == "keyword" else {}
         given = keywords | self.arguments
-        parts.check_call(KEY, data.verifier, self.function, positional, given)
+        parts.check_call(VERIFIER_KEY, data.verifier, self.function, positional, given)
         self.keyword = names[2]
 
     def __call__(self, texts: Any, prompts: Any) -> Any:
@@ -216,12 +218,12 @@ class _Thread:
                 self._thread.start()
             self._since = time.monotonic()
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
-            while not concurrent.futures.wait([future], POLL_S).done:
+            while not concurrent.futures.wait([future], VERDICT_POLL_S).done:
                 # The loop ends async functions at the deadline; this is for those that block it.
                 waited = time.monotonic() - self._since
                 if waited > self._data.verifier_timeout_s + 1 or not self._thread.is_alive():
                     self._loop = None  # whoever asks next gets another
-                    where = f"{KEY}: {self._data.verifier} for {self._doing}"
+                    where = f"{VERIFIER_KEY}: {self._data.verifier} for {self._doing}"
                     raise PartError(f"{where}: {_late(self._data)}")
             return future.result()
 

@@ -102,7 +102,7 @@ def tidy(text: str) -> str:
     return text.strip() if text.endswith("ldots ") else text.strip().rstrip(".").strip()
 
 
-def number(text: str) -> Number | None:
+def parse_number(text: str) -> Number | None:
     """The number that a tidy text says, with its unit; None for anything else."""
     unit = ""
     text = text.replace(r"\$", "$").replace(r"\%", "%")

@@ -38,29 +38,29 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable()  # what cannot be parsed is wrong, and not worth a line of log each
-    say("ready")
+    reply("ready")
     while True:
         child = os.fork()
         if child == 0:
             die_with_parent()
-            serve()
+            answer_requests()
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
             return
         try:
-            say("false")  # the answer that it died of
+            reply("false")  # the answer that it died of
         except BrokenPipeError:  # nobody is there to hear it
             return
 
 
-def serve() -> None:
+def answer_requests() -> None:
     """Answer line by line until the input ends."""
     for line in iter(lambda: read_line(0), b""):
         gold, answer, deadline_s = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, deadline_s)
         equal = same(gold, answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        say(json.dumps(bool(equal)))
+        reply(json.dumps(bool(equal)))
 
 
 def read_line(stream: int) -> bytes:
@@ -74,7 +74,7 @@ def read_line(stream: int) -> bytes:
     return line
 
 
-def say(text: str) -> None:
+def reply(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
@@ -89,7 +89,7 @@ def same(gold: str, answer: str) -> bool:
         answer = unassigned(answer)
     elif "=" not in answer:
         gold = unassigned(gold)
-    numbers = literals.number(gold), literals.number(answer)
+    numbers = literals.parse_number(gold), literals.parse_number(answer)
     if all(numbers):
         return literals.equal_numbers(*numbers)
     letter, chosen = literals.choice(gold), literals.choice(answer)

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.answers import Generation
-from megatron_gpc.engines.client import Request
-from megatron_gpc.engines.fleet import Engines
+from megatron_gpc.engines.client import SampleRequest
+from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.rewards.judging import Answer
 from megatron_gpc.rollout.evaluation import score_means
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
@@ -96,7 +96,7 @@ class Collector:
     def __init__(
         self,
         config: Config,
-        engines: Engines,
+        engines: Fleet,
         source: PromptSource,
         judge: Callable[[Sequence[Answer]], list[Verdict]],
         decode: Callable[[Sequence[int]], str],
@@ -159,7 +159,7 @@ class Collector:
         """The groups of a training step; on the engines' loop.
 
         Raises:
-            RolloutError: see Engines.generate.  Everything taken has been given back by then.
+            RolloutError: see Fleet.generate.  Everything taken has been given back by then.
         """
         rollout, stream = self.config.rollout, f"step {step}"
         wanted = rollout.prompts_per_step
@@ -258,7 +258,7 @@ class Collector:
     def _parts(self, groups: Sequence[Group]) -> list[list[Group]]:
         """What is asked for in one request.
 
-        The embedded engine's numbers depend, in their last bit, on what is computed beside them:
+        The embedded server's numbers depend, in their last bit, on what is computed beside them:
         it gets everything at once, so that a repetition gives the same bits.  SGLang, whose batches
         follow the clock anyway, gets a request a group and refills as they end.
         """
@@ -293,10 +293,10 @@ class Collector:
         for group in groups:
             group.ended = all(sample.finish_reason != "abort" for sample in group.samples)
 
-    def _request(self, position: int, sample: Sample, stream: str) -> Request:
+    def _request(self, position: int, sample: Sample, stream: str) -> SampleRequest:
         """For what is still missing of a sample."""
         rollout, made = self.config.rollout, len(sample.token_ids)
-        return Request(
+        return SampleRequest(
             [*sample.prompt.token_ids, *sample.token_ids],
             {
                 **self.sampling,

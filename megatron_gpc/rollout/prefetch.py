@@ -7,16 +7,16 @@ import dataclasses
 from concurrent.futures import Future
 from typing import Any
 
-from megatron_gpc.engines.fleet import LONG_S, Engines, WeightsNeeded
+from megatron_gpc.engines.fleet import LONG_S, Fleet, WeightsNeeded
 from megatron_gpc.rollout.collector import Collector, Rollout
 from megatron_gpc.types import Sample
 
 
-class Pending:
+class Prefetch:
     """At most one rollout at a time; everything is called on the trainer's thread."""
 
-    def __init__(self, engines: Engines, collector: Collector):
-        self.engines, self.collector = engines, collector
+    def __init__(self, fleet: Fleet, collector: Collector):
+        self.fleet, self.collector = fleet, collector
         self._step = 0
         self._future: Future[Rollout] | None = None
 
@@ -25,7 +25,7 @@ class Pending:
         assert self._future is None, f"step {self._step} is under way"
         self._step = step
         self._future = asyncio.run_coroutine_threadsafe(
-            self.collector.collect(step), self.engines.loop
+            self.collector.collect(step), self.fleet.loop
         )
 
     def result(self, step: int) -> Rollout | None:

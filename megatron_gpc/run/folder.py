@@ -116,7 +116,7 @@ def _changes(content: dict[str, Any], text: str) -> list[str]:
     ]
 
 
-def build_model(config: Config) -> None:
+def make_model(config: Config) -> None:
     """Run model.build if model.hf does not exist yet.
 
     Raises:

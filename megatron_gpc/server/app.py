@@ -1,4 +1,4 @@
-"""An inference server with SGLang's HTTP interface, around the embedded engine.
+"""An inference server with SGLang's HTTP interface, around the embedded generator.
 
     python -m megatron_gpc.server.app --model-path MODEL --port 30000
 
@@ -37,7 +37,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import load_tokenizer
 from megatron_gpc.server import loading, sequence
 from megatron_gpc.server.generate import answer, parse
-from megatron_gpc.server.generator import MEMORY, Engine, EngineEnded
+from megatron_gpc.server.generator import MEMORY, Generator, GeneratorEnded
 from megatron_gpc.server.protocol import (
     AbortBody,
     DiskBody,
@@ -55,7 +55,7 @@ from megatron_gpc.server.weight_receiver import WeightReceiver
 
 COMMAND_TIMEOUT_S = 600.0
 """How long a pause, a weight update and the like may take; a large checkpoint takes longest."""
-HEALTH_TIMEOUT_S = 20.0
+PROBE_TIMEOUT_S = 20.0
 FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. (When there are running "
     "or waiting requests, the operation will not be performed.)\n"
@@ -63,10 +63,10 @@ FLUSHED = (
 
 
 class Server:
-    """The routes and what they share: one engine and its tokenizer."""
+    """The routes and what they share: one generator and its tokenizer."""
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, model_path: str):
-        self.engine = engine
+    def __init__(self, generator: Generator, tokenizer: PreTrainedTokenizerBase, model_path: str):
+        self.generator = generator
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.in_update = False
@@ -79,10 +79,10 @@ class Server:
         if body.stream:
             raise UserError("The embedded server does not stream; leave stream out.")
         requests, wants_logprob, single = parse(body, self.tokenizer)
-        future = asyncio.wrap_future(self.engine.submit(requests))
+        future = asyncio.wrap_future(self.generator.submit(requests))
         while not (await asyncio.wait({future}, timeout=1.0))[0]:
             if await http.is_disconnected():  # a client that gave up must not keep the batch busy
-                await self._command(self.engine.drop(requests))
+                await self._command(self.generator.drop(requests))
         results = future.result()
         wanted = [
             (request.rid if request.params.n == 1 else uuid.uuid4().hex, logprob)
@@ -99,16 +99,16 @@ class Server:
     # ---- state ----
 
     async def health(self) -> Response:
-        if self.engine.paused:
+        if self.generator.paused:
             return Response(status_code=503)
         try:
-            await asyncio.wait_for(asyncio.wrap_future(self.engine.load()), HEALTH_TIMEOUT_S)
-        except (EngineEnded, TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(self.generator.load()), PROBE_TIMEOUT_S)
+        except (GeneratorEnded, TimeoutError):
             return Response(status_code=503)
         return Response()
 
     async def health_generate(self) -> Response:
-        if self.engine.paused:
+        if self.generator.paused:
             return Response(status_code=503)
         probe = sequence.Request(
             "HEALTH_CHECK_" + uuid.uuid4().hex,
@@ -117,9 +117,9 @@ class Server:
         )
         try:
             await asyncio.wait_for(
-                asyncio.wrap_future(self.engine.submit([probe])), HEALTH_TIMEOUT_S
+                asyncio.wrap_future(self.generator.submit([probe])), PROBE_TIMEOUT_S
             )
-        except (EngineEnded, FloatingPointError, TimeoutError):
+        except (GeneratorEnded, FloatingPointError, TimeoutError):
             return Response(status_code=503)
         return Response()
 
@@ -127,7 +127,7 @@ class Server:
         return Response()
 
     async def model_info(self) -> Response:
-        config = self.engine.config
+        config = self.generator.config
         return JSONResponse(
             {
                 "model_path": self.model_path,
@@ -135,7 +135,7 @@ class Server:
                 "tokenizer_path": self.model_path,
                 "is_generation": True,
                 "preferred_sampling_params": None,
-                "weight_version": self.engine.weight_version,
+                "weight_version": self.generator.weight_version,
                 "load_format": "auto",
                 "has_image_understanding": False,
                 "has_audio_understanding": False,
@@ -145,23 +145,23 @@ class Server:
         )
 
     async def server_info(self) -> Response:
-        running, waiting = await self._command(self.engine.load())
+        running, waiting = await self._command(self.generator.load())
         return JSONResponse(
             {
                 "model_path": self.model_path,
                 "tokenizer_path": self.model_path,
-                "context_length": self.engine.context_length,
-                "dtype": self.engine.dtype,
+                "context_length": self.generator.context_length,
+                "dtype": self.generator.dtype,
                 "device": "cpu",
                 "tp_size": 1,
                 "pp_size": 1,
                 "dp_size": 1,
-                "max_running_requests": self.engine.max_running,
-                "weight_version": self.engine.weight_version,
+                "max_running_requests": self.generator.max_running,
+                "weight_version": self.generator.weight_version,
                 "status": "ready",
                 "internal_states": [
                     {
-                        "paused": self.engine.paused,
+                        "paused": self.generator.paused,
                         "num_running_reqs": running,
                         "num_waiting_reqs": waiting,
                     }
@@ -173,28 +173,28 @@ class Server:
     # ---- control ----
 
     async def flush_cache(self) -> Response:
-        if await self._command(self.engine.flush_cache()):
+        if await self._command(self.generator.flush_cache()):
             return PlainTextResponse(FLUSHED)
         return PlainTextResponse("Flush cache failed.\n", status_code=400)
 
     async def pause(self, body: PauseBody) -> Response:
-        await self._command(self.engine.pause(body.mode))
+        await self._command(self.generator.pause(body.mode))
         return JSONResponse({"message": "Generation paused successfully.", "status": "ok"})
 
     async def resume(self) -> Response:
-        await self._command(self.engine.resume())
+        await self._command(self.generator.resume())
         return JSONResponse({"message": "Generation continued successfully.", "status": "ok"})
 
     async def abort(self, body: AbortBody) -> Response:
         if not body.rid and not body.abort_all:
             raise UserError("Either rid or abort_all should be provided.")
-        await self._command(self.engine.abort(None if body.abort_all else body.rid))
+        await self._command(self.generator.abort(None if body.abort_all else body.rid))
         return Response()
 
     async def update_from_disk(self, body: DiskBody) -> Response:
         if body.abort_all_requests:
-            await self._command(self.engine.abort(None))
-        update = self.engine.update_from_folder(Path(body.model_path), body.weight_version)
+            await self._command(self.generator.abort(None))
+        update = self.generator.update_from_folder(Path(body.model_path), body.weight_version)
         return await self._updated(
             update,
             body.weight_version,
@@ -221,7 +221,7 @@ class Server:
             )
         except UserError as error:
             return _failed(str(error))
-        update = self.engine.update_from_tensors(named, body.weight_version)
+        update = self.generator.update_from_tensors(named, body.weight_version)
         return await self._updated(update, body.weight_version, "Success", {})
 
     async def join_group(self, body: GroupBody) -> Response:
@@ -262,7 +262,7 @@ class Server:
             )
         except UserError as error:
             return _failed(str(error))
-        update = self.engine.update_from_tensors(named, body.weight_version)
+        update = self.generator.update_from_tensors(named, body.weight_version)
         return await self._updated(
             update, body.weight_version, "Succeeded to update parameter online.", {}
         )
@@ -280,13 +280,13 @@ class Server:
 
     async def release(self, body: MemoryBody) -> Response:
         tags = set(body.tags or MEMORY)
-        await self._command(self.engine.release(tags))
+        await self._command(self.generator.release(tags))
         print("released", *sorted(tags), flush=True)
         return JSONResponse(None)
 
     async def restore(self, body: MemoryBody) -> Response:
         tags = set(body.tags or MEMORY)
-        await self._command(self.engine.restore(tags))
+        await self._command(self.generator.restore(tags))
         print("resumed", *sorted(tags), flush=True)
         return JSONResponse(None)
 
@@ -300,8 +300,8 @@ class Server:
 
     async def update_version(self, body: VersionBody) -> Response:
         if body.abort_all_requests:
-            await self._command(self.engine.abort(None))
-        await self._command(self.engine.set_version(body.new_version))
+            await self._command(self.generator.abort(None))
+        await self._command(self.generator.set_version(body.new_version))
         return JSONResponse(
             {
                 "success": True,
@@ -360,14 +360,14 @@ class Server:
         app.exception_handler(RequestValidationError)(
             lambda http, error: _refused(_first_problem(error), 400)
         )
-        for failure in (EngineEnded, FloatingPointError):
+        for failure in (GeneratorEnded, FloatingPointError):
             app.exception_handler(failure)(lambda http, error: _refused(str(error), 500))
         return app
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
-        self.engine.close()
+        self.generator.close()
 
 
 def _refused(message: str, status: int) -> Response:
@@ -401,7 +401,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000, help="0: any free one")
     parser.add_argument("--dtype", default="auto", help="such as float32; auto: the checkpoint's")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the generator")
     parser.add_argument("--max-running-requests", type=int, default=256)
     parser.add_argument("--api-key-file", type=Path, help="with the key that requests must carry")
     parser.add_argument("--port-fd", type=int, help="write the port to this file descriptor")
@@ -419,7 +419,7 @@ def main() -> None:
     try:
         tokenizer = load_tokenizer(args.model_path)
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        engine = Engine(
+        generator = Generator(
             args.model_path,
             dtype=args.dtype,
             threads=args.threads,
@@ -434,7 +434,7 @@ def main() -> None:
     if args.port_fd is not None:
         os.write(args.port_fd, f"{port}\n".encode())
         os.close(args.port_fd)
-    app = Server(engine, tokenizer, str(args.model_path)).app(api_key)
+    app = Server(generator, tokenizer, str(args.model_path)).app(api_key)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn's own two end it too, if they come
     with suppress(KeyboardInterrupt):  # which uvicorn raises once it has ended

@@ -75,7 +75,7 @@ class _Layer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """Cache of `rows` running sequences; row i belongs to the engine's i-th running sequence."""
+    """Cache of `rows` running sequences; row i belongs to the generator's i-th running sequence."""
 
     def __init__(self, num_layers: int):
         self.own_layers = [_Layer(self) for _ in range(num_layers)]

@@ -1,6 +1,6 @@
-"""The embedded generation engine: transformers' model, continuous batching, one thread.
+"""The embedded generator: transformers' model, continuous batching, one thread.
 
-The engine's thread owns the model, the cache and the running sequences.  Everything that others
+The generator's thread owns the model, the cache and the running sequences.  Everything that others
 want of it, new requests as well as pauses and new weights, goes through one inbox and is done
 between two decode steps, so that nothing is ever seen half done.  A turn of the thread:
 
@@ -37,11 +37,11 @@ MAX_PREFILL_TOKENS = 16384
 """Tokens, padding included, of one prefill pass; a longer prompt is prefilled alone."""
 
 
-class EngineEnded(RuntimeError):
-    """The engine's thread has ended, by `close` or an error; nothing can be generated any more."""
+class GeneratorEnded(RuntimeError):
+    """The generator's thread has ended, by `close` or an error; it makes nothing any more."""
 
 
-class Engine:
+class Generator:
     """Generates samples in its own thread.
 
     Args:
@@ -53,7 +53,7 @@ class Engine:
         decode: tokens -> text, special tokens kept; None: requests may not have stop texts.
 
     Raises:
-        UserError: the folder does not hold a model that the engine can run.
+        UserError: the folder does not hold a model that the generator can run.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Engine:
         self._lock = threading.Lock()  # no entry into the inbox after its last reading
         self._ended: Exception | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> Future[list[Result]]:
@@ -170,7 +170,7 @@ class Engine:
         return self._call(lambda: (len(self._running), len(self._waiting)))
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """End the thread; requests in flight fail with EngineEnded."""
+        """End the thread; requests in flight fail with GeneratorEnded."""
         self._call(self._close)
         self._thread.join(timeout_s)
 
@@ -181,10 +181,10 @@ class Engine:
 
     def _put(self, work: Callable[[Future], None]) -> Future:
         future: Future = Future()
-        future.set_running_or_notify_cancel()  # nobody can cancel it under the engine now
+        future.set_running_or_notify_cancel()  # nobody can cancel it under the generator now
         with self._lock:
             if self._ended is not None:
-                raise EngineEnded(f"the generation engine has ended: {self._ended!r}")
+                raise GeneratorEnded(f"the generator has ended: {self._ended!r}")
             self._inbox.put((work, future))
         return future
 
@@ -206,7 +206,7 @@ class Engine:
                 f"({self.context_length} tokens)."
             )
         if request.params.stop and self._decode_text is None:
-            raise UserError("stop: this engine has no tokenizer and takes stop_token_ids only.")
+            raise UserError("stop: this generator has no tokenizer and takes stop_token_ids only.")
         for name, ids in (
             ("input_ids", request.input_ids),
             ("stop_token_ids", request.params.stop_token_ids),
@@ -216,7 +216,7 @@ class Engine:
                     f"{name} has values outside the vocabulary, 0 to {self.vocab_size - 1}."
                 )
 
-    # ---- on the engine's thread ----
+    # ---- on the generator's thread ----
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
@@ -227,7 +227,7 @@ class Engine:
                     if not self.paused:
                         self._admit()
                         self._decode()
-            self._end(EngineEnded("it was closed"))
+            self._end(GeneratorEnded("it was closed"))
         except Exception as error:  # a thread's boundary: those who wait must hear of it
             self._end(error)
             raise
@@ -247,9 +247,9 @@ class Engine:
         with self._lock:
             self._ended = error
         while not self._inbox.empty():
-            self._inbox.get()[1].set_exception(EngineEnded(repr(error)))
+            self._inbox.get()[1].set_exception(GeneratorEnded(repr(error)))
         for sequence in [*self._running, *self._waiting]:
-            sequence.job.fail(EngineEnded(repr(error)))
+            sequence.job.fail(GeneratorEnded(repr(error)))
 
     def _close(self) -> None:
         self._closing = True

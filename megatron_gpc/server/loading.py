@@ -1,4 +1,4 @@
-"""Weights of the embedded engine: from a folder, or as tensors out of a request.
+"""Weights of the embedded generator: from a folder, or as tensors out of a request.
 
 Both ways end in a complete new model or in an error that names the tensor; the model that was there
 before is never touched.
@@ -29,7 +29,7 @@ from megatron_gpc.weights.families import FAMILIES
 from megatron_gpc.weights.fields import refuse_two_spellings
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-"""Layers whose state is keys and values; the engine's cache has no other kind."""
+"""Layers whose state is keys and values; the generator's cache has no other kind."""
 
 
 def load_folder(
@@ -128,7 +128,7 @@ def _load(loader: Any, what: str, folder: str | None, **options: Any) -> PreTrai
     kinds = set(model.config.layer_types) if "layer_types" in model.config else set()
     if kinds - ATTENTION_KINDS:
         raise UserError(
-            f"{what}: the embedded engine runs attention layers only, this model has "
+            f"{what}: the embedded generator runs attention layers only, this model has "
             f"{', '.join(sorted(kinds - ATTENTION_KINDS))}; use an SGLang server"
         )
     return model.eval()

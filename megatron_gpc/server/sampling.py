@@ -19,7 +19,7 @@ GREEDY_BELOW = 1e-6
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """SGLang's sampling parameters, as far as the engine has them, with SGLang's defaults."""
+    """SGLang's sampling parameters, as far as the generator has them, with SGLang's defaults."""
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0

@@ -1,4 +1,4 @@
-"""What the engine is asked for, what it answers, and a sample while it is being made."""
+"""What the generator is asked for, what it answers, and a sample while it is being made."""
 
 from __future__ import annotations
 

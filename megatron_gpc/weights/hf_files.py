@@ -26,9 +26,9 @@ from megatron_gpc.weights.table import Param
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of the dtypes that weights may have."""
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 _HEADER_BYTES = 2**18
 """Room for the JSON of a shard: about 2000 tensors; then the next one begins."""
@@ -163,7 +163,7 @@ def write_hf(
         max_shard_bytes: a file that would grow larger is followed by another, and an index.
 
     Raises:
-        UserError: folder is not empty, source has no config.json, a dtype that is none of `DTYPES`,
+        UserError: folder is not empty, source has no config.json, a dtype not in `FILE_DTYPES`,
             a name that comes twice, or the disk is full.
     """
     with new_folder(Path(folder)) as partial:
@@ -370,14 +370,13 @@ def _read_header(file: Path, where: Mapping[str, str] | None) -> dict[str, Entry
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in FILE_DTYPES:
             raise UserError(
-                f"{name} in {file} is {entry['dtype']}; only {', '.join(DTYPES)} are supported"
+                f"{name} in {file} is {entry['dtype']}; only {', '.join(FILE_DTYPES)} are supported"
             )
         begin, end = entry["data_offsets"]
-        found[name] = Entry(
-            file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin
-        )
+        dtype, shape = FILE_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        found[name] = Entry(file, dtype, shape, 8 + length + begin, end - begin)
     return found
 
 

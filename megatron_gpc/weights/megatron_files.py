@@ -52,7 +52,7 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, AssertionError, AttributeError),
     *(ImportError, LookupError, TypeError, ValueError),
@@ -155,7 +155,7 @@ class MegatronReader:
                 f"{place.key} in {self.folder} has shape {found}, but the model's config.json says "
                 f"{expected}"
             )
-        if stored.properties.dtype not in _DTYPES:
+        if stored.properties.dtype not in _WEIGHT_DTYPES:
             raise UserError(
                 f"{place.key} in {self.folder} is {stored.properties.dtype}; only float32, "
                 "bfloat16, float16 are supported"

@@ -13,7 +13,7 @@ from commands import COMMAND, ROOT, command_line
 from tiny import run_config
 
 from megatron_gpc.doctor.finding import Finding
-from megatron_gpc.doctor.meeting import Place
+from megatron_gpc.doctor.meeting import Rendezvous
 from megatron_gpc.doctor.report import last_words, with_differences
 from megatron_gpc.doctor.software import software
 from megatron_gpc.errors import UserError
@@ -95,10 +95,10 @@ def test_several_processes_without_a_meeting_place_are_bad_use(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[3-4]")
     with pytest.raises(UserError, match="MASTER_ADDR"):  # no Slurm here that knows the names
         monkeypatch.setenv("PATH", "")
-        Place.from_environment()
+        Rendezvous.from_environment()
     monkeypatch.setenv("MASTER_ADDR", "n1")
     monkeypatch.setenv("MASTER_PORT", "20000")
-    assert Place.from_environment() == Place(1, 2, 0, "n1", 20000)
+    assert Rendezvous.from_environment() == Rendezvous(1, 2, 0, "n1", 20000)
 
 
 def test_a_bad_node_and_one_that_differs_are_named():

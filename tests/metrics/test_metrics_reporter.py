@@ -91,7 +91,7 @@ def test_a_sink_that_fails_warns_once_and_the_run_goes_on(configured, capsys):
 
 
 def test_a_sink_that_hangs_holds_nobody_up(configured, capsys, monkeypatch):
-    monkeypatch.setattr(reporters, "CLOSE_S", 0.2)
+    monkeypatch.setattr(reporters, "SINK_CLOSE_S", 0.2)
     config = configured("log.sinks_arguments.Own={hang: 30}")
     begin = time.monotonic()
     report(config)

@@ -18,8 +18,8 @@ from tiny import run_config
 
 from megatron_gpc.config import RolloutConfig
 from megatron_gpc.engines.answers import Generation, RequestRefused
-from megatron_gpc.engines.colocation import Turns
-from megatron_gpc.engines.fleet import WATCH_S, Engine, Engines, WeightsNeeded
+from megatron_gpc.engines.colocation import Colocation
+from megatron_gpc.engines.fleet import WATCH_S, Engine, Fleet, WeightsNeeded
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.errors import UserError
@@ -30,7 +30,7 @@ from megatron_gpc.rollout.collector import (
     sample_seed,
 )
 from megatron_gpc.rollout.evaluation import distinct_right
-from megatron_gpc.rollout.prefetch import Pending
+from megatron_gpc.rollout.prefetch import Prefetch
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.types import Prompt, Sample, Verdict
 from megatron_gpc.weights import carry_over
@@ -46,7 +46,7 @@ def even(text: str) -> Verdict:
 class Rig:
     """Engines with a model's weights, and a collector."""
 
-    def __init__(self, engines: Engines, folder: Path, config) -> None:
+    def __init__(self, engines: Fleet, folder: Path, config) -> None:
         self.engines, self.config = engines, config
         folder.mkdir(exist_ok=True)
         carry_over(engines.starter.model_path, folder)
@@ -83,7 +83,7 @@ def start(model_a, tmp_path_factory) -> Iterator[Callable[..., Rig]]:
         config = run_config(folder, model_a, "seed=3", *overrides)
         if servers not in started:
             server = config.rollout.server
-            engines = Engines(Starter(server, config.sglang, model_a, folder / "logs"))
+            engines = Fleet(Starter(server, config.sglang, model_a, folder / "logs"))
             engines.__enter__()
             engines.await_started()
             started[servers] = Rig(engines, folder / "sync", config)
@@ -162,7 +162,7 @@ def test_runs_that_share_a_server_have_ids_of_their_own(start):
     engine = rig.engines.engines[0]
     server = dataclasses.replace(rig.config.rollout.server, urls=(engine.url,))
     starter = rig.engines.starter
-    with Engines(Starter(server, starter.sglang, starter.model_path, starter.log_dir)) as engines:
+    with Fleet(Starter(server, starter.sglang, starter.model_path, starter.log_dir)) as engines:
         engines.await_started()
         engines.confirm(engines.engines, "0")
         theirs = rig.collector_of(rig.config, engines=engines)
@@ -295,7 +295,7 @@ def test_the_loss_of_the_only_engine_asks_for_the_weights_again(start, model_a):
     want = [s.token_ids for s in rig.collect(1).samples]
     rig = start("rollout.server.sync=tensor")
     os.kill(rig.engines.engines[0].process.pid, signal.SIGKILL)
-    pending = Pending(rig.engines, rig.collector)
+    pending = Prefetch(rig.engines, rig.collector)
     assert pending.result(1) is None
     rig.hand_over(model_a, 0)
     assert [s.token_ids for s in pending.result(1).samples] == want
@@ -304,7 +304,7 @@ def test_the_loss_of_the_only_engine_asks_for_the_weights_again(start, model_a):
 def test_engines_take_turns_with_the_policy_and_none_starts_in_its_turn(start, model_a):
     """Out of turn an embedded engine refuses what SGLang dies of; one that is lost comes later."""
     rig = start("rollout.server.colocated=true", "rollout.server.engines=2")
-    engines, turns = rig.engines, Turns(rig.engines)
+    engines, turns = rig.engines, Colocation(rig.engines)
     want = [s.token_ids for s in rig.collect(1).samples]
     straggler = engines.run(late_request(engines.engines[0]))
     turns.rest()
@@ -360,10 +360,10 @@ def test_a_server_that_someone_else_gives_weights_is_not_trained_on(start):
 
 def test_a_rollout_made_ahead_survives_a_restart(start):
     rig = start()
-    pending = Pending(rig.engines, rig.collector)
+    pending = Prefetch(rig.engines, rig.collector)
     pending.start(1)
     state = pending.state()
-    again = Pending(rig.engines, rig.collector_of(rig.config))
+    again = Prefetch(rig.engines, rig.collector_of(rig.config))
     again.restore(state)
     one, other = pending.result(1), again.result(1)
     assert one == other
@@ -372,19 +372,19 @@ def test_a_rollout_made_ahead_survives_a_restart(start):
 
 def test_other_prompts_are_refused_and_what_was_made_of_other_settings_is_made_anew(start):
     rig = start()
-    pending = Pending(rig.engines, rig.collector)
+    pending = Prefetch(rig.engines, rig.collector)
     pending.start(1)
     state = pending.state()
     other = [*PROMPTS[:39], dataclasses.replace(PROMPTS[39], label=40)]
     with pytest.raises(UserError, match="data.prompts: .*resume=none.*data.changed=accept"):
-        Pending(rig.engines, rig.collector_of(rig.config, other)).restore(state)
+        Prefetch(rig.engines, rig.collector_of(rig.config, other)).restore(state)
 
-    def resumed(prompts, *overrides: str, state=state) -> tuple[Pending, Collector]:
+    def resumed(prompts, *overrides: str, state=state) -> tuple[Prefetch, Collector]:
         config = run_config(
             rig.engines.starter.log_dir.parent, rig.engines.starter.model_path, "seed=3", *overrides
         )
         collector = rig.collector_of(config, prompts)
-        pending = Pending(rig.engines, collector)
+        pending = Prefetch(rig.engines, collector)
         pending.restore(state)
         return pending, collector
 

@@ -21,7 +21,7 @@ import torch
 from rollout_models import VOCAB, logprobs
 
 from megatron_gpc.engines.answers import MalformedAnswer, RequestRefused, ServerUnavailable
-from megatron_gpc.engines.client import Request, SGLangClient
+from megatron_gpc.engines.client import SampleRequest, SGLangClient
 from megatron_gpc.errors import UserError
 
 Reply = tuple[int, Any]
@@ -243,7 +243,7 @@ def test_many_requests_keep_their_order_and_the_bound_on_samples_in_flight():
             now -= count
         return 200, [good_answer(ids) for ids in body["input_ids"]]
 
-    requests = [Request([i], {"max_new_tokens": 2}) for i in range(30)]
+    requests = [SampleRequest([i], {"max_new_tokens": 2}) for i in range(30)]
     with scripted(reply) as (url, bodies):
         generations = call(url, lambda c: c.generate_many(requests), max_in_flight=8)
     assert [g.token_ids for g in generations] == [(i,) for i in range(30)]
@@ -251,7 +251,7 @@ def test_many_requests_keep_their_order_and_the_bound_on_samples_in_flight():
 
 
 def test_what_may_be_in_flight_together_goes_in_one_post():
-    requests = [Request([i], {"max_new_tokens": 2}) for i in range(30)]
+    requests = [SampleRequest([i], {"max_new_tokens": 2}) for i in range(30)]
     with scripted(lambda i, body: (200, [good_answer(ids) for ids in body["input_ids"]])) as (
         url,
         bodies,
@@ -288,7 +288,7 @@ def test_the_module_does_not_import_torch():
 
 
 def test_a_router_is_asked_for_one_sample_a_post_and_gives_the_same(http):
-    requests = [Request([10, 7], {"max_new_tokens": 9, "sampling_seed": i}) for i in range(3)]
+    requests = [SampleRequest([10, 7], {"max_new_tokens": 9, "sampling_seed": i}) for i in range(3)]
     one, other = (
         call(str(http.base_url), lambda client: client.generate_many(requests), **options)
         for options in ({}, {"batched": False})
@@ -298,7 +298,8 @@ def test_a_router_is_asked_for_one_sample_a_post_and_gives_the_same(http):
 
 def test_samples_of_a_real_server_pass_every_check(http, reference_a):
     requests = [
-        Request([10 + i // 4, 7], {"max_new_tokens": 20, "sampling_seed": i}) for i in range(40)
+        SampleRequest([10 + i // 4, 7], {"max_new_tokens": 20, "sampling_seed": i})
+        for i in range(40)
     ]
     generations = call(str(http.base_url), lambda client: client.generate_many(requests))
     for request, generation in zip(requests, generations, strict=True):
@@ -371,7 +372,7 @@ def test_requests_of_a_client_that_gave_up_leave_the_batch(http):
         call(
             str(http.base_url),
             lambda client: client.generate_many(
-                [Request([5], {"max_new_tokens": 1000, "ignore_eos": True})] * 64
+                [SampleRequest([5], {"max_new_tokens": 1000, "ignore_eos": True})] * 64
             ),
             timeout_s=0.3,
         )

@@ -14,7 +14,7 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.server import generator as engine_module
-from megatron_gpc.server.generator import Engine, EngineEnded
+from megatron_gpc.server.generator import Generator, GeneratorEnded
 from megatron_gpc.server.sampling import SamplingParams
 from megatron_gpc.server.sequence import Request, Result
 
@@ -25,13 +25,13 @@ SHORT = SamplingParams(max_new_tokens=3, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def engine(model_a: Path) -> Iterator[Engine]:
-    running = Engine(model_a, max_running=24)
+def engine(model_a: Path) -> Iterator[Generator]:
+    running = Generator(model_a, max_running=24)
     yield running
     running.close()
 
 
-def run(engine: Engine, *requests: Request) -> list[Result]:
+def run(engine: Generator, *requests: Request) -> list[Result]:
     return engine.submit(requests).result(TIMEOUT_S)
 
 
@@ -168,7 +168,7 @@ def test_cache_memory_is_given_back_when_idle_only(engine):
 
 
 def test_released_memory_is_gone_and_old_weights_do_not_come_back(model_a, reference_a):
-    engine = Engine(model_a)
+    engine = Generator(model_a)
     request = Request("r", PROMPT, SamplingParams(max_new_tokens=3, temperature=0.0))
     want = run(engine, request)[0].token_ids
     future = engine.submit([Request("r", PROMPT, LONG)])
@@ -240,7 +240,7 @@ def test_a_refused_update_keeps_weights_and_version(engine, reference_a, tmp_pat
 
 def test_a_tied_model_follows_its_embedding(model_tied):
     reference = Qwen2ForCausalLM.from_pretrained(model_tied).eval()
-    engine = Engine(model_tied)
+    engine = Generator(model_tied)
     new = torch.randn_like(reference.model.embed_tokens.weight) * 0.3
     reference.model.embed_tokens.weight.data.copy_(new)
     engine.update_from_tensors([("model.embed_tokens.weight", new)], "1").result(TIMEOUT_S)
@@ -255,18 +255,18 @@ def test_a_tied_model_follows_its_embedding(model_tied):
 
 
 def test_requests_in_flight_fail_when_the_engine_is_closed(model_a):
-    engine = Engine(model_a)
+    engine = Generator(model_a)
     future = engine.submit([Request("r", PROMPT, LONG)])
     engine.close()
-    with pytest.raises(EngineEnded):
+    with pytest.raises(GeneratorEnded):
         future.result(TIMEOUT_S)
-    with pytest.raises(EngineEnded):
+    with pytest.raises(GeneratorEnded):
         engine.submit([Request("r", PROMPT, LONG)])
 
 
 def test_decoding_is_fast(model_a):
     """256 samples of 8 tokens take some 30 ms on one core; this guards the order of magnitude."""
-    engine = Engine(model_a)
+    engine = Generator(model_a)
     requests = [
         Request(str(i), (i // 8, 7, 8), SamplingParams(max_new_tokens=8, ignore_eos=True))
         for i in range(256)
@@ -286,7 +286,7 @@ def test_a_stop_text_ends_the_sample_with_the_token_that_completes_it(model_a, r
     def decode(ids):
         return "".join(f"[{token}]" for token in ids)
 
-    engine = Engine(model_a, decode=decode)
+    engine = Generator(model_a, decode=decode)
     text = decode(tokens[4:6])[1:-1]  # from within a token to within the next
     params = SamplingParams(temperature=0.0, max_new_tokens=12, stop=("never", text))
     (result,) = run(engine, Request("r", PROMPT, params))

@@ -11,7 +11,7 @@ from tiny import run_config
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.evaluate import _keep
-from megatron_gpc.evaluation_file import describe, file_for
+from megatron_gpc.evaluation_file import evaluation_of, file_for
 from megatron_gpc.run.files import SUMS
 
 
@@ -44,7 +44,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def _file(config, checkpoint, out=None) -> Path:
-    return file_for(describe(config, checkpoint), config, out)
+    return file_for(evaluation_of(config, checkpoint), config, out)
 
 
 def test_the_result_goes_to_the_run_that_saved_the_checkpoint(config, checkpoint, tmp_path):
@@ -54,7 +54,7 @@ def test_the_result_goes_to_the_run_that_saved_the_checkpoint(config, checkpoint
     link = tmp_path / "newest"
     link.symlink_to(checkpoint)
     assert _file(config(), link) == file
-    about = describe(config(), checkpoint).described()
+    about = evaluation_of(config(), checkpoint).described()
     assert about["run"]["folder"] == str(tmp_path / "other" / "run")
     assert about["run"]["config"] == {"seed": 7}
 
@@ -63,7 +63,7 @@ def test_of_a_folder_that_no_run_saved_it_goes_beside_the_runs(config, hf, tmp_p
     file = _file(config(), hf)
     assert file.parent == tmp_path / "evaluations"
     assert file.name.startswith("hf-heldout-")
-    assert describe(config(), hf).described()["run"] is None
+    assert evaluation_of(config(), hf).described()["run"] is None
 
 
 def test_other_prompts_settings_or_weights_have_another_file(config, checkpoint, hf, tmp_path):
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_stays_readable(checkpoint, 
 def test_a_named_file_with_something_else_in_it_is_refused(config, checkpoint, tmp_path):
     out = tmp_path / "found.json"
     assert _file(config(), checkpoint, out) == out
-    out.write_text(json.dumps(describe(config(), checkpoint).described()))
+    out.write_text(json.dumps(evaluation_of(config(), checkpoint).described()))
     assert _file(config(), checkpoint, out) == out, "the same evaluation may be made again"
     with pytest.raises(UserError, match=f"--out: {out} .*another evaluation; remove it, or name"):
         _file(config("eval.samples=8"), checkpoint, out)

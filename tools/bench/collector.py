@@ -23,7 +23,7 @@ from rich.table import Table
 
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import load
-from megatron_gpc.engines.fleet import Engines
+from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.prompts import PromptSource
@@ -89,7 +89,7 @@ def measure(prompts: int, group: int, tokens: int, rounds: int) -> list[float]:
     seconds = []
     try:
         starter = Starter(config.rollout.server, config.sglang, Path("hf"), Path("logs"))
-        with Engines(starter) as engines:
+        with Fleet(starter) as engines:
             engines.await_started()
             engines.confirm(engines.alive(), VERSION)
             source = PromptSource([Prompt(i, "", (5, 6, 7), i) for i in range(4 * prompts)], 0)

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_gpc import parts
-from megatron_gpc.algo.losses.check import prepare, try_out
+from megatron_gpc.algo.losses.check import prepared_streams, try_out
 from megatron_gpc.algo.losses.cispo import CISPO
 from megatron_gpc.algo.losses.clip import clip
 from megatron_gpc.algo.losses.clip_cov import ClipCov
@@ -33,7 +33,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "cispo": CISPO,
     "clip-cov": ClipCov,
 }
-KEY = "train.loss"
+LOSS_KEY = "train.loss"
 
 
 class Objective:
@@ -57,13 +57,13 @@ class Objective:
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """What the loss gives; `metrics` under the names that they are logged by."""
-        with parts.blamed(KEY, self.name, f"a micro-batch of {len(inputs.logp_T)} tokens"):
+        with parts.blamed(LOSS_KEY, self.name, f"a micro-batch of {len(inputs.logp_T)} tokens"):
             outputs = self.loss(inputs)
         named = {f"loss_{name}": values_T.detach() for name, values_T in outputs.metrics.items()}
         if set(named) != set(self.metrics):
             raise PartError(
-                f"{KEY}: {self.name} gave the metrics {sorted(outputs.metrics)}, and other ones "
-                "when it was called first; give the same names in every call"
+                f"{LOSS_KEY}: {self.name} gave the metrics {sorted(outputs.metrics)}, and other "
+                "ones when it was called first; give the same names in every call"
             )
         return replace(outputs, ratio_T=outputs.ratio_T.detach(), metrics=named)
 
@@ -80,29 +80,29 @@ class Objective:
         nothing = not len(streams.old_logp_T)  # no loss has to reckon with an empty step
         if nothing or not hasattr(self.loss, "prepare"):
             return streams
-        with parts.blamed(KEY, self.name, f"prepare() of step {step}"):
-            return prepare(self.loss, streams, scored, step, seed)
+        with parts.blamed(LOSS_KEY, self.name, f"prepare() of step {step}"):
+            return prepared_streams(self.loss, streams, scored, step, seed)
 
 
 def _make(name: str, arguments: dict[str, Any]) -> Loss:
-    found = parts.find(KEY, name, LOSSES)
+    found = parts.find(LOSS_KEY, name, LOSSES)
     if not inspect.isclass(found) and next(iter(_parameters(found)), None) == "inputs":
-        parts.check_call(KEY, name, found, ("inputs",), arguments)
+        parts.check_call(LOSS_KEY, name, found, ("inputs",), arguments)
         return partial(found, **arguments) if arguments else found
-    parts.check_call(KEY, name, found, (), arguments)
+    parts.check_call(LOSS_KEY, name, found, (), arguments)
     try:
         return found(**arguments)
     except ValidationError as error:
         raise UserError(
             "; ".join(
-                f"{KEY}_arguments.{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got "
+                f"{LOSS_KEY}_arguments.{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got "
                 f"{problem['input']!r}"
                 for problem in error.errors()
             )
         ) from None
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"{KEY}: {name} cannot be made of {KEY}_arguments: {parts.describe(error)}"
+            f"{LOSS_KEY}: {name} cannot be made of {LOSS_KEY}_arguments: {parts.describe(error)}"
         ) from error
 
 

@@ -33,7 +33,7 @@ def try_out(name: str, loss: Any, reference: bool) -> LossOutputs:
     try:
         if hasattr(loss, "prepare"):
             scored = TokenStats(inputs.logp_T.detach(), *inputs.entropy_T.expand(3, -1))
-            streams = prepare(loss, inputs.streams, scored, 1, 0)
+            streams = prepared_streams(loss, inputs.streams, scored, 1, 0)
             inputs = replace(inputs, streams=streams)
         outputs, loss_sum = _called(loss, inputs)
         _called(loss, part(inputs, torch.zeros_like(inputs.logp_T, dtype=torch.bool)))
@@ -52,7 +52,7 @@ def try_out(name: str, loss: Any, reference: bool) -> LossOutputs:
     return outputs
 
 
-def prepare(
+def prepared_streams(
     loss: Any, streams: TokenStreams, scored: TokenStats, step: int, seed: int
 ) -> TokenStreams:
     """The streams with what the loss's `prepare` gave; its arguments are PreparedLoss's.

@@ -30,7 +30,7 @@ from megatron_gpc.types import TrainState
 __all__ = ["Checkpoints", "load_weights"]
 
 T = TypeVar("T")
-POLL_S = 0.05
+WRITER_POLL_S = 0.05
 """How often to look whether a save is complete while waiting for it [s]."""
 
 
@@ -121,7 +121,7 @@ class Checkpoints:
         """
         deadline = time.monotonic() + self.config.timeout_s
         while self._save is not None:
-            time.sleep(POLL_S)
+            time.sleep(WRITER_POLL_S)
             self._look(overdue=time.monotonic() > deadline)
 
     def _look(self, overdue: bool) -> None:

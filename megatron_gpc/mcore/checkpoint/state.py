@@ -27,7 +27,7 @@ from megatron_gpc.types import TrainState
 from megatron_gpc.weights import Place
 from megatron_gpc.weights.megatron_files import MegatronReader
 
-_UNREADABLE = (
+_LOAD_ERRORS = (
     *(OSError, RuntimeError, dist_checkpointing.core.CheckpointingException),
     CheckpointException,  # a BaseException, in which torch wraps what any rank met
 )
@@ -110,7 +110,7 @@ def _load(wanted: dict[str, Any], folder: Path, way_out: str = "") -> dict[str, 
     try:
         loaded: Any = dist_checkpointing.load(wanted, str(folder))
         return loaded
-    except _UNREADABLE as error:
+    except _LOAD_ERRORS as error:
         raise UserError(
             f"{folder}: cannot load this checkpoint: {_reason(error)}{way_out}"
         ) from error

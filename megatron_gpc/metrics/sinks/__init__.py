@@ -13,7 +13,7 @@ from megatron_gpc.config import LogConfig
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import replace_text
 
-KEY = "log.sinks"
+SINKS_KEY = "log.sinks"
 
 SINKS = {
     "jsonl": "megatron_gpc.metrics.jsonl:JsonlSink",
@@ -79,7 +79,7 @@ def make_sink(log: LogConfig, name: str, *given: Any) -> MetricSink:
         UserError, PartError: it cannot be started.
     """
     make = _factory(log, name)
-    with parts.blamed(KEY, name, "its start"):
+    with parts.blamed(SINKS_KEY, name, "its start"):
         sink = make(*given, **_arguments(log, name))
     check_methods(name, sink)
     return sink
@@ -98,9 +98,9 @@ def check_methods(name: str, sink: Any, bound: tuple[str, ...] = ()) -> None:
     }
     for method, positional in methods.items():
         if not callable(getattr(sink, method, None)):
-            raise UserError(f"{KEY}: {name} has no method {method}({', '.join(positional)})")
+            raise UserError(f"{SINKS_KEY}: {name} has no method {method}({', '.join(positional)})")
         found = getattr(sink, method)
-        parts.check_call(KEY, f"{name}.{method}", found, (*bound, *positional), {})
+        parts.check_call(SINKS_KEY, f"{name}.{method}", found, (*bound, *positional), {})
 
 
 def _factory(log: LogConfig, name: str) -> Callable[..., MetricSink]:
@@ -108,11 +108,11 @@ def _factory(log: LogConfig, name: str) -> Callable[..., MetricSink]:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of that name is no library
             raise UserError(
-                f"{KEY}: {name} is not installed here: pip install 'megatron-gpc[{name}]'"
+                f"{SINKS_KEY}: {name} is not installed here: pip install 'megatron-gpc[{name}]'"
             )
-    make = parts.find(KEY, SINKS.get(name, name), {})
+    make = parts.find(SINKS_KEY, SINKS.get(name, name), {})
     positional = ("run_dir", "config", "resume_step")
-    parts.check_call(KEY, name, make, positional, _arguments(log, name))
+    parts.check_call(SINKS_KEY, name, make, positional, _arguments(log, name))
     return make
 
 
