@@ -26,7 +26,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, flatten
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import replace_text
-from megatron_gpc.run.launch import POLL_S, die_with_parent
+from megatron_gpc.run.launch import CHILD_POLL_S, die_with_parent
 from megatron_gpc.run.lock import PREPARING, take
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import marker
@@ -139,7 +139,7 @@ def make_model(config: Config) -> None:
     try:
         # Not wait(): a signal that reaches another thread, or comes just before, does not end it.
         while (exit_code := building.poll()) is None:
-            time.sleep(POLL_S)
+            time.sleep(CHILD_POLL_S)
     except BaseException:
         os.killpg(building.pid, signal.SIGKILL)
         building.wait()

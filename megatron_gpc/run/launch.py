@@ -31,7 +31,7 @@ QUIET_S = 0.5
 """Stacks that did not grow for so long are whole [s]."""
 STACKS_SIGNAL = signal.SIGUSR2
 """Has a rank write the stacks of its threads to its `stacks_file` and go on."""
-RANK_POLL_S = 0.02
+CHILD_POLL_S = 0.02
 LOG_LINES = 20
 
 # What an error says if a peer had gone (gloo, the store, NCCL), or if it never came.
@@ -272,7 +272,7 @@ def _watch(
     while not any([rank.has_failed() for rank in ranks]):
         if all(rank.process.returncode is not None for rank in ranks):
             return []
-        if (one := signal.sigtimedwait(pass_on, RANK_POLL_S)) is not None:
+        if (one := signal.sigtimedwait(pass_on, CHILD_POLL_S)) is not None:
             asked.append(one.si_signo)
         while asked:
             number = asked.pop(0)
@@ -285,7 +285,7 @@ def _watch(
     while any([rank.process.poll() is None for rank in ranks]) and time.monotonic() < deadline:
         for rank in ranks:
             rank.has_failed()  # notes when
-        time.sleep(RANK_POLL_S)
+        time.sleep(CHILD_POLL_S)
     return [rank for rank in ranks if rank.has_failed()]
 
 

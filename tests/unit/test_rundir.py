@@ -11,7 +11,7 @@ import pytest
 from tiny import run_config
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.folder import build_model, prepare
+from megatron_gpc.run.folder import make_model, prepare
 
 
 @pytest.fixture
@@ -78,6 +78,6 @@ def test_an_interrupt_that_another_thread_gets_ends_what_makes_the_model_too(tmp
     thread.start()
     config = run_config(tmp_path, tmp_path / "absent", f"model.build={script}")
     with pytest.raises(KeyboardInterrupt):
-        build_model(config)
+        make_model(config)
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
