@@ -16,7 +16,7 @@ from megatron_gpc.weights.folders import read_hf_config
 
 
 def plan(
-    config: Config, check: Callable[[Config, Callable[[str], object]], None]
+    config: Config, check: Callable[[Config, Callable[[str], object]], object]
 ) -> Iterator[Finding]:
     """Whether the configuration can run here.
 

@@ -27,7 +27,7 @@ from megatron_gpc.metrics.tables import print_table
 
 def examine(
     config: Config | None,
-    check: Callable[[Config, Callable[[str], object], bool], None],
+    check: Callable[[Config, Callable[[str], object], bool], object],
     *,
     shared: Sequence[Path],
     ports: Sequence[int],

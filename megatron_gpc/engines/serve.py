@@ -42,15 +42,17 @@ def serve(config: Config, stop: StopRequest) -> None:
     if IN_STEP in os.environ:
         stop.doing = "the engines answer until the batch script ends them"
     server = config.rollout.server
+    urls_file = server.urls_file
+    assert urls_file is not None  # check_serving has seen to it
     started_here = dataclasses.replace(server, urls=(), urls_file=None, router=False)
     number = int(os.environ.get("SLURM_PROCID", "0"))
     nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     check_start(started_here, config.sglang, _address(nodes))
     try:
-        server.urls_file.parent.mkdir(parents=True, exist_ok=True)
-        server.urls_file.unlink(missing_ok=True)  # of engines that are gone
+        urls_file.parent.mkdir(parents=True, exist_ok=True)
+        urls_file.unlink(missing_ok=True)  # of engines that are gone
     except OSError as error:
-        raise UserError(f"rollout.server.urls_file: {server.urls_file}: {error.strerror}") from None
+        raise UserError(f"rollout.server.urls_file: {urls_file}: {error.strerror}") from None
     model = hf_folder(config.model.hf) / "config.json"
     if not _await_file(model, server.start_timeout_s, "model.hf", stop):
         return
@@ -64,7 +66,7 @@ def serve(config: Config, stop: StopRequest) -> None:
         except ServerError as error:
             raise RunStopped(f"{socket.gethostname()}: {error}") from None
         urls = [engine.url for engine in fleet.engines]
-        _publish(server.urls_file, urls, number, nodes, server.start_timeout_s, stop)
+        _publish(urls_file, urls, number, nodes, server.start_timeout_s, stop)
         say(f"serving on {', '.join(urls)}")
         while not _over(stop):
             if fleet.exhausted():

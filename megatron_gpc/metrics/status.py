@@ -32,7 +32,7 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text())
         steps = int(config["train"]["steps"])
-        config["run_dir"], config["model"]["hf"]  # which a resolved configuration has
+        _ = config["run_dir"], config["model"]["hf"]  # which a resolved configuration has
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(
             f"{run_dir}: not the folder of a run: config.yaml: {type(error).__name__}: {error}"

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rewards.extraction import final_answer, said
@@ -106,13 +106,13 @@ class Comparer:
 
     def equal(self, gold: str, answer: str) -> bool:
         """Whether both say the same; False where that cannot be told in DEADLINE_S."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start()
         request = json.dumps([gold, answer, DEADLINE_S]) + "\n"
         with contextlib.suppress(BrokenPipeError):  # then its end is what is read
-            self._process.stdin.write(request.encode())
-            self._process.stdin.flush()
-        said = self._line(MARGIN * DEADLINE_S)  # it ends itself at the deadline
+            _pipe(process.stdin).write(request.encode())
+        said = _line(process, MARGIN * DEADLINE_S)  # it ends itself at the deadline
         if said is None:
             self.close()
         return said == b"true\n"
@@ -120,15 +120,13 @@ class Comparer:
     def close(self) -> None:
         """End the process; does nothing where there is none."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
+            with self._process as process:  # which waits for its end, and closes the pipes
+                process.kill()
             self._process = None
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         self.close()
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [sys.executable, "-P", "-m", "megatron_gpc.rewards.mathematics_worker"],
             env={**os.environ, "PYTHONPATH": own_search_path()},
             stdin=subprocess.PIPE,
@@ -136,26 +134,33 @@ class Comparer:
             bufsize=0,
             process_group=0,  # a terminal's Ctrl-C is for this process; it ends with its input
         )
-        if self._line(START_S) != b"ready\n":
+        if _line(process, START_S) != b"ready\n":
             self.close()
             raise UserError(
                 f"data.verifier=math: its process did not start within {START_S:g} s; "
                 "`python -m megatron_gpc.rewards.mathematics_worker` says why"
             )
+        return process
 
-    def _line(self, timeout_s: float) -> bytes | None:
-        """A line that it says; None where it says none in time, or has ended."""
-        stream, said = self._process.stdout, b""
-        deadline = time.monotonic() + timeout_s
-        while not said.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([stream], [], [], left)[0]:
-                return None
-            piece = stream.read(64)
-            if not piece:
-                return None
-            said += piece
-        return said
+
+def _line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
+    """A line that the process says; None if it says none in time, or has ended."""
+    stream, said = _pipe(process.stdout), b""
+    deadline = time.monotonic() + timeout_s
+    while not said.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([stream], [], [], left)[0]:
+            return None
+        piece = stream.read(64)
+        if not piece:
+            return None
+        said += piece
+    return said
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None  # Popen was asked for it
+    return stream
 
 
 _POOL = Pool(min(max(len(os.sched_getaffinity(0)), 2), MOST_WORKERS))

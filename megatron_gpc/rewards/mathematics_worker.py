@@ -89,23 +89,23 @@ def same(gold: str, answer: str) -> bool:
         answer = unassigned(answer)
     elif "=" not in answer:
         gold = unassigned(gold)
-    numbers = literals.parse_number(gold), literals.parse_number(answer)
-    if all(numbers):
-        return literals.equal_numbers(*numbers)
+    gold_number, answer_number = literals.parse_number(gold), literals.parse_number(answer)
+    if gold_number and answer_number:
+        return literals.equal_numbers(gold_number, answer_number)
     letter, chosen = literals.choice(gold), literals.choice(answer)
     if letter and letter[1] and chosen:
         return letter[0] == chosen[0]
     words = literals.words(gold), literals.words(answer)
     if all(words):
         return words[0] == words[1]
-    if any(words) and any(numbers):
+    if any(words) and (gold_number or answer_number):
         return False
-    bases = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
-    if any(bases):
-        if not all(bases):
-            gold, answer = gold.split("_")[0], answer.split("_")[0]
-            return squeezed(gold) == squeezed(answer)
-        return bases[0].groups() == bases[1].groups()
+    gold_base, answer_base = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
+    if gold_base and answer_base:
+        return gold_base.groups() == answer_base.groups()
+    if gold_base or answer_base:
+        gold, answer = gold.split("_")[0], answer.split("_")[0]
+        return squeezed(gold) == squeezed(answer)
     if literals.remark(gold) != literals.remark(answer) or re.fullmatch(
         r"[\d.]+\s[\d\s.]+", answer
     ):
@@ -131,12 +131,13 @@ def unassigned(text: str) -> str:
 
 def expressions(text: str) -> list:
     """As LaTeX, and the whole of it; its own deadlines, which raise in this thread, give way."""
+    no_deadline: Any = None
     return parse(
         f"\\boxed{{{text}}}",
         _LATEX,
         fallback_mode="no_fallback",
         extraction_mode="first_match",
-        parsing_timeout=None,
+        parsing_timeout=no_deadline,
     )
 
 
@@ -158,12 +159,13 @@ def elements(value: Any) -> list:
     if isinstance(value, Interval):
         return [value.start, value.end]
     if isinstance(value, MatrixBase):
-        return list(value)
+        return value.flat()
     if isinstance(value, Tuple):
         return list(value.args)
     if isinstance(value, FiniteSet):
+        members: list[Any] = list(value.args)
         return sorted(
-            value.args, key=lambda e: (str(e.evalf(20)) if not e.is_real else "", e.evalf(60))
+            members, key=lambda e: (str(e.evalf(20)) if not e.is_real else "", e.evalf(60))
         )
     return [value]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_gpc.config.schema import Config
 from megatron_gpc.errors import UserError
+from megatron_gpc.rollout.tokenizer import eos_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,8 +63,8 @@ def find_stops(
             )
         ids.setdefault(found, []).append(source)
 
-    if tokenizer.eos_token_id is not None:
-        add(tokenizer.eos_token_id, "the tokenizer's eos")
+    for token in eos_tokens(tokenizer):
+        add(token, "the tokenizer's eos")
     for token in _generation_config(folder):
         add(token, "generation_config.json")
     if config.rollout.stop is None:
@@ -142,7 +143,8 @@ def _as_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | str:
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Tokens that are always one, special or not -> their number."""
     special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return {**dict(special), **tokenizer.get_added_vocab()}
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    return {**dict(special), **added}
 
 
 def _generation_config(folder: Path) -> Sequence[int]:

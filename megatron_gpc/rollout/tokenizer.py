@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
     """Texts -> token ids of each, with nothing added before or after."""
-    ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
+    ids_only: Any = {"return_attention_mask": False, "return_token_type_ids": False}
     return lambda texts: tokenizer(texts, add_special_tokens=False, **ids_only)["input_ids"]
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """Token ids -> their text, special tokens included."""
+    return lambda token_ids: str(tokenizer.decode(list(token_ids)))
+
+
+def eos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The number of the tokenizer's end token, in a list of one or none."""
+    eos: Any = tokenizer.eos_token_id
+    return [] if eos is None else [eos]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -97,7 +108,7 @@ def _template_file(tokenizer: PreTrainedTokenizerBase) -> Path:
 
 def _template_error(error: Exception) -> str:
     """`TypeError: why (line 3 of the template)`, in one line."""
-    lines = [
+    lines: list[int | None] = [
         line
         for frame, line in traceback.walk_tb(error.__traceback__)
         if frame.f_code.co_filename == "<template>"

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 import megatron_gpc
 from megatron_gpc.errors import UserError
-from megatron_gpc.rollout.tokenizer import load_tokenizer
+from megatron_gpc.rollout.tokenizer import decoder, eos_tokens, load_tokenizer
 from megatron_gpc.server import loading, sequence
 from megatron_gpc.server.generate import answer, parse
 from megatron_gpc.server.generator import MEMORY, Generator, GeneratorEnded
@@ -418,14 +418,13 @@ def main() -> None:
         sys.exit(f"--api-key-file: {error}")
     try:
         tokenizer = load_tokenizer(args.model_path)
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         generator = Generator(
             args.model_path,
             dtype=args.dtype,
             threads=args.threads,
             max_running=args.max_running_requests,
-            end_tokens=ends,
-            decode=tokenizer.decode,
+            end_tokens=eos_tokens(tokenizer),
+            decode=decoder(tokenizer),
         )
     except (UserError, OSError) as error:
         sys.exit(f"--model-path: {error}")

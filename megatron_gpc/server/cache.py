@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +38,9 @@ class _Window:
 class _Layer(CacheLayerMixin):
     """Keys and values of one layer, seen by the model through the window that all layers share."""
 
-    # Tensors of no element while there are none.
-    keys: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
-    values: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    # Tensors, once there are any; the base class has them None before.
+    keys: Any
+    values: Any
 
     def __init__(self, cache: RowCache):
         super().__init__()

@@ -58,7 +58,7 @@ def answer(
     matched = result.finish.get("matched")
     if isinstance(matched, int):  # the text is without what ended it
         shown = shown[:-1]
-    text = tokenizer.decode(shown, skip_special_tokens=True)
+    text = str(tokenizer.decode(list(shown), skip_special_tokens=True))
     if isinstance(matched, str):
         text = text.partition(matched)[0]
     meta: dict[str, Any] = {

@@ -7,7 +7,6 @@ passed to and whose objects are such functions; docs/extend.md shows how to writ
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from megatron_gpc.types import TokenStats, TokenStreams
 
 __all__ = ["Loss", "LossInputs", "LossOutputs", "Objective", "PreparedLoss"]
 
-LOSSES: dict[str, Callable[..., Any]] = {
+LOSSES: dict[str, Any] = {
     "clip": clip,
     "gspo": GSPO,
     "cispo": CISPO,
@@ -85,13 +84,15 @@ class Objective:
 
 
 def _make(name: str, arguments: dict[str, Any]) -> Loss:
-    found = parts.find(LOSS_KEY, name, LOSSES)
+    found: Any = parts.find(LOSS_KEY, name, LOSSES)
     if not inspect.isclass(found) and next(iter(_parameters(found)), None) == "inputs":
         parts.check_call(LOSS_KEY, name, found, ("inputs",), arguments)
-        return partial(found, **arguments) if arguments else found
+        loss: Any = partial(found, **arguments) if arguments else found
+        return loss
     parts.check_call(LOSS_KEY, name, found, (), arguments)
     try:
-        return found(**arguments)
+        made: Any = found(**arguments)
+        return made
     except ValidationError as error:
         raise UserError(
             "; ".join(

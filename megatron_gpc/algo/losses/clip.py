@@ -25,8 +25,8 @@ def clip(inputs: LossInputs) -> LossOutputs:
 def clipped_surrogate(
     ratio_T: torch.Tensor,
     advantages_T: torch.Tensor,
-    lower_T: torch.Tensor | float,
-    upper_T: torch.Tensor | float,
+    lower_T: torch.Tensor,
+    upper_T: torch.Tensor,
 ) -> LossOutputs:
     """-sum_t min(r_t A_t, clip(r_t, lower_t, upper_t) A_t); gradient flows through the ratio."""
     clipped_ratio_T = torch.clamp(ratio_T, lower_T, upper_T)

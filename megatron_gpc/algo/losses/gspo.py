@@ -40,4 +40,6 @@ class GSPO:
         advantages_T = inputs.advantages_T
         if self.average == "sequence":
             advantages_T = advantages_T * inputs.sequence_weight_T
-        return clipped_surrogate(ratio_T, advantages_T, 1 - self.eps_low, 1 + self.eps_high)
+        lower_T = torch.full_like(ratio_T, 1 - self.eps_low)
+        upper_T = torch.full_like(ratio_T, 1 + self.eps_high)
+        return clipped_surrogate(ratio_T, advantages_T, lower_T, upper_T)

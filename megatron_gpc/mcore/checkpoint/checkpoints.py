@@ -197,13 +197,14 @@ def _gather(value: T) -> list[T]:
 
 def _on_main(work: Callable[[], T], what: str, way_out: str = "") -> T:
     """Do file work on rank 0; all ranks get its result, or its OSError as a UserError."""
-    result: tuple[T | None, str | None] = (None, None)
+    value: Any = None
+    problem = ""
     if is_main():
         try:
-            result = (work(), None)
+            value = work()
         except OSError as error:
-            result = (None, f"{what}: {error}" + (f"; {way_out}" if way_out else ""))
-    value, problem = from_main(result)
+            problem = f"{what}: {error}" + (f"; {way_out}" if way_out else "")
+    value, problem = from_main((value, problem))
     if problem:
         raise UserError(problem)
     return value
