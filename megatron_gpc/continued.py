@@ -24,7 +24,7 @@ CONSEQUENCES = {
     "model.hf": "only configuration and tokenizer are read from it; the weights are the "
     "checkpoint's",
     "rollout.temperature": "log-probs, ratios and entropies are of another distribution from here "
-    "on, also where clip.schedule=od holds them against its first",
+    "on, also where clip.schedule=od or target holds them against its first",
     "rollout.group_size": "advantages have another baseline; samples begun or made ahead are made "
     "anew",
     "rollout.prompts_per_step": "an epoch takes another number of steps; samples made ahead are "
@@ -81,11 +81,16 @@ def _thresholds(was: Config, config: Config, step: int) -> list[str]:
             f"{why}: from step {step + 1} on entropy is lowered above {new:.3g} instead of "
             f"{old:.3g} times the first"
         ]
+    if kinds == {"target"} and "clip.target" in why.split(", "):
+        return [
+            f"{why}: from step {step + 1} on entropy is steered to another curve; shares are still "
+            "of the run's first entropy"
+        ]
     if len(kinds) == 1:
         return [f"{why}: the schedule {config.clip.schedule} goes on, in its own way, under these"]
     return [
         f"{why}: a schedule begins anew at step {step + 1}; what it measures first, such as the "
-        "entropy that od is held to, is measured there"
+        "entropy that od and target are held to, is measured there"
     ]
 
 

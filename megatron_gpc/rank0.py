@@ -161,10 +161,12 @@ class Rank0:
         """
         if not self.active:
             return None
+        self._schedule_said = {}
         if not len(scored.entropy_T):
             return Bounds(*(math.nan,) * 4), self._schedule.state()
-        entropy = float(scored.entropy_T.double().mean())
-        return self._schedule.bounds(step, entropy), self._schedule.state()
+        bounds = self._schedule.bounds(step, float(scored.entropy_T.double().mean()))
+        self._schedule_said = self._schedule.metrics()
+        return bounds, self._schedule.state()
 
     # ---- weights ----
 
@@ -319,7 +321,7 @@ class Rank0:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Report a training step."""
         if self.active:
-            self.reporter.step(step, values)
+            self.reporter.step(step, {**self._schedule_said, **values})
 
     def stopped(self, step: int) -> None:
         """Say that the run was asked to end, did so after `step`, and can be continued."""

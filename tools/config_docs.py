@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 
 from megatron_gpc.config import Config
-from megatron_gpc.config.types import Part
+from megatron_gpc.config.types import EntropyTarget, Part
 
 HEAD = """# Configuration
 
@@ -68,6 +68,8 @@ def shown(field: FieldInfo) -> str:
 
 def kind(annotation: Any) -> str:
     """A type in a user's words: `a | b`, `number > 0`, `list of ...`."""
+    if annotation is EntropyTarget:
+        return "nats, a share such as `80%`, or a list of points"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         parts = [extra for extra in arguments[1:] if isinstance(extra, Part)]

@@ -16,8 +16,19 @@ import torch
 
 from megatron_gpc.types import Bounds
 
+Line = tuple[float, float]  # (slope, intercept) of a threshold over p
 
-def affine_bounds(eps_high: tuple[float, float], eps_low: tuple[float, float]) -> Bounds:
+
+def mix(weight: float, a: Line, b: Line) -> Line:
+    """weight * a + (1 - weight) * b; exact at the ends, where a term with weight 0 must vanish."""
+    if weight == 1.0:
+        return a
+    if weight == 0.0:
+        return b
+    return (weight * a[0] + (1.0 - weight) * b[0], weight * a[1] + (1.0 - weight) * b[1])
+
+
+def affine_bounds(eps_high: Line, eps_low: Line) -> Bounds:
     """Bounds from two thresholds, each given as (slope, intercept) over p.
 
     The 1 is added to the intercept here, in double precision, so that a constant threshold gives

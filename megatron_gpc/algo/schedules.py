@@ -1,5 +1,7 @@
 """How the clip thresholds move over training: static, ID, DID, OD (arXiv 2602.09782).
 
+`target`, which follows a curve, is in target.py.
+
 k is the number of finished training steps (0 at the first), T their total, s the phase split, and
 lambda falls from 1 to 0 over phase 1 (k <= sT) and from 0 to -1 over phase 2.  At s = 0.5 this is
 the paper's lambda(k) = 1 - 2k/T.
@@ -29,30 +31,21 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from megatron_gpc import parts
-from megatron_gpc.algo.clipping import affine_bounds
+from megatron_gpc.algo.clipping import Line, affine_bounds, mix
+from megatron_gpc.algo.target import TargetSchedule
 from megatron_gpc.config import ClipConfig
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.types import Bounds
 
 SCHEDULE_KEY = "clip.schedule"
 
-Line = tuple[float, float]  # (slope, intercept) of a threshold over p
-
-
-def _mix(weight: float, a: Line, b: Line) -> Line:
-    """weight * a + (1 - weight) * b; exact at the ends, where a term with weight 0 must vanish."""
-    if weight == 1.0:
-        return a
-    if weight == 0.0:
-        return b
-    return (weight * a[0] + (1.0 - weight) * b[0], weight * a[1] + (1.0 - weight) * b[1])
-
 
 class Schedule(Protocol):
     """A clip schedule: what a class or a factory gives that is called with (clip, steps).
 
     `clip` is the configuration's section, `steps` T.  Also called with clip.schedule_arguments, by
-    keyword.
+    keyword.  A method metrics(), which gives numbers by name, is optional: they are logged with the
+    step whose bounds were asked for last.
     """
 
     def bounds(self, k: int, entropy: float) -> Bounds:
@@ -99,11 +92,11 @@ class PhaseSchedule:
             high = self.hi if self.kind == "hi" else self.std_high
             low = self.lo if self.kind == "lo" else self.std_low
         elif self.kind == "id":
-            high = _mix(lam, self.hi, self.std_high) if first else self.std_high
-            low = self.std_low if first else _mix(1.0 + lam, self.lo, self.std_low)
+            high = mix(lam, self.hi, self.std_high) if first else self.std_high
+            low = self.std_low if first else mix(1.0 + lam, self.lo, self.std_low)
         else:
-            high = _mix(lam, self.std_high, self.hi) if first else self.hi
-            low = self.std_low if first else _mix(1.0 + lam, self.lo, self.std_low)
+            high = mix(lam, self.std_high, self.hi) if first else self.hi
+            low = self.std_low if first else mix(1.0 + lam, self.lo, self.std_low)
         return affine_bounds(high, low)
 
     def state(self) -> dict[str, Any]:
@@ -154,7 +147,8 @@ class OscillatorySchedule:
 
 
 SCHEDULES = dict.fromkeys(("static", "hi", "lo", "id", "did"), PhaseSchedule) | {
-    "od": OscillatorySchedule
+    "od": OscillatorySchedule,
+    "target": TargetSchedule,
 }
 
 
@@ -174,15 +168,27 @@ class CheckedSchedule:
         parts.check_call(SCHEDULE_KEY, self.name, make, ("clip", "steps"), clip.schedule_arguments)
         with self._blamed("its start"):
             self._schedule: Schedule = make(clip, steps, **clip.schedule_arguments)
+        if isinstance(self._schedule, TargetSchedule):  # both ends hold for all between them
+            for clip_lambda in (-1.0, 1.0):
+                self._check(self._schedule.mixed(clip_lambda), f"clip_lambda {clip_lambda:g}")
 
     def bounds(self, k: int, entropy: float) -> Bounds:
         doing = f"bounds(k={k}, entropy={entropy:g})"
         with self._blamed(doing):
             found = self._schedule.bounds(k, entropy)
-        problem = _problem(found)
-        if problem:
-            raise PartError(f"{SCHEDULE_KEY}: {self.name}: {doing} gave {found}: {problem}")
+        self._check(found, doing)
         return found
+
+    def metrics(self) -> dict[str, float]:
+        """What the schedule says of the step whose bounds were asked for last."""
+        with self._blamed("metrics()"):
+            found = getattr(self._schedule, "metrics", dict)()
+        try:
+            return {str(name): float(value) for name, value in dict(found).items()}
+        except (TypeError, ValueError):
+            raise PartError(
+                f"{SCHEDULE_KEY}: {self.name}: metrics() gave {found!r}; expected numbers by name"
+            ) from None
 
     def state(self) -> dict[str, Any]:
         """As it reads when it comes back from a checkpoint."""
@@ -203,6 +209,11 @@ class CheckedSchedule:
         with self._blamed(f"restore({state})"):
             self._schedule.restore(state)
 
+    def _check(self, found: Any, doing: str) -> None:
+        problem = _problem(found)
+        if problem:
+            raise PartError(f"{SCHEDULE_KEY}: {self.name}: {doing} gave {found}: {problem}")
+
     def _blamed(self, doing: str) -> AbstractContextManager[None]:
         return parts.blamed(SCHEDULE_KEY, self.name, doing)
 
@@ -217,6 +228,7 @@ def check_schedule(clip: ClipConfig, steps: int) -> None:
         first, second = CheckedSchedule(clip, steps), CheckedSchedule(clip, steps)
         for k in sorted({0, steps // 2, steps - 1}):
             first.bounds(k, 1.0 / (1 + k))
+            first.metrics()
         state = first.state()
         if state:  # as train.py does
             second.restore(state)

@@ -113,6 +113,11 @@ def warnings(config: Config) -> list[str]:
             f"clip.schedule={config.clip.schedule} changes nothing; raise train.mini_batches or "
             "train.epochs, or set train.old_logprobs=rollout"
         )
+    if config.clip.target is not None and config.clip.schedule != "target":
+        found.append(
+            f"clip.target is not used, because clip.schedule is {config.clip.schedule}; set "
+            "clip.schedule=target"
+        )
     if config.kl.reference and config.kl.coef == 0:
         found.append("kl.reference is not used, because kl.coef is 0; set kl.coef above 0")
     if train.loss == "gspo" and config.clip.schedule != "static":

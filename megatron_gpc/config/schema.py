@@ -15,6 +15,7 @@ from pydantic import Field
 from megatron_gpc.config.types import (
     Arguments,
     Counts,
+    EntropyTarget,
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
@@ -298,13 +299,23 @@ class OptimConfig:
 class ClipConfig:
     """Flexible entropy control (arXiv 2602.09782): how far the importance ratio may move."""
 
-    schedule: typing.Annotated[str, Part("static", "hi", "lo", "id", "did", "od")] = "id"
+    schedule: typing.Annotated[str, Part("static", "hi", "lo", "id", "did", "od", "target")] = "id"
     """`static`: [1 - eps_low, 1 + eps_high] throughout (PPO, GRPO; DAPO with eps_high 0.28);
     `hi` and `lo`: Hi(p) above or Lo(p) below throughout, the other side standard; `id`: entropy up,
-    then down; `did`: down, up, down; `od`: oscillation that decays.  Or your own, as
-    `package.module:name` or `path/to/file.py:name` (docs/extend.md)."""
+    then down; `did`: down, up, down; `od`: oscillation that decays; `target`: along the curve that
+    clip.target draws.  Or your own, as `package.module:name` or `path/to/file.py:name`
+    (docs/extend.md)."""
     schedule_arguments: Arguments = dataclasses.field(default_factory=dict)
     """Passed to a schedule of your own by keyword."""
+    target: EntropyTarget | None = None
+    """What clip.schedule=target steers entropy to (docs/entropy.md): nats a token (`0.9`), a
+    share of the first step's entropy (`80%`), or a curve through points [share of the run, either],
+    such as `[[0, 100%], [0.5, 115%], [1, 70%]]`: straight between them, level before and after."""
+    target_gain: PositiveFloat = 10.0
+    """How much lambda `target` gives for a relative error of 1: at 10, entropy that is 10 % off its
+    target opens a threshold fully."""
+    target_integral_gain: NonNegativeFloat = 1.0
+    """How much lambda grows every step for a relative error of 1 that stays; 0: not at all."""
     eps_low: PositiveShare = 0.2
     """Standard lower threshold (eps_std in the paper)."""
     eps_high: PositiveFloat = 0.2
@@ -325,6 +336,10 @@ class ClipConfig:
     """Entropy regions (docs/entropy.md) whose tokens give gradient, one or a list; for controlled
     runs.  The loss is still divided by the number of ALL response tokens.  With fewer than four,
     tokens of no region give none either."""
+
+    def __post_init__(self) -> None:
+        if self.schedule == "target" and self.target is None:
+            raise ValueError("schedule=target follows clip.target, which is not set")
 
 
 @section

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 import urllib.parse
 from typing import Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    WrapValidator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, core_schema
 
@@ -90,6 +98,70 @@ def _different(value: tuple[str, ...]) -> tuple[str, ...]:
 
 SinkName = typing.Annotated[str, Part("jsonl", "tensorboard", "wandb", "mlflow", "swanlab")]
 Sinks = typing.Annotated[tuple[SinkName, ...], AfterValidator(_different), _one_or_list]
+
+MOST_NATS = 20.0
+"""Above ln V of any vocabulary."""
+
+
+def _number(value: object) -> float:
+    """A number, or one as text (`5e-1` is text to YAML); nan if it is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _entropy(value: object) -> float | str:
+    """A number of nats, or a share of the first step's entropy as text, `80%`."""
+    text = value.replace(" ", "") if isinstance(value, str) else ""
+    percent = text.endswith("%")
+    amount = _number(text[:-1] if percent else value)
+    if not 0 < amount < math.inf:
+        raise ValueError(
+            "expected an entropy above 0, in nats (0.9) or as a share of the first step's (80%)"
+        )
+    if percent:
+        return text
+    if amount > MOST_NATS:
+        raise ValueError(
+            f"no vocabulary has {amount:g} nats; did you mean {amount:g}%, a share of the first "
+            "step's entropy?"
+        )
+    return amount
+
+
+def _entropy_target(value: object) -> float | str | tuple[tuple[float, float | str], ...]:
+    if not isinstance(value, list | tuple):
+        return _entropy(value)
+    points: list[tuple[float, float | str]] = []
+    for point in value:
+        if not (isinstance(point, list | tuple) and len(point) == 2):
+            raise ValueError(
+                "expected points [share of the run, entropy], such as [[0, 100%], [1, 70%]], "
+                f"not {point!r}"
+            )
+        share = _number(point[0])
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share of the run is a number from 0 to 1, not {point[0]!r}")
+        if points and share <= points[-1][0]:
+            raise ValueError(
+                f"shares of the run must rise, but {share:g} follows {points[-1][0]:g}"
+            )
+        try:
+            points.append((share, _entropy(point[1])))
+        except ValueError as error:
+            raise ValueError(f"point {point}: {error}") from None
+    if not points:
+        raise ValueError("name at least one point [share of the run, entropy]")
+    return tuple(points)
+
+
+EntropyTarget = typing.Annotated[
+    float | str | tuple[tuple[float, float | str], ...],
+    WrapValidator(lambda value, _: _entropy_target(value)),
+]
 
 Arguments = dict[str, typing.Any]
 """Passed to a part by keyword."""

@@ -31,7 +31,8 @@ class Console:
 
     On a pipe, in a log file or on a dumb terminal it is a line every step up to 20 steps.  A longer
     run gets a line every 5 % of it, whenever a minute has passed since the last one, and always at
-    the first and the last step.  `clip` is the share of tokens clipped at the lower / upper bound.
+    the first and the last step.  `clip` is the share of tokens clipped at the lower / upper bound;
+    `entropy 1.234 -> 1.300` has its target, if clip.schedule is `target`.
 
     Args:
         total_steps: T, steps of the whole run.
@@ -121,10 +122,11 @@ def _status(values: Mapping[str, float], seconds_left: float) -> str:
         return format(value, form) if math.isfinite(value) else "-"
 
     low, high = (show(f"clip_fraction_{side}", ".1f", 100) for side in ("low", "high"))
+    target = f" -> {show('entropy_target', '.3f')}" if "entropy_target" in values else ""
     return "  ".join(
         (
             f"reward {show('reward', '.3f'):>6}",
-            f"entropy {show('entropy', '.3f'):>6}",
+            f"entropy {show('entropy', '.3f'):>6}{target}",
             f"clip {f'{low}/{high} %':>10}",
             f"{show('tokens_per_second', ',.0f'):>7} tok/s",
             f"{timedelta(seconds=round(seconds_left))} left",

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.panels import (
+    BLACK,
     BLUE,
     GREY,
     GROUP_COLOURS,
@@ -69,7 +70,8 @@ def run_figure(run: Run) -> Figure:
         _entropy_panel(next(axes), run)
         _reward_panel(next(axes), run)
         _diversity_panel(next(axes), run)
-        _bounds_over_p_panel(next(axes), run)
+        steered = len(run.series("clip_lambda")) > 0
+        (_lambda_panel if steered else _bounds_over_p_panel)(next(axes), run)
         _bounds_over_steps_panel(next(axes), run)
         _clip_panel(next(axes), run)
         share_panel(next(axes), run, "share", "tokens by region (rest: A = 0)")
@@ -125,7 +127,11 @@ def groups_figure(groups: Sequence[SeedGroup], panels: Mapping[str, str]) -> Fig
 
 def _entropy_panel(ax: Axes, run: Run) -> None:
     start_panel(ax, "entropy [nats a token]", run)
-    trace(ax, run.series("entropy"), BLUE)
+    target = run.series("entropy_target")
+    trace(ax, run.series("entropy"), BLUE, "measured")
+    if len(target):
+        line(ax, target, color=BLACK, linewidth=1.2, linestyle="--", label="target")
+        ax.legend(loc="lower left")
     ax.set_ylim(bottom=0)
     if run.phase_boundary is not None:
         ax.annotate(
@@ -158,6 +164,14 @@ def _diversity_panel(ax: Axes, run: Run) -> None:
         ax.set_ylim(bottom=0)
     else:
         _one_metric_panel(ax, run, "response_length", "response length [tokens]")
+
+
+def _lambda_panel(ax: Axes, run: Run) -> None:
+    """How far a steered run opened which threshold: 1 is Hi(p), -1 is Lo(p)."""
+    start_panel(ax, "lambda: Hi(p) at 1, Lo(p) at -1", run)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    line(ax, run.series("clip_lambda"), color=BLUE)
+    ax.set_ylim(-1.08, 1.08)
 
 
 def _bounds_over_p_panel(ax: Axes, run: Run) -> None:
@@ -268,6 +282,9 @@ def _overlay_panel(ax: Axes, groups: Sequence[SeedGroup], name: str, title: str)
             linewidth=0,
         )
         number = len(group.runs)
+        target, _ = group.mean_over_seeds("entropy_target")
+        if name == "entropy" and len(target):
+            line(ax, target, color=BLACK, linewidth=1.2, linestyle="--", label="_target")
         line(
             ax,
             mean,

@@ -13,6 +13,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.file import plain
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.metrics.console import Console
+from megatron_gpc.metrics.reach import Reach
 from megatron_gpc.metrics.sinks import SINKS_KEY, MetricSink, make_sink
 from megatron_gpc.metrics.tables import print_table, summary_table
 
@@ -45,6 +46,7 @@ class Reporter:
         shown["sglang"].pop("environment")  # may hold keys, as do the next
         shown["log"].pop("sinks_arguments")
         self._console = Console(config.train.steps, resume_step)
+        self._reach = Reach()
         self._direct: list[MetricSink] = []
         self._behind: list[_Behind] = []
         for name in config.log.sinks:
@@ -83,6 +85,8 @@ class Reporter:
         for behind in self._behind:
             behind.write(step, values)
         self._console.step(step, values)
+        if trouble := self._reach.step(step, values):
+            self.warn(trouble)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """The policy has been evaluated after `step` finished steps."""

@@ -216,17 +216,26 @@ def group_runs(runs: Sequence[Run]) -> list[SeedGroup]:
         for key in keys
         if key not in _NOT_IN_LABEL
         and not key.startswith(_NOT_IN_LABEL_SECTIONS)
-        and len({repr(run.config.get(key)) for run in runs}) > 1
+        and len({repr(run.config.get(key)) for run in runs if _reads(run, key)}) > 1
     ]
     texts = {key: _value_texts([run.config.get(key) for run in runs]) for key in differing}
     heads = {name: short(name) for name in (run.config["clip.schedule"] for run in runs)}
     pooled: dict[str, list[Run]] = {}
     for number, run in enumerate(runs):
-        parts = [f"{_short(key, differing)}={texts[key][number]}" for key in differing]
+        parts = [
+            f"{_short(key, differing)}={texts[key][number]}"
+            for key in differing
+            if _reads(run, key)
+        ]
         name = run.config["clip.schedule"]
         head = heads[name] if list(heads.values()).count(heads[name]) == 1 else name
         pooled.setdefault(" ".join([head, *parts]), []).append(run)
     return [SeedGroup(label, members) for label, members in pooled.items()]
+
+
+def _reads(run: Run, key: str) -> bool:
+    """Whether the run's schedule looks at a key; clip.target and its gains are of one alone."""
+    return not key.startswith("clip.target") or run.config["clip.schedule"] == "target"
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

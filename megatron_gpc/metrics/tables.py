@@ -15,7 +15,15 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_gpc.metrics.runs import PLOT_NAME, Run, SeedGroup, Series, group_runs, load_run
+from megatron_gpc.metrics.runs import (
+    PLOT_NAME,
+    Run,
+    SeedGroup,
+    Series,
+    group_runs,
+    load_run,
+    paired,
+)
 from megatron_gpc.types import Sample
 
 
@@ -75,9 +83,23 @@ def _whole_run(run: Run) -> dict[str, str]:
         f"clipped at {side} bound, %": _text(100 * run.series(f"clip_fraction_{name}").mean(), 2)
         for name, side in (("low", "lower"), ("high", "upper"))
     }
+    if len(run.series("entropy_target")):
+        rows |= _tracking(run)
     rows["tokens a second"] = _text(tokens / seconds if seconds else math.nan, 0)
     rows["time in steps"] = str(timedelta(seconds=round(seconds)))
     return rows
+
+
+def _tracking(run: Run) -> dict[str, str]:
+    """How well entropy followed clip.target, and how often that was all the thresholds could do."""
+    measured, target = paired(run.series("entropy"), run.series("entropy_target"))
+    limits = np.abs(run.series("clip_lambda").known().values) >= 1
+    distance = np.sqrt(np.mean((measured - target) ** 2)) if len(measured) else math.nan
+    at_limit = limits.mean() if len(limits) else math.nan
+    return {
+        "entropy's distance from target, nats": _text(distance),
+        "steps at a limit of lambda, %": _text(100 * at_limit, 0),
+    }
 
 
 _COMPARED: Mapping[str, Callable[[Run], float]] = {

@@ -48,6 +48,7 @@ def _lines(clip: cfg.ClipConfig, steps: int, made: int, seed: int) -> list[dict[
         for at, p in (("p0", 0.0), ("p05", 0.5), ("p1", 1.0)):
             line[f"eps_high_at_{at}"] = bounds.eps_high_at(p)
             line[f"eps_low_at_{at}"] = bounds.eps_low_at(p)
+        line |= schedule.metrics()
         lines.append(line)
     return lines
 

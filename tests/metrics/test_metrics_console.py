@@ -93,6 +93,13 @@ def test_the_time_left_follows_the_last_steps_and_not_the_slow_first_one(clock):
     assert lines[0].endswith("16:30:00 left") and lines[-1].endswith("0:01:40 left")
 
 
+def test_a_target_of_entropy_stands_beside_it():
+    output = io.StringIO()
+    target = VALUES | {"entropy_target": 1.3}
+    Console(1, 0, rich.console.Console(file=output)).step(1, target)
+    assert "entropy  1.250 -> 1.300  clip" in output.getvalue()
+
+
 def test_a_value_that_is_not_finite_is_a_dash():
     output = io.StringIO()
     Console(1, 0, rich.console.Console(file=output)).step(1, VALUES | {"reward": math.nan})

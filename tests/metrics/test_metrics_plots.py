@@ -78,6 +78,23 @@ def test_bounds_over_p_are_the_lines_of_the_schedule(write_run):
     assert list(lines[1].get_ydata()) == pytest.approx([0.8, 0.8])
 
 
+def test_a_steered_run_shows_target_and_lambda(write_run, tmp_path):
+    folders = [write_run("a", "target", target=[[0, 1.0], [1, 2.0]]), write_run("b", "static")]
+    panels = _panels(run_figure(load_run(folders[0])))
+    assert _texts(panels["entropy [nats a token]"]) == ["measured", "target"]
+    (lambdas,) = panels["lambda: Hi(p) at 1, Lo(p) at -1"].lines[1:]
+    assert len(lambdas.get_xdata()) == 100 and "ratio bounds over p" not in panels
+    both = overlay_figure([load_run(folder) for folder in folders])
+    assert _texts(both) == ["target (1 seed)", "static (1 seed)"]  # static reads no clip.target
+    (target,) = [
+        line
+        for line in _panels(both)["entropy [nats a token]"].lines
+        if line.get_label() == "_target"
+    ]
+    assert (target.get_ydata()[0], target.get_ydata()[-1]) == pytest.approx((1.0, 2.0), abs=0.05)
+    assert plot_runs(folders, tmp_path / "both.png").stat().st_size > 50_000
+
+
 @pytest.mark.filterwarnings("error")
 def test_predictions_are_drawn_against_the_measured_change_with_their_correlation(write_run):
     folder = write_run("a")

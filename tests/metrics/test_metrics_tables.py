@@ -65,3 +65,11 @@ def test_the_comparison_pools_seeds_and_pairs_them_with_the_first_group(write_ru
 def test_the_comparison_of_single_runs_has_no_spread(write_run, capsys):
     rows = _rows(compare_table([write_run("a", "static", 0), write_run("b", "id", 1)]), capsys)
     assert rows["static"][-1] == "30.000" and "id - static" not in rows
+
+
+def test_the_summary_of_a_steered_run_says_how_well_it_followed(write_run, capsys):
+    folder = write_run("a", "target", target=1.0)  # entropy stays at 1.5
+    rows = _rows(summary_table(folder), capsys)
+    assert float(rows["entropy's distance from target, nats"][0]) == pytest.approx(0.5, abs=0.01)
+    assert rows["steps at a limit of lambda, %"] == ["100"]
+    assert "steps at a limit of lambda, %" not in _rows(summary_table(write_run("b")), capsys)

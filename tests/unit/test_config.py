@@ -131,7 +131,7 @@ def test_configuration_cannot_be_changed(file):
         ("eps_low=0.1", "did you mean 'clip.eps_low'"),
         (
             "clip.schedule=foo",
-            "clip.schedule: expected static, hi, lo, id, did, od, or a part of your own as "
+            "clip.schedule: expected static, hi, lo, id, did, od, target, or a part of your own as "
             "package.module:name or path/to/file.py:name, got 'foo'",
         ),
         ("clip.schedule=statik", "clip.schedule: did you mean 'static'? expected static, hi, lo"),

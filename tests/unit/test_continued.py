@@ -47,6 +47,16 @@ def test_other_steps_rescale_bounds_and_learning_rate(said):
             "lowered above 0.92 instead of 0.84 times the first",
         ),
         (
+            ["clip.schedule=target", "clip.target=0.5"],
+            ["clip.schedule=target", "clip.target=80%"],
+            "clip.target: from step 3 on entropy is steered to another curve; shares are still",
+        ),
+        (
+            ["clip.schedule=target", "clip.target=0.5"],
+            ["clip.schedule=target", "clip.target=0.5", "clip.target_gain=5"],
+            "clip.target_gain: the schedule target goes on, in its own way, under these",
+        ),
+        (
             ["optim.decay=cosine"],
             ["optim.decay=cosine", "train.mini_batches=2"],
             "train.mini_batches: the learning rate jumps at step 3: 0.000905 -> 0.000976",

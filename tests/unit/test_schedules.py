@@ -136,6 +136,7 @@ def test_od_state_survives_a_restart():
     assert second.state() == first.state() == {"s": 1, "initial_entropy": 2.0}
 
 
+METRICS = "def metrics(self): return {'x': 'y'}\n    "
 OWN = """
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.types import Bounds
@@ -206,6 +207,11 @@ def test_a_users_schedule_is_built_asked_and_restored(own):
         (('state["asked"]', "7"), {}, "after restore({'asked': 3}) its state() is {'asked': 7}"),
         (("self.asked += 1", "exit(5)"), {}, "failed at bounds(k=0, entropy=1): SystemExit: 5"),
         (("class Own", "Own = 3\nclass Other"), {}, "is 3, which cannot be called"),
+        (
+            ("def state", METRICS + "def state"),
+            {},
+            "metrics() gave {'x': 'y'}; expected numbers by",
+        ),
     ],
     ids=str,
 )
@@ -230,9 +236,11 @@ def test_an_error_in_mid_run_names_the_schedule_and_its_line(own):
 
 def test_built_in_schedules_take_no_arguments_and_are_those_the_key_names():
     for name in SCHEDULES:
-        check_schedule(ClipConfig(schedule=name), 1)
+        target = 1.0 if name == "target" else None
+        check_schedule(ClipConfig(schedule=name, target=target), 1)
+        clip = ClipConfig(schedule=name, target=target, schedule_arguments={"x": 1})
         with pytest.raises(UserError, match=f"clip.schedule: {name} takes .*argument 'x'"):
-            check_schedule(ClipConfig(schedule=name, schedule_arguments={"x": 1}), T)
+            check_schedule(clip, T)
     (part,) = typing.get_type_hints(ClipConfig, include_extras=True)["schedule"].__metadata__
     assert set(part.built_in) == set(SCHEDULES)
     with pytest.raises(UserError, match="is no interval of positive ratios"):
