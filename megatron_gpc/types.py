@@ -162,7 +162,7 @@ class RolloutBatch:
 class MicroBatch:
     """A few sequences, one after another, as one pipeline micro-batch.
 
-    Padding fills up sequences, and their sum, where context and sequence parallelism want
+    Padding fills up sequences, and their sum, if context and sequence parallelism want
     multiples; it follows a sequence and counts as part of it, because causal attention never lets a
     token see what comes after.  Two sequences, of which the first is a prompt of 2 and a response
     of 3 tokens, and one position of padding:
@@ -172,7 +172,7 @@ class MicroBatch:
 
     `rows_T[i]` says from which position response token i is predicted, `targets_T[i]` which token
     it is, `slots_T[i]` where its values stand in the rollout's packed [T] arrays.  All three are
-    empty where a data-parallel rank has nothing left to do: the micro-batch, then of padding alone,
+    empty if a data-parallel rank has nothing left to do: the micro-batch, then of padding alone,
     is run all the same, because pipeline and collectives need every rank.
 
     Under context parallelism `lengths_B` and `padding` stay those of whole sequences, while the

@@ -75,7 +75,7 @@ def keep_regions(
 def entropy_inner_product(stats: TokenStats, weight_T: torch.Tensor) -> torch.Tensor:
     """<dJ/dx, dH/dx> of each token, baseline term included [T]; derived above.
 
-    Positive where a step along the token's policy gradient raises its own entropy.  Exact for one
+    Positive if a step along the token's policy gradient raises its own entropy.  Exact for one
     token's logits; it ignores that tokens share parameters and that Adam rescales.
 
     Args:

@@ -96,7 +96,7 @@ def measure(
 
 
 def prompts(hf: Path, texts: Sequence[str] = TEXTS) -> list[list[int]]:
-    """Token ids of some texts; of random tokens where the folder has no tokenizer.
+    """Token ids of some texts; of random tokens if the folder has no tokenizer.
 
     Raises:
         UserError: the tokenizer cannot be loaded.

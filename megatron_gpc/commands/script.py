@@ -23,8 +23,8 @@ def run(main: Callable[[], int]) -> int:
     """Call a script's main function.
 
     Returns:
-        What main returns; 2 where the input cannot be used (said in one line, no traceback); 130
-        where SIGINT or SIGTERM ended it, after what was half done has been removed.
+        What main returns; 2 if the input cannot be used (said in one line, no traceback); 130
+        if SIGINT or SIGTERM ended it, after what was half done has been removed.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -34,7 +34,7 @@ def keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
 def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, check everything.
 
-    A file may say `extends: FILE`: it has that file's keys, where it does not set them itself.
+    A file may say `extends: FILE`: it has that file's keys unless it sets them itself.
     Relative paths in a file are relative to it, those in overrides to the current folder.
 
     Raises:
@@ -195,7 +195,7 @@ def _nearest(key: str, valid: typing.Iterable[str]) -> str:
 
 
 def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Absolute, and still a link where it is one: an environment's interpreter is, to another's."""
+    """Absolute, and still a link if it is one: an environment's interpreter is, to another's."""
     valid = keys()
     is_path = {key for key, kind in valid.items() if kind is Path or Path in typing.get_args(kind)}
     is_part = {key for key, kind in valid.items() if _names_parts(kind)}

@@ -57,7 +57,7 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
 
     Args:
         config: the run.
-        hf: the model's config.json; None where model.build has yet to make it, then only what does
+        hf: the model's config.json; None if model.build has yet to make it, then only what does
             not depend on the model is checked.
         cuda: whether the run has CUDA devices.
 

@@ -60,7 +60,7 @@ class ModelConfig:
     """Hugging Face checkpoint folder to start from (config.json, safetensors, tokenizer), or what
     tools/convert_hf_to_megatron.py made of one."""
     build: Path | None = None
-    """Python script that makes that folder where it is missing; called with the folder's path."""
+    """Python script that makes that folder if it is missing; called with the folder's path."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations.  The optimizer keeps fp32 either way."""
 
@@ -104,7 +104,7 @@ class ServerConfig:
     """Where rollouts come from: engines, servers with SGLang's HTTP interface."""
 
     kind: Literal["embedded", "sglang"] = "embedded"
-    """What is started on this machine where neither urls nor urls_file names running servers: the
+    """What is started on this machine if neither urls nor urls_file names running servers: the
     project's own server, or SGLang (see the section `sglang`)."""
     engines: PositiveInt = 1
     """How many are started."""
@@ -125,7 +125,7 @@ class ServerConfig:
     sync_timeout_s: PositiveFloat = 300.0
     """How long one part of a weight update may take [s]."""
     retries: NonNegativeInt = 4
-    """How often a failed request is sent again, to another engine where there is one."""
+    """How often a failed request is sent again, to another engine if there is one."""
     max_in_flight: PositiveInt = 256
     """Samples that an engine is asked for at the same time."""
     max_restarts: NonNegativeInt = 20
@@ -248,7 +248,7 @@ class TrainConfig:
     as the server returned it."""
     correction: Literal["none", "truncate", "mask"] = "none"
     """Importance weight for samples that other numbers or older weights made, w = exp(old log-prob
-    - rollout's log-prob): `truncate` takes min(w, correction_cap), `mask` w where it lies within
+    - rollout's log-prob): `truncate` takes min(w, correction_cap), `mask` w if it lies within
     [1 / correction_cap, correction_cap] and 0 elsewhere."""
     correction_level: Literal["token", "sequence"] = "token"
     """w of each token, or the product over a response, the same for all of its tokens."""

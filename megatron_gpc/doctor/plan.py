@@ -21,7 +21,7 @@ def plan(
     """Whether the configuration can run here.
 
     Args:
-        check: raises UserError where `megatron-gpc train` would refuse it; tells its second
+        check: raises UserError if `megatron-gpc train` would refuse it; tells its second
             argument what else there is to know.
     """
     told: list[str] = []

@@ -118,7 +118,7 @@ class SGLangClient:
     async def generate_many(
         self, requests: Sequence[SampleRequest], attempts: int | None = None
     ) -> list[Generation]:
-        """One sample a request, in the requests' order, in few HTTP posts where `batched`.
+        """One sample a request, in the requests' order, in few HTTP posts if `batched`.
 
         Args:
             attempts: instead of the client's `retries + 1`.
@@ -132,7 +132,7 @@ class SGLangClient:
                 raise UserError("sampling_params: n > 1; send one request a sample instead")
         if not requests:
             return []
-        # All at once where allowed; else in parts, so that new ones can start when some end.
+        # All at once if allowed; else in parts, so that new ones can start when some end.
         size = self._max_in_flight
         if len(requests) > size:
             size = max(1, size // 4)
@@ -209,7 +209,7 @@ class SGLangClient:
             return False
 
     async def wait_until_healthy(self, timeout_s: float, pause_s: float = 0.5) -> None:
-        """Raises ServerUnavailable where `health` is not True within `timeout_s`."""
+        """Raises ServerUnavailable if `health` is not True within `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not await self.health():

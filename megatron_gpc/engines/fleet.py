@@ -61,7 +61,7 @@ class Engine:
     client: SGLangClient
     tp_size: int = 1
     process: ServerProcess | None = None
-    """None where others started it."""
+    """None if others started it."""
     state: Literal["ready", "stale", "down"] = "stale"
     in_flight: int = 0
     reviving: asyncio.Task[None] | None = None
@@ -290,7 +290,7 @@ class Fleet:
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Generation]:
         """Samples from whichever engine has most room; on the engines' loop.
 
-        What fails or is malformed is counted and asked for again, elsewhere where possible.
+        What fails or is malformed is counted and asked for again, elsewhere if possible.
 
         Raises:
             WeightsNeeded: engines live, but have missed weights.
@@ -403,7 +403,7 @@ class Fleet:
 
 @contextmanager
 def _failing(engine: Engine) -> Iterator[None]:
-    """Marks an engine as down where the block fails for the engine's reasons."""
+    """Marks an engine as down if the block fails for the engine's reasons."""
     try:
         yield
     except (RolloutError, TimeoutError) as error:

@@ -114,7 +114,7 @@ class ServerProcess:
         return self._process.poll() is None
 
     def stop(self) -> None:
-        """End the server; killed where it does not end in time.  Does nothing the second time."""
+        """End the server; killed if it does not end in time.  Does nothing the second time."""
         if self.alive():
             self._process.send_signal(self.end_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):

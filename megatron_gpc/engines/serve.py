@@ -112,7 +112,7 @@ def _publish(
 
 
 def _await_file(file: Path, timeout_s: float, key: str, stop: StopRequest) -> bool:
-    """Whether it is there; it is not where a stop was asked for meanwhile."""
+    """Whether it is there; False also if a stop was asked for meanwhile."""
     deadline = time.monotonic() + timeout_s
     while not file.exists():
         if _over(stop):

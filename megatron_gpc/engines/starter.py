@@ -155,7 +155,7 @@ class Starter:
         return file
 
     async def running_urls(self) -> Sequence[str]:
-        """Engines that others have started, or will have; empty where they are started here.
+        """Engines that others have started, or will have; empty if they are started here.
 
         Raises:
             UserError: urls_file did not appear in time, or is no list of addresses.

@@ -135,7 +135,7 @@ class DistributedSync:
         self._leave()
 
     def _join(self) -> None:
-        """A group of the trainer and the engines that live; None where one did not come."""
+        """A group of the trainer and the engines that live; None if one did not come."""
         if self.group is not None and self.fleet.alive() == self.members:
             return
         self._leave()

@@ -372,6 +372,6 @@ def _patch_checkpoint_writer() -> None:
     Why: planning a save starts a multiprocessing manager in every rank.  It outlives a rank that is
     killed, imports the main script again, and costs the first save 6 s; nobody needs it, because
     mcore/checkpoint/writer.py reports through a pipe.  An upstream fault, not about CPUs.
-    Gone when: core starts it only where it is used, while writing.
+    Gone when: core starts it only if it is used, while writing.
     """
     _core("dist_checkpointing.strategies.filesystem_async")._get_write_results_queue = _nothing

@@ -140,10 +140,10 @@ def _layers(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSu
     """This stage's layers.
 
     Checkpoints have transformer-engine's names, to which the local spec maps its own.  It does so
-    for the norm before a dense block also where experts follow, and there transformer-engine keeps
+    for the norm before a dense block also if experts follow, and there transformer-engine keeps
     the norm apart: without that entry both write the same names.
 
-    Attention is transformer-engine's where that has a kernel for packed sequences, which are those
+    Attention is transformer-engine's if that has a kernel for packed sequences, which are those
     of 16 bits.
     """
     block = get_gpt_decoder_block_spec(

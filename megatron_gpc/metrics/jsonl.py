@@ -23,7 +23,7 @@ class JsonlSink:
     again, so their lines are dropped first, and a last line that was only half written.
 
     Args:
-        run_dir: the run's folder; made where it does not exist.
+        run_dir: the run's folder; made if it does not exist.
         resume_step: finished steps of the checkpoint that the run continues from.
 
     Raises:

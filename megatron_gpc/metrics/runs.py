@@ -31,7 +31,7 @@ _NOT_IN_LABEL_SECTIONS = ("rollout.server.", "checkpoint.", "guard.", "diagnosti
 
 @dataclass(frozen=True)
 class Series:
-    """One metric of a run: the steps that have it and its values, both [steps]; nan where null."""
+    """One metric of a run: the steps that have it and its values, both [steps]; nan for null."""
 
     steps: np.ndarray
     values: np.ndarray

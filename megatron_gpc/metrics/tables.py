@@ -31,7 +31,7 @@ def summary_table(run_dir: Path) -> Table:
     """A run in a few rows: what happened to reward, entropy and diversity, and at what speed.
 
     Start and end are means over 5 % of the steps, at least one; the peak of entropy is that of the
-    mean over as many steps.  Held-out rows are the first and the last evaluation, where there are.
+    mean over as many steps.  Held-out rows are the first and the last evaluation, if there are any.
     The picture is named once it lies in the run's folder.
 
     Raises:

@@ -105,7 +105,7 @@ class Comparer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Whether both say the same; False where that cannot be told in DEADLINE_S."""
+        """Whether both say the same; False if that cannot be told in DEADLINE_S."""
         process = self._process
         if process is None or process.poll() is not None:
             process = self._start()
@@ -118,7 +118,7 @@ class Comparer:
         return said == b"true\n"
 
     def close(self) -> None:
-        """End the process; does nothing where there is none."""
+        """End the process; does nothing if there is none."""
         if self._process is not None:
             with self._process as process:  # which waits for its end, and closes the pipes
                 process.kill()

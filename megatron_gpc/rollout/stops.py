@@ -38,11 +38,11 @@ class Stops:
 def find_stops(
     config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int
 ) -> Stops:
-    """The tokenizer's eos, generation_config.json's, and rollout.stop or, where that is left out,
+    """The tokenizer's eos, generation_config.json's, and rollout.stop or, if that is left out,
     what the chat template puts after an answer.
 
     Args:
-        folder: of the model, with generation_config.json where it has one.
+        folder: of the model, with generation_config.json if it has one.
         vocab_size: of the model; tokens from there on cannot be drawn.
 
     Raises:
@@ -97,7 +97,7 @@ def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
 ) -> str | int | None:
     """What the chat template puts after an answer: its first special token, else the text up to the
-    end of the line; None where there is no template, or it adds nothing but white space.
+    end of the line; None if there is no template, or it adds nothing but white space.
 
     Args:
         variables: of the template.
@@ -128,7 +128,7 @@ def end_of_turn(
 
 
 def _as_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | str:
-    """The token that is this text, where no other has it inside; else the text."""
+    """The token that is this text, if no other has it inside; else the text."""
     added = _added_tokens(tokenizer)
     if text in added:
         return added[text]

@@ -103,7 +103,7 @@ class Watchdog:
     """Ends this process if it shows no sign of life during a `with` block.
 
     The timer is a C thread's: it needs neither Python's main thread nor its lock, so that it works
-    where a collective or a file system hangs.  The stacks of all threads are written to
+    if a collective or a file system hangs.  The stacks of all threads are written to
     `launch.stacks_file` first.  The launcher may ask for them too, see `launch.STACKS_SIGNAL`.
     """
 

@@ -113,7 +113,7 @@ class Family:
         Args:
             hf_config: content of config.json.
             tp: tensor parallelism; it matters to the vocabulary's padding alone, and there only
-                where it does not divide 128.
+                if it does not divide 128.
 
         Raises:
             UserError: a setting is missing, wrong or unsupported.

@@ -301,7 +301,7 @@ def _yarn(settings: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' names (modeling_rope_utils, `_compute_yarn_parameters`) -> megatron-core's.
 
     Both scale cos and sin by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1, or by
-    m(1) where those are unset.  transformers alone takes that ratio as `attention_factor`; m solved
+    m(1) if those are unset.  transformers alone takes that ratio as `attention_factor`; m solved
     for x says the same to megatron-core.
     """
     factor = number(settings, "factor")

@@ -15,7 +15,7 @@ with A < 0 the gradient's norm overflows, so that the update is left out (mcore/
 
 
 def importance_ratio(logp_T: torch.Tensor, old_logp_T: torch.Tensor) -> torch.Tensor:
-    """p/q of each token, bounded, from ln p and ln q [T]; 1 where they are equal, -inf included.
+    """p/q of each token, bounded, from ln p and ln q [T]; 1 if they are equal, -inf included.
 
     Its derivative by ln p is itself, even when it is bounded: a token that ran away with A < 0 is
     still called back.
