@@ -1,9 +1,10 @@
 """megatron-core on CPU tensors over gloo.  Every patch of a foreign library stands in this file.
 
-`install()` runs before the first megatron import and does nothing if CUDA works.  Written for
-megatron-core 0.16.1.  Inside `megatron.core`, and only there, the name `torch` becomes a stand-in
-whose CUDA surface answers for the CPU; everybody else keeps the real torch, but for `Tensor.cuda`
-and `Tensor.type`, because a method has no module in which to replace it.
+`install()` runs before the first megatron import.  Written for megatron-core 0.16.1.  Faults of
+upstream that are not about CPUs are patched everywhere, each where what it needs is missing.  The
+rest is done without CUDA only: inside `megatron.core`, and only there, the name `torch` becomes a
+stand-in whose CUDA surface answers for the CPU; everybody else keeps the real torch, but for
+`Tensor.cuda` and `Tensor.type`, because a method has no module in which to replace it.
 
 Each patch says why upstream needs it and when it can go.  "A device argument" means: when the
 module takes its device from the tensor or from a parameter, instead of writing "cuda".
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import sys
 import types
@@ -21,6 +23,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from megatron_gpc.errors import UserError
 
 # Imported before the stand-in is put in place: a module that comes later would see the real torch.
 _MODULES = [
@@ -44,33 +48,47 @@ _MODULES = [
 ]
 
 
+@functools.cache
 def install() -> None:
-    """Let megatron-core run without CUDA; once a process.
+    """Let megatron-core run with what is here; once a process.
 
-    Where CUDA is present nothing is done but `_patch_checkpoint_writer`, which is not about CPUs.
+    Raises:
+        UserError: transformer-engine is installed for a GPU and cannot be imported.
     """
     if torch.cuda.is_available():
-        _patch_checkpoint_writer()
+        _check_transformer_engine()
+    else:
+        _patch_tensor_methods()
+        with _no_compilation():
+            for name in _MODULES:
+                importlib.import_module(f"megatron.core.{name}")
+        stand_in = _torch_for_cpu()
+        for name, module in list(sys.modules.items()):
+            if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+                setattr(module, "torch", stand_in)  # noqa: B010 - a module, to a type checker
+        _patch_random()
+        _patch_p2p()
+        _patch_split_sizes()
+    _patch_checkpoint_writer()
+    _patch_router()
+    _patch_norms()
+    _patch_optimizer_state()
+
+
+def _check_transformer_engine() -> None:
+    """Refuse one that is installed and broken: megatron-core would take it half, or die of it.
+
+    It is built against one torch, and with another its libraries lack symbols (an OSError).
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
         return
-    if hasattr(torch.Tensor.cuda, "megatron_gpc"):
-        return
-    _patch_tensor_methods()
-    with _no_compilation():
-        for name in _MODULES:
-            importlib.import_module(f"megatron.core.{name}")
-    stand_in = _torch_for_cpu()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            setattr(module, "torch", stand_in)  # noqa: B010 - a module, to a type checker
-    for patch in (
-        _patch_checkpoint_writer,
-        _patch_random,
-        _patch_p2p,
-        _patch_moe,
-        _patch_norms,
-        _patch_optimizer_state,
-    ):
-        patch()
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"transformer-engine is installed and cannot be imported ({error}); build it against "
+            "this torch (docs/gpu.md says how), or uninstall it: it is not required"
+        ) from None
 
 
 @contextmanager
@@ -117,7 +135,6 @@ def _patch_tensor_methods() -> None:
             return real_type(self, *args, **kwargs)
         return _TypeName(real_type(self))
 
-    setattr(cuda, "megatron_gpc", True)  # noqa: B010 - marks the patch as done
     torch.Tensor.cuda = cuda
     torch.Tensor.type = tensor_type
 
@@ -283,15 +300,12 @@ def _patch_p2p() -> None:
     p2p._p2p_ops = keep_alive
 
 
-def _patch_moe() -> None:
-    """Two names in the mixture of experts.
+def _patch_split_sizes() -> None:
+    """Experts' split sizes become the numpy integers that all_to_all wants.
 
-    Why: moe_utils tests `te_general_gemm is not None` but defines the name only beside
-    transformer-engine (an upstream fault).  token_dispatcher turns split sizes into the numpy
-    integers that all_to_all wants only when it moves them off a GPU.
-    Gone when: the name is defined; core takes a device argument.
+    Why: token_dispatcher converts them only when it moves them off a GPU.
+    Gone when: core takes a device argument.
     """
-    _core("transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
     dispatcher = _core("transformer.moe.token_dispatcher")
     move = dispatcher.maybe_move_tensor_to_cpu
 
@@ -301,6 +315,15 @@ def _patch_moe() -> None:
         return move(tensor, as_numpy, False)
 
     dispatcher.maybe_move_tensor_to_cpu = move_or_convert
+
+
+def _patch_router() -> None:
+    """The router of experts works without transformer-engine.
+
+    Why: moe_utils tests `te_general_gemm is not None` but defines the name only beside
+    transformer-engine.  An upstream fault, not about CPUs.  Gone when: the name is defined.
+    """
+    _core("transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
 
 
 class _ParallelNorm:
@@ -319,15 +342,16 @@ class _ParallelNorm:
 
 
 def _patch_norms() -> None:
-    """The local spec's norm works under sequence parallelism.
+    """The local spec's norm is torch's, and works under sequence parallelism.
 
     Why: WrappedTorchNorm asserts that sequence parallelism is off; past the assert, unmarked, norm
-    gradients would not be summed over TP (off by 0.8-1.0 while the loss is right).  An upstream
-    fault, not about CPUs.  Gone when: WrappedTorchNorm sets the mark.
+    gradients would not be summed over TP (off by 0.8-1.0 while the loss is right).  Beside apex the
+    norm after the last layer would be apex's FusedLayerNorm, which refuses RMSNorm.  An upstream
+    fault, not about CPUs.  Gone when: WrappedTorchNorm sets the mark, and every RMSNorm is one.
     """
-    for name in ("models.backends", "models.gpt.gpt_layer_specs", "transformer.transformer_block"):
+    for name in ("models.backends", "models.gpt.gpt_layer_specs"):
         module = _core(name)
-        module.WrappedTorchNorm = module.LNImpl = module.LayerNormImpl = _ParallelNorm
+        module.WrappedTorchNorm = module.LNImpl = _ParallelNorm
 
 
 def _patch_optimizer_state() -> None:
@@ -339,7 +363,10 @@ def _patch_optimizer_state() -> None:
     parameters, which Adam advances once for each.  An upstream fault, not about CPUs.
     Gone when: core reads the state of torch.optim.Adam.
     """
-    optimizer = _core("optimizer.distrib_optimizer").DistributedOptimizer
+    module = _core("optimizer.distrib_optimizer")
+    if module.HAVE_APEX_OR_TE:
+        return
+    optimizer = module.DistributedOptimizer
     state_dict = optimizer.state_dict
     set_states = optimizer._set_main_param_and_optimizer_states
 

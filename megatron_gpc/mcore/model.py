@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_gpc.config import Config
 from megatron_gpc.kernels.vocab_parallel import token_stats
 from megatron_gpc.mcore.attention import PackedAttention
-from megatron_gpc.mcore.native import HAVE_TE, transformer_config
+from megatron_gpc.mcore.native import transformer_config, uses_transformer_engine
+from megatron_gpc.mcore.setup import device
 from megatron_gpc.types import TokenStats
 from megatron_gpc.weights import ModelFields, padded_vocab_size
 
@@ -113,26 +114,25 @@ def build_model(config: Config, fields: ModelFields) -> list[PolicyModel]:
     chunks = []
     for stage in range(config.parallel.vpp or 1):
         vp_stage = stage if config.parallel.vpp else None
-        chunks.append(
-            PolicyModel(
-                core,
-                _layers(core, vp_stage),
-                padded_vocab_size(fields.vocab_size, config.parallel.tp),
-                fields.max_position_embeddings,
-                pre_process=parallel_state.is_pipeline_first_stage(
-                    ignore_virtual=False, vp_stage=vp_stage
-                ),
-                post_process=parallel_state.is_pipeline_last_stage(
-                    ignore_virtual=False, vp_stage=vp_stage
-                ),
-                vp_stage=vp_stage,
-                true_vocab_size=fields.vocab_size,
-                temperature=config.rollout.temperature,
-                chunk_tokens=config.train.logit_chunk_tokens,
-                entropy_grad=config.train.entropy_coef != 0.0,
-                **fields.gpt,
-            )
+        chunk = PolicyModel(
+            core,
+            _layers(core, vp_stage),
+            padded_vocab_size(fields.vocab_size, config.parallel.tp),
+            fields.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            vp_stage=vp_stage,
+            true_vocab_size=fields.vocab_size,
+            temperature=config.rollout.temperature,
+            chunk_tokens=config.train.logit_chunk_tokens,
+            entropy_grad=config.train.entropy_coef != 0.0,
+            **fields.gpt,
         )
+        chunks.append(chunk.to(device()))  # torch's norms and a gate of experts are made elsewhere
     return chunks
 
 
@@ -143,15 +143,14 @@ def _layers(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSu
     for the norm before a dense block also if experts follow, and there transformer-engine keeps
     the norm apart: without that entry both write the same names.
 
-    Attention is transformer-engine's if that has a kernel for packed sequences, which are those
-    of 16 bits.
     """
+    with_te = uses_transformer_engine(core.params_dtype)
     block = get_gpt_decoder_block_spec(
-        core, use_transformer_engine=HAVE_TE, normalization="RMSNorm", vp_stage=vp_stage
+        core, use_transformer_engine=with_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     layers: Any = block.layer_specs
     for layer in layers:
-        if not HAVE_TE or core.params_dtype is torch.float32:
+        if not with_te:
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
         if layer.submodules.mlp.module is MoELayer:
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)

@@ -23,9 +23,6 @@ from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
 from megatron_gpc.weights import ModelFields
 
-HAVE_TE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-"""transformer-engine serves CUDA only; without CUDA the local layer spec is used."""
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ACTIVATIONS = {"silu": torch.nn.functional.silu}
 _SECTIONS = {
@@ -82,7 +79,23 @@ _RELIED_ON = {
     "init_model_with_meta_device": "weights are copied into the model once it is built",
     "variable_seq_lengths": "micro-batches differ in length (batching.py)",
     "moe_grouped_gemm": "weights are handed over expert by expert",
+    # with them a rank's parameters are whole only once the next forward pass has gathered them
+    "overlap_param_gather": "weights are handed over right after an update",
+    "overlap_param_gather_with_optimizer_step": "weights are handed over right after an update",
 }
+
+
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether the policy's layers are transformer-engine's and not megatron-core's local ones.
+
+    It serves CUDA only, and there 16 bits: it has no kernel for packed sequences of fp32, and
+    multiplies fp32 matrices in TF32.  (That it can be imported, mcore/cpu.py has seen.)
+    """
+    return (
+        dtype is not torch.float32
+        and torch.cuda.is_available()
+        and importlib.util.find_spec("transformer_engine") is not None
+    )
 
 
 def have_apex() -> bool:
@@ -152,6 +165,7 @@ def _in_type(key: str, value: Any, kind: Any) -> Any:
 def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:
     """The model's TransformerConfig at the configured layout."""
     p, dtype, cuda = config.parallel, _DTYPES[config.model.dtype], torch.cuda.is_available()
+    with_te = uses_transformer_engine(dtype)
     fields = {
         "tensor_model_parallel_size": p.tp,
         "pipeline_model_parallel_size": p.pp,
@@ -175,11 +189,11 @@ def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:
         "moe_token_dispatcher_type": "alltoall",
         # Fused kernels live in apex, in transformer-engine or on a GPU.
         "gradient_accumulation_fusion": cuda and have_apex(),
-        "apply_rope_fusion": HAVE_TE,
-        "masked_softmax_fusion": HAVE_TE,
+        "apply_rope_fusion": with_te,
+        "masked_softmax_fusion": with_te,
         "bias_activation_fusion": cuda,
         "bias_dropout_fusion": cuda,
-        "persist_layer_norm": HAVE_TE,
+        "persist_layer_norm": with_te,
         **model.transformer,
         **_overrides(config, "transformer"),
     }

@@ -1,21 +1,52 @@
-"""The patches for the CPU are inert where CUDA is present, and are done once."""
+"""Stand-ins for CUDA are inert where it is present; upstream's faults are patched everywhere."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
-INERT = """
+CUDA = """
 import torch
-cuda, kind = torch.Tensor.cuda, torch.Tensor.type
 torch.cuda.is_available = lambda: True  # what a GPU node says
+cuda, kind = torch.Tensor.cuda, torch.Tensor.type
 from megatron_gpc.mcore import cpu
+"""
+
+WITHOUT_TE = f"""{CUDA}
+from types import SimpleNamespace
 cpu.install()
 import megatron.core.tensor_parallel.mappings as mappings
 from megatron.core.models import backends
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.moe.moe_utils import RouterGatingLinearFunction
 assert torch.Tensor.cuda is cuda and torch.Tensor.type is kind
 assert mappings.torch is torch
-assert backends.WrappedTorchNorm.__module__.startswith("megatron.core")
+
+tokens, weight = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+scores = RouterGatingLinearFunction.apply(tokens, weight, None, torch.float32)
+torch.testing.assert_close(scores, tokens @ weight.T)
+scores.sum().backward()
+torch.testing.assert_close(tokens.grad, weight.detach().sum(0).expand(5, 4))
+
+config = SimpleNamespace(layernorm_zero_centered_gamma=False, memory_efficient_layer_norm=False,
+    normalization="RMSNorm", params_dtype=torch.bfloat16, sequence_parallel=True,
+    persist_layer_norm=False)
+for norm in (backends.LocalSpecProvider().layer_norm(rms_norm=True), gpt_layer_specs.LNImpl):
+    made = norm(config, 8)
+    assert type(made) is torch.nn.RMSNorm and made.weight.sequence_parallel
+assert DistributedOptimizer.state_dict.__module__ == cpu.__name__
+"""
+
+BROKEN_TE = f"""{CUDA}
+from megatron_gpc.errors import UserError
+try:
+    cpu.install()
+except UserError as error:
+    assert "undefined symbol: _ZN3c10" in str(error) and "uninstall it" in str(error), error
+else:
+    raise AssertionError("accepted")
 """
 
 ONCE = """
@@ -37,15 +68,27 @@ else:
 """
 
 
-def run(code: str) -> None:
+def run(code: str, path: str = "") -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, *sys.path])},
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_is_patched_where_cuda_is_present():
-    run(INERT)
+def test_on_a_gpu_without_transformer_engine_only_upstream_faults_are_patched():
+    run(WITHOUT_TE)
+
+
+def test_a_transformer_engine_that_cannot_be_imported_is_refused(tmp_path):
+    made = tmp_path / "transformer_engine" / "pytorch" / "__init__.py"
+    made.parent.mkdir(parents=True)
+    (made.parents[1] / "__init__.py").touch()
+    made.write_text('raise OSError("libtransformer_engine.so: undefined symbol: _ZN3c10")')
+    run(BROKEN_TE, str(tmp_path))
 
 
 def test_patches_stay_inside_megatron_and_are_done_once():

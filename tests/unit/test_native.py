@@ -42,6 +42,8 @@ def native():
         ("transformer.attention_backend=flush", "expected one of flash, fused, unfused"),
         ("transformer.no_sync_func=f", "no_sync_func cannot be set in a configuration"),
         ("transformer.autocast_dtype=bfloat16", "autocast_dtype cannot be set in a configuration"),
+        ("ddp.overlap_param_gather=true", "weights are handed over right after an update"),
+        ("optimizer.overlap_param_gather=true", "weights are handed over right after an update"),
         ("ddp.bucket_size=a", "megatron.ddp.bucket_size: input should be a valid integer"),
         ("optimizer.main_params_dtype=fp32", "cannot be set in a configuration"),
     ],
