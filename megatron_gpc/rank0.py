@@ -20,6 +20,7 @@ from megatron_gpc.batching import pack
 from megatron_gpc.config import Config
 from megatron_gpc.engines.colocation import Colocation
 from megatron_gpc.engines.fleet import Fleet, WeightsNeeded
+from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
@@ -201,10 +202,9 @@ class Rank0:
         """Whether engines answer as the trainer would; one that does not is taken out."""
         if not self.active:
             return False
-        gaps = (scored.logp_T - probe.rollout_logp_T).abs()
-        return self.engines.check_probe(
-            [float(gaps[probe.response_slice(n)].max()) for n in range(probe.num_samples)]
-        )
+        gap_T = (scored.logp_T - probe.rollout_logp_T).abs()
+        gaps = [gap_T[probe.response_slice(n)].tolist() for n in range(probe.num_samples)]
+        return self.engines.check_probe(gaps, Tolerance.of(self.config))
 
     def give_up(self, version: int) -> None:
         """End the run: engines have not taken the weights.

@@ -30,6 +30,7 @@ from megatron_gpc.engines.answers import (
     ServerUnavailable,
 )
 from megatron_gpc.engines.client import SampleRequest, SGLangClient
+from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.process import ServerError, ServerProcess, SGLangServer
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.run.launch import own_address
@@ -345,31 +346,29 @@ class Fleet:
                 f"{self.version!r}; does someone else use this server?"
             )
 
-    async def ask_each(self, request: SampleRequest) -> list[Generation]:
-        """One sample of every ready engine, in their order; `check_probe` judges them."""
+    async def ask_each(self, requests: Sequence[SampleRequest]) -> list[Generation]:
+        """The same of every ready engine, one after another; `check_probe` judges them."""
         self._asked = []
         found: list[Generation] = []
         for engine in self.ready():
             with _failing(engine):
-                (generation,) = await engine.client.generate_many([self._with_own_rid(request)])
-                found.append(generation)
+                found += await engine.client.generate_many(
+                    [self._with_own_rid(request) for request in requests]
+                )
                 self._asked.append(engine)
         return found
 
-    def check_probe(self, gaps: Sequence[float]) -> bool:
+    def check_probe(self, gaps: Sequence[Sequence[float]], tolerance: Tolerance) -> bool:
         """Take out engines whose log-probs differ from the trainer's; whether one is left.
 
         Args:
-            gaps: largest difference for each engine of the last `ask_each` [nats].
+            gaps: for each sample of the last `ask_each` the difference of every token [nats].
         """
-        for engine, gap in zip(self._asked, gaps, strict=True):
-            if not gap <= self.config.probe_tolerance:
-                engine.fail(
-                    MalformedAnswer(
-                        f"its log-probs differ from the trainer's by {gap:.3g} after an update "
-                        f"(rollout.server.probe_tolerance={self.config.probe_tolerance:g})"
-                    )
-                )
+        of_each = len(gaps) // max(len(self._asked), 1)
+        for number, engine in enumerate(self._asked):
+            own = gaps[number * of_each : (number + 1) * of_each]
+            if problem := tolerance.problem([gap for sample in own for gap in sample]):
+                engine.fail(MalformedAnswer(problem))
         return bool(self.ready())
 
     async def _pick(self) -> Engine:

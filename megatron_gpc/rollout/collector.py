@@ -25,6 +25,7 @@ from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.answers import Generation
 from megatron_gpc.engines.client import SampleRequest
 from megatron_gpc.engines.fleet import Fleet
+from megatron_gpc.engines.probe import probe_size
 from megatron_gpc.rewards.judging import Answer
 from megatron_gpc.rollout.evaluation import score_means
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
@@ -390,15 +391,23 @@ class Collector:
     # ---- an evaluation, a probe ----
 
     async def probe(self) -> list[Sample]:
-        """A few tokens of every ready engine, in their order, from the first training prompt."""
-        prompt, server = self.source.at(0), self.config.rollout.server
-        blank = Sample(prompt, 0, (), (), "", "abort", ())
-        request = self._request(0, blank, "probe")
-        request.sampling_params["max_new_tokens"] = min(
-            server.probe_tokens, self.config.rollout.max_response_tokens
-        )  # as much as is known to fit
-        found = await self.engines.ask_each(request)
-        return [self._extended(blank, generation) for generation in found]
+        """Some tokens of every ready engine, one after another, from the first training prompt.
+
+        Whatever ends an answer is ignored: the number of tokens is what counts.
+        """
+        prompt, rollout = self.source.at(0), self.config.rollout
+        count, length = probe_size(rollout.server.probe_tokens, rollout.max_response_tokens)
+        blanks = [Sample(prompt, index, (), (), "", "abort", ()) for index in range(count)]
+        requests = [self._request(0, blank, "probe") for blank in blanks]
+        for request in requests:
+            request.sampling_params.update(
+                max_new_tokens=length, ignore_eos=True, stop=[], stop_token_ids=[]
+            )
+        found = await self.engines.ask_each(requests)
+        return [
+            self._extended(blanks[number % count], generation)
+            for number, generation in enumerate(found)
+        ]
 
     async def sample(self, prompts: Sequence[Prompt], count: int, stream: str) -> list[Sample]:
         """`count` judged samples of every prompt, prompt by prompt; nothing is filtered.

@@ -20,6 +20,7 @@ from megatron_gpc.config import RolloutConfig
 from megatron_gpc.engines.answers import Generation, RequestRefused
 from megatron_gpc.engines.colocation import Colocation
 from megatron_gpc.engines.fleet import WATCH_S, Engine, Fleet, WeightsNeeded
+from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.errors import UserError
@@ -196,8 +197,22 @@ def test_every_way_of_handing_over_reaches_every_engine(start, model_b, way):
     assert len(rig.engines.ready()) == 2
     after = rig.engines.run(rig.collector.probe())
     assert versions(before) == {"0"} and versions(after) == {"11"}
-    assert len(after) == 2 and len({s.logprobs for s in after}) == 1
-    assert after[0].logprobs != before[0].logprobs
+    one, other = after[: len(after) // 2], after[len(after) // 2 :]
+    assert [s.logprobs for s in one] == [s.logprobs for s in other]
+    assert [s.logprobs for s in one] != [s.logprobs for s in before[: len(one)]]
+
+
+def test_a_probe_has_as_many_tokens_as_asked_for_and_takes_out_an_engine_that_is_off(start):
+    rig = start("rollout.server.probe_tokens=100", "rollout.server.engines=2")
+    engines = rig.engines
+    samples = engines.run(rig.collector.probe())
+    assert [len(s.token_ids) for s in samples] == [8] * 2 * 13, "100 tokens of each, stops ignored"
+    assert len({s.token_ids for s in samples[:13]}) > 1, "no sample twice"
+    tolerance, well = Tolerance(mean=0.1, largest=5.0), [0.04] * 7 + [0.3]
+    assert engines.check_probe([well] * 26, tolerance) and len(engines.ready()) == 2
+    assert engines.check_probe([well] * 13 + [[0.2] * 8] * 13, tolerance)
+    assert engines.ready() == engines.engines[:1]
+    assert "0.2 on average and by up to 0.2" in engines.engines[1].problem
 
 
 def test_dynamic_sampling_drops_uniform_groups_and_asks_for_the_next_prompts(start):
