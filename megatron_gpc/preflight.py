@@ -22,6 +22,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.layout import check_batch, check_layout, model_parallel_size
 from megatron_gpc.engines.starter import check_start
 from megatron_gpc.errors import UserError
+from megatron_gpc.mcore import cpu
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_ks
 from megatron_gpc.metrics.sinks import check_sinks
@@ -55,9 +56,8 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     check_schedule(config.clip, config.train.steps)
     check_sinks(config.log)
     pass_ks(config.eval)
+    cpu.check_transformer_engine()
     if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):
-        from megatron_gpc.mcore import cpu
-
         cpu.install()
         from megatron_gpc.mcore.native import check_overrides
 

@@ -88,6 +88,8 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
         )
     if r.server.colocated and r.replay is None:
         _check_colocated(config, cuda)
+    if r.server.sync == "distributed" and r.replay is None and cuda:
+        _check_nccl(config)
     if r.server.urls and r.server.urls_file:
         raise UserError(
             "rollout.server.urls and rollout.server.urls_file both name the engines; leave one out"
@@ -143,6 +145,26 @@ def _check_colocated(config: Config, cuda: bool) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"rollout.server.colocated=true cannot work: {reason}")
+
+
+def _check_nccl(config: Config) -> None:
+    """On GPUs rank 0 broadcasts to the engines over NCCL, each process from a GPU of its own."""
+    server, sglang = config.rollout.server, config.sglang
+    if server.urls or server.urls_file:
+        return  # who knows where they are
+    reasons = {
+        "engines on the CPU are out of NCCL's reach (take disk or tensor)": (
+            server.kind == "embedded" or sglang.args.get("device") == "cpu"
+        ),
+        "the first engine would have GPU 0, as rank 0 has, and NCCL refuses two processes of one "
+        "GPU (set sglang.args.base_gpu_id to the first that the policy leaves free, or take disk "
+        "or tensor)": (
+            not sglang.args.get("base_gpu_id") and "CUDA_VISIBLE_DEVICES" not in sglang.environment
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"rollout.server.sync=distributed cannot work: {reason}")
 
 
 def _check_cpu(config: Config) -> None:

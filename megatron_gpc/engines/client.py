@@ -10,7 +10,7 @@ import base64
 import pickle
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -284,26 +284,20 @@ class SGLangClient:
         )
 
     async def update_weights_from_tensor(
-        self,
-        named_tensors: Iterable[tuple[str, torch.Tensor]],
-        version: str,
-        *,
-        tp_size: int = 1,
-        flush_cache: bool = True,
+        self, packed: str, version: str, *, tp_size: int = 1
     ) -> None:
         """Send weights, in any number of parts, between begin_ and end_weight_update.
 
         Args:
-            named_tensors: whole tensors under their Hugging Face names.
-            tp_size: tensor-parallel ranks of the server; each is sent all tensors.
+            packed: by `pack_tensors`; whole tensors under their Hugging Face names.
+            tp_size: tensor-parallel ranks of the server; each takes its own from a copy of all.
         """
-        packed = await asyncio.to_thread(pack_tensors, list(named_tensors))
         await self._post(
             "/update_weights_from_tensor",
             {
                 "serialized_named_tensors": [packed] * tp_size,
                 "weight_version": version,
-                "flush_cache": flush_cache,
+                "flush_cache": True,
             },
         )
 

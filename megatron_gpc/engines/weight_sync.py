@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gpc.config import ServerConfig
+from megatron_gpc.engines.client import pack_tensors
 from megatron_gpc.engines.fleet import Engine, Fleet
 from megatron_gpc.engines.weight_group import join_group, leave_group
 from megatron_gpc.weights import write_single
@@ -72,7 +73,7 @@ class DiskSync:
 
 
 class TensorSync:
-    """Tensors inside requests: for a trainer and engines on one host."""
+    """Tensors inside requests, packed once for all engines: for small models on one host."""
 
     def __init__(self, fleet: Fleet, bucket_bytes: int):
         self.fleet, self.bucket_bytes = fleet, bucket_bytes
@@ -81,10 +82,11 @@ class TensorSync:
         members = self.fleet.alive()
         self.fleet.each(members, lambda engine: engine.client.begin_weight_update())
         for bucket in buckets(tensors, self.bucket_bytes):
+            packed = pack_tensors(bucket)
             self.fleet.each(
                 members,
-                lambda engine, bucket=bucket: engine.client.update_weights_from_tensor(
-                    bucket, version
+                lambda engine, packed=packed: engine.client.update_weights_from_tensor(
+                    packed, version, tp_size=engine.tp_size
                 ),
             )
         self.fleet.each(members, lambda engine: engine.client.end_weight_update())

@@ -55,9 +55,8 @@ def install() -> None:
     Raises:
         UserError: transformer-engine is installed for a GPU and cannot be imported.
     """
-    if torch.cuda.is_available():
-        _check_transformer_engine()
-    else:
+    check_transformer_engine()
+    if not torch.cuda.is_available():
         _patch_tensor_methods()
         with _no_compilation():
             for name in _MODULES:
@@ -75,12 +74,16 @@ def install() -> None:
     _patch_optimizer_state()
 
 
-def _check_transformer_engine() -> None:
-    """Refuse one that is installed and broken: megatron-core would take it half, or die of it.
+def check_transformer_engine() -> None:
+    """Where there is a GPU, refuse one that is installed and broken: megatron-core would take it
+    half, or die of it.
 
     It is built against one torch, and with another its libraries lack symbols (an OSError).
+
+    Raises:
+        UserError: it cannot be imported; says why.
     """
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
         return
     try:
         importlib.import_module("transformer_engine.pytorch")

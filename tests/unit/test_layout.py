@@ -64,6 +64,38 @@ def test_refused(tmp_path, overrides, model, says):
     assert says in str(error.value)
 
 
+DISTRIBUTED = "rollout.server.sync=distributed"
+SGLANG = "rollout.server.kind=sglang"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "engines on the CPU"),
+        ([SGLANG, "sglang.args.device=cpu"], "engines on the CPU"),
+        ([SGLANG], "the first engine would have GPU 0"),
+        ([SGLANG, "sglang.args.base_gpu_id=0"], "the first engine would have GPU 0"),
+    ],
+)
+def test_a_broadcast_that_nccl_would_refuse_is_refused(tmp_path, overrides, says):
+    config = run_config(tmp_path, tmp_path, DISTRIBUTED, *overrides)
+    with pytest.raises(UserError, match=says):
+        check_layout(config, MODEL, cuda=True)
+    check_layout(config, MODEL, cuda=False)  # over gloo
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [SGLANG, "sglang.args.base_gpu_id=1"],
+        [SGLANG, "sglang.environment.CUDA_VISIBLE_DEVICES=1"],
+        ["rollout.server.urls=http://h:1"],
+    ],
+)
+def test_a_broadcast_to_engines_on_gpus_of_their_own_is_accepted(tmp_path, overrides):
+    check_layout(run_config(tmp_path, tmp_path, DISTRIBUTED, *overrides), MODEL, cuda=True)
+
+
 def test_accepted(tmp_path):
     config = run_config(
         tmp_path,
