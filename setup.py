@@ -28,6 +28,7 @@ setup(
         "tokenizers==0.23.3",  # the byte-level tokenizer of the example
         "safetensors==0.8.0",  # Hugging Face checkpoints
         "numpy==2.4.6",  # counter-based random numbers of the embedded server
+        "packaging==26.4",  # version ranges, which the doctor compares
         "pyyaml==6.0.3",  # configuration files
         "pydantic==2.14.3",  # their validation
         "httpx==0.28.1",  # client of the rollout server
@@ -41,7 +42,9 @@ setup(
         "markdown==3.11.3",  # the entropy study's report as HTML; tensorboard brings it along
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]"],  # fused layers; apex comes from NVIDIA's own source
+        # Fused layers; built against the installed torch (docs/gpu.md).  The newest that
+        # megatron-core says it works with.  apex comes from NVIDIA's own source.
+        "gpu": ["transformer-engine[core-cu13,pytorch]==2.11.0"],
         "math": MATH,
         "wandb": WANDB,
         "mlflow": [

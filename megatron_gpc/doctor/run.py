@@ -51,7 +51,8 @@ def examine(
         UserError: nothing says where the processes meet.
     """
     place, host = Rendezvous.from_environment(), socket.gethostname()
-    own = software(sglang_python)
+    broadcast = config is not None and config.rollout.server.sync == "distributed"
+    own = software(sglang_python, broadcast)
     own += machine(place.address, ports if place.local_rank == 0 else ())
     if config is not None:
         own += plan(config, lambda config, say: check(config, say, place.rank == 0))

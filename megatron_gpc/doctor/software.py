@@ -8,31 +8,44 @@ import importlib.util
 import json
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from megatron_gpc.doctor.finding import Finding
 
 SGLANG_TIMEOUT_S = 60.0
 """How long the interpreter of SGLang's environment may take."""
 _PINNED = ("torch", "megatron-core", "transformers")
+_NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 _ASK = """
-import importlib.metadata as m, json
-print(json.dumps({d.metadata["Name"].lower(): d.version for d in m.distributions()
-                  if (d.metadata["Name"] or "").lower() in ("sglang", "torch", "transformers")}))
+import importlib.metadata as m, json, re
+found = {(d.metadata["Name"] or "").lower(): d for d in m.distributions()}
+said = {name: d.version for name, d in found.items() if name in ("sglang", "torch", "transformers",
+        "transformer-engine", "nvidia-nccl-cu13", "nvidia-nccl-cu12")}
+file = found["torch"].locate_file("torch/version.py") if "torch" in found else None
+if file is not None and file.exists():
+    cuda = re.search(r"^cuda\\b.*= *'(.+)'", file.read_text(), re.M)
+    said["CUDA"] = cuda[1] if cuda else "none"
+print(json.dumps(said))
 """
 
 
-def software(sglang_python: Path | None) -> list[Finding]:
+def software(sglang_python: Path | None, broadcast: bool = False) -> list[Finding]:
     """All of it.
 
     Args:
         sglang_python: interpreter of SGLang's environment; None: SGLang is not asked for.
+        broadcast: whether weights are to reach SGLang over NCCL (sync=distributed).
     """
     found = [Finding("python", "ok", platform.python_version(), same=True)]
     found += [_pinned(name) for name in _PINNED]
     found += [_cuda(), _transformer_engine(), _apex()]
     if sglang_python is not None:
-        found.append(_sglang(sglang_python))
+        sglang, versions = _sglang(sglang_python)
+        found += [sglang, *_nccl(versions, broadcast)]
     return found
 
 
@@ -103,7 +116,7 @@ def _transformer_engine() -> Finding:
     if found is None:
         if driver_cuda() is None:
             return Finding("transformer-engine", "ok", "none; it serves GPUs only")
-        advice = "pip install 'megatron-gpc[gpu]'; without it layers are slower"
+        advice = "docs/gpu.md says how it is installed; without it layers are slower"
         return Finding("transformer-engine", "note", "not installed", advice)
     if driver_cuda() is None:
         return Finding("transformer-engine", "ok", f"{found}, not used without a GPU", same=True)
@@ -112,7 +125,20 @@ def _transformer_engine() -> Finding:
     except (ImportError, OSError) as error:
         advice = "build it against this torch: pip install --no-build-isolation"
         return Finding("transformer-engine", "problem", f"{found}: {error}", advice)
+    fitting = _fitting_transformer_engine()
+    if fitting and not fitting.contains(found, prereleases=True):
+        advice = f"megatron-core says {fitting}: pip install 'megatron-gpc[gpu]'"
+        return Finding("transformer-engine", "note", found, advice, same=True)
     return Finding("transformer-engine", "ok", found, same=True)
+
+
+def _fitting_transformer_engine() -> SpecifierSet | None:
+    """The versions that megatron-core says it works with, in one of its extras."""
+    try:
+        asked = map(Requirement, importlib.metadata.requires("megatron-core") or ())
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((r.specifier for r in asked if r.name == "transformer-engine"), None)
 
 
 def _apex() -> Finding:
@@ -130,19 +156,37 @@ def _apex() -> Finding:
     return Finding("apex", "ok", "NVIDIA's", same=True)
 
 
-def _sglang(python: Path) -> Finding:
+def _sglang(python: Path) -> tuple[Finding, dict[str, str]]:
+    """What is said of it, and the versions in its environment."""
     advice = "set sglang.python to the interpreter of an environment with SGLang"
     try:
         done = subprocess.run(
             [str(python), "-c", _ASK], capture_output=True, text=True, timeout=SGLANG_TIMEOUT_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("SGLang", "problem", f"{python}: {error}", advice)
+        return Finding("SGLang", "problem", f"{python}: {error}", advice), {}
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
-        return Finding("SGLang", "problem", f"{python}: {''.join(last)}", advice)
+        return Finding("SGLang", "problem", f"{python}: {''.join(last)}", advice), {}
     versions = json.loads(done.stdout)
     if "sglang" not in versions:
-        return Finding("SGLang", "problem", f"{python}: not installed", advice)
+        return Finding("SGLang", "problem", f"{python}: not installed", advice), versions
     others = ", ".join(f"{n} {v}" for n, v in sorted(versions.items()) if n != "sglang")
-    return Finding("SGLang", "ok", f"{versions['sglang']} with {others}", same=True)
+    return Finding("SGLang", "ok", f"{versions['sglang']} with {others}", same=True), versions
+
+
+def _nccl(theirs: Mapping[str, str], broadcast: bool) -> Iterator[Finding]:
+    """The trainer's NCCL against SGLang's: two versions refuse to work together."""
+    here = {name: version for name in _NCCL if (version := version_of(name))}
+    there = {name: theirs[name] for name in _NCCL if name in theirs}
+    if not here or not there:
+        return
+    said = " and ".join(
+        ", ".join(f"{name} {version}" for name, version in found.items()) for found in (here, there)
+    )
+    if {*here.values()} & {*there.values()}:
+        yield Finding("NCCL", "ok", said.partition(" and ")[0] + " in both environments", same=True)
+        return
+    (name, version), *_ = here.items()
+    advice = f"sync=distributed needs one: pip install {name}=={version} in SGLang's environment"
+    yield Finding("NCCL", "problem" if broadcast else "note", said, advice, same=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import COMMAND, ROOT, command_line
@@ -107,6 +112,62 @@ def test_a_bad_node_and_one_that_differs_are_named():
     told[2] = ("n3", Finding("torch", "ok", "2.12.0", same=True))
     told.append(("n2", Finding("GPUs", "problem", "7 are seen", "leave it out")))
     assert "--exclude=n2,n3" in last_words(with_differences(told))
+
+
+def install(name: str, version: str, folder: Path) -> None:
+    """A distribution without content."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "broadcast", "status"),
+    [("2.30.7", True, "problem"), ("2.30.7", False, "note"), ("2.29.7", True, "ok")],
+)
+def test_nccl_is_held_to_that_of_sglangs_environment(
+    tmp_path, monkeypatch, theirs, broadcast, status
+):
+    install("nvidia-nccl-cu13", "2.29.7", tmp_path / "here")
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    there = tmp_path / "there"
+    install("sglang", "0.5.23", there)
+    install("torch", "2.14.1", there)
+    install("nvidia-nccl-cu13", theirs, there)
+    (there / "torch").mkdir()
+    (there / "torch" / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    python = tmp_path / "python"  # as an environment's: with packages of its own
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={there} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    found = {finding.check: finding for finding in software(python, broadcast)}
+    assert found["SGLang"].found.startswith("0.5.23 with CUDA 13.0, nvidia-nccl-cu13 ")
+    assert found["NCCL"].status == status
+    if status != "ok":
+        assert found["NCCL"].found == f"nvidia-nccl-cu13 2.29.7 and nvidia-nccl-cu13 {theirs}"
+        assert "pip install nvidia-nccl-cu13==2.29.7" in found["NCCL"].advice
+
+
+class Driver:
+    """NVIDIA's libcuda, of CUDA 13.0."""
+
+    def cuDriverGetVersion(self, number: Any) -> int:
+        number._obj.value = 13000
+        return 0
+
+
+def test_a_transformer_engine_outside_megatron_cores_range_is_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    for version, status in (("2.11.0", "ok"), ("2.20.2", "note")):
+        install("transformer-engine", version, tmp_path)
+        found = {finding.check: finding for finding in software(None)}["transformer-engine"]
+        assert (found.status, found.found) == (status, version)
+        shutil.rmtree(tmp_path / f"transformer_engine-{version}.dist-info")
+    assert "<2.12" in found.advice
 
 
 def test_another_projects_apex_and_an_sglang_that_is_not_there_are_told(tmp_path, monkeypatch):
