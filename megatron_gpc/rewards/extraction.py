@@ -20,9 +20,19 @@ END_TOKENS = (
 )
 """What ends a turn of common models, for text that comes without its tokenizer."""
 
-_ANSWER = re.compile(r"(?<![a-zA-Z])answer[*_` \t]*[:：]", re.IGNORECASE)
+INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\u2061\u2062\u2063\ufeff\ufe0f"))
+"""Characters of no width, for str.translate."""
+
+_ANSWER = re.compile(
+    r"(?:(?<![a-zA-Z])answers?|答案)[*_`\s]*[:：﹕]"
+    r"|^[#*_ \t]*(?:#|\*\*|__)[#*_ \t]*(?:final )?answer[*_ \t]*\r?$",  # a heading
+    re.IGNORECASE | re.MULTILINE,
+)
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
-_DISPLAYED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.DOTALL)
+_DISPLAYED = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\begin\{(?:equation|align|gather)\*?\}(.+?)\\end\{|```\w*\n(.+?)```",
+    re.DOTALL,
+)
 
 
 def said(text: str, special: Sequence[str] = END_TOKENS) -> str:
@@ -47,6 +57,7 @@ def final_answer(text: str) -> str | None:
     >>> final_answer(r"\boxed{1} no, \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
+    text = text.translate(INVISIBLE)
     stated, begin = None, -1
     for match in _ANSWER.finditer(text):
         found = _stated(text[match.end() :])
@@ -54,7 +65,7 @@ def final_answer(text: str) -> str | None:
             stated, begin = found, match.start()
     boxes = [*_BOX.finditer(text)]
     if boxes and boxes[-1].start() > begin:
-        boxed = _braced(text, boxes[-1].end())
+        boxed = braced(text, boxes[-1].end())
         if boxed is not None or stated is None:
             return boxed
     return stated
@@ -62,18 +73,21 @@ def final_answer(text: str) -> str | None:
 
 def _stated(rest: str) -> str:
     """What is said after `Answer:`: the first line that holds anything, or a displayed formula."""
-    rest = rest.lstrip(" \t\r\n*_`>#")
-    displayed = _DISPLAYED.match(rest)
+    displayed = _DISPLAYED.match(rest.lstrip(" \t\r\n*_>#"))
     if displayed:
-        return (displayed[1] or displayed[2]).strip()
+        return displayed[displayed.lastindex or 0].strip()
+    rest = rest.lstrip(" \t\r\n\xa0*_`>#")
     line = re.split(r"[\r\n]", rest, maxsplit=1)[0]
-    line = re.sub(r"\\[()\[\]]|\*\*|__|`", "", line)
+    line = re.sub(r"\\[()\[\]]|\*\*|__|==|</?[a-z]+>|`", "", line)
     return (
-        line.strip("* \t").rstrip(".").replace("$", " " if r"\$" not in line else "$").strip("* ")
+        line.strip("*_\"'“” \t")
+        .rstrip(".。")
+        .replace("$", " " if r"\$" not in line else "$")
+        .strip("* ")
     )
 
 
-def _braced(text: str, begin: int) -> str | None:
+def braced(text: str, begin: int) -> str | None:
     """The text from `begin` to the brace that closes; None if none does."""
     depth, i = 1, begin
     while i < len(text):

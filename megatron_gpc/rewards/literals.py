@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
 TOLERANCE = Fraction(1, 10**6)
-"""A decimal may stand for a number that it is this near to: 0.333333 for 1/3."""
+"""A number of six or more decimals may stand for one that it is a rounding of: 0.333333 for 1/3."""
 MOST_DIGITS = 2000
 """Of a power of ten; beyond it a number is left to algebra."""
-
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_GREEK_AND_SIGNS = {
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "√": r"\sqrt ",
-    "…": r"\ldots ", "°": r"^{\circ}", "≈": r"\approx ", "∈": r"\in ", "∅": r"\emptyset ",
-    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-}  # fmt: skip
-_SAME = [
-    (r"\\(?:left|right|big|Big|bigg|Bigg)(?![a-zA-Z])", ""),
-    (r"\\(?:displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\(?:math|text)(?:bf|rm|it|normal|sf|tt)(?![a-zA-Z])|\\operatorname|\\mbox", r"\\text"),
-    (r"\\text\s*\{\s*(\\[$%]|[-+\d.,/ ]+)\s*\}", r"\1"),
-    (r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le "),
-    (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge "),
-    (r"\\neq(?![a-zA-Z])", r"\\ne "),
-    (r"\\dots[bcm]?(?![a-zA-Z])|\\cdots(?![a-zA-Z])|\.\.\.+", r"\\ldots "),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])", r"\\text{ degrees}"),
-    (r"(\d)\s*(?:\{,\}|(?<!\\)\\[,!;:]|(?<!\\)\\ |~)\s*(?=\d{3}(?!\d))", r"\1,"),
-    (r"(?<!\\)\\[,!;:]|\\q?quad(?![a-zA-Z])|~|(?<!\\)\\ ", " "),
-    (r"\*\*", "^"),
-    (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty"),
-    (r"(?<![\\a-zA-Z])(pi|infty)(?![a-zA-Z])", r"\\\1"),
-]  # fmt: skip
 
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)"
 _NUMBER = re.compile(rf"[+-]?\s*{_UNSIGNED}")
@@ -51,7 +25,8 @@ _PART = r"(?:\{\s*([+-]?\s*[\d.,]+)\s*\}|(\d))"
 _FRACTION = re.compile(rf"([+-]?)\s*(\d+)?\s*\\frac\s*{_PART}\s*{_PART}")
 _SLASH = re.compile(rf"([+-]?)\s*(?:(\d+)\s+)?({_UNSIGNED})\s*/\s*([+-]?\s*{_UNSIGNED})")
 
-_CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "USD": "dollar"}
+_CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent",
+             "USD": "dollar"}  # fmt: skip
 _SHORT_UNITS = {
     "m": "meter", "metre": "meter", "cm": "centimeter", "centimetre": "centimeter",
     "mm": "millimeter", "km": "kilometer", "kilometre": "kilometer", "g": "gram", "kg": "kilogram",
@@ -64,7 +39,8 @@ _SHORT_UNITS = {
 }  # fmt: skip
 _NO_UNIT = frozenset(
     "or and not no to than wrong is isn't if approximately about i pi sqrt sin cos tan log ln exp "  # noqa: SIM905
-    "theta lim mod of the a max min gcd lcm choose factorial but maybe between from x y z".split()
+    "theta lim mod of the a max min gcd lcm choose factorial but maybe between from x y z half "
+    "squared cubed off false incorrect more less fewer plus minus divided over remainder".split()
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
 _WORD = r"[a-zA-Z]+\.?(?:\^\{?[23]\}?)?"
@@ -78,28 +54,8 @@ class Number:
     value: Fraction
     unit: str = ""
     percent: bool = False
-    rounded: bool = False
-    """It is written with decimals, so it may stand for something near."""
-
-
-def tidy(text: str) -> str:
-    """One way of writing for signs, spaces and commands that mean the same in LaTeX."""
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub(
-        "[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒]",
-        lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")),
-        text,
-    )
-    text = unicodedata.normalize("NFKC", text)
-    for sign, command in _GREEK_AND_SIGNS.items():
-        text = text.replace(sign, command)
-    for pattern, same in _SAME:
-        text = re.sub(pattern, same, text)
-    text = re.sub(r"(?<!\\)\$", " ", text) if text.count("$") > text.count("\\$") + 1 else text
-    text = text.replace("\r", " ").replace("\n", " ").strip()
-    while len(text) > 1 and text[0] == "{" and text[-1] == "}" and "}" not in text[:-1]:
-        text = text[1:-1].strip()
-    return text.strip() if text.endswith("ldots ") else text.strip().rstrip(".").strip()
+    last: Fraction = Fraction(0)
+    """What its last decimal is worth, if it has decimals: it may stand for something that near."""
 
 
 def parse_number(text: str) -> Number | None:
@@ -113,7 +69,7 @@ def parse_number(text: str) -> Number | None:
     elif text.startswith("$"):
         text = text.strip("$").strip()
     body, percent, scale = text, False, 1
-    end = re.search(r"(?:\\text\s*\{[^{}]*\}|[a-zA-Z%€£$/.\s]|\^\s*\{?[23]\}?)+$", text)
+    end = re.search(r"(?:\\text\s*\{[^{}]*\}|[a-zA-Z%€£¥₹¢$/.\s]|\^\s*\{?[23]\}?)+$", text)
     if end and not re.search(r"\d\s*[eE]$", text):
         for cut in range(end.start(), len(text) + 1):
             found = _value(text[:cut].strip())
@@ -132,24 +88,38 @@ def parse_number(text: str) -> Number | None:
     value = _value(body)
     if value is None:
         return None
-    rounded = bool(re.search(r"\.\d", body)) and not _REPEATING.fullmatch(body)
-    return Number(value * scale, unit, percent, rounded)
+    return Number(value * scale, unit, percent, _last(body) * scale)
 
 
-def remark(text: str) -> str | None:
-    """The `\\text{...}` at the end that is no unit: math-verify passes over it as if it were."""
-    match = re.search(r"\\text\s*\{([^{}]*)\}\s*$", text)
-    return match[1].strip() if match and _unit(match[0]) is None else None
+def remarks(text: str) -> list[str]:
+    """Every `\\text{...}` that is no unit of the whole: math-verify passes over them all."""
+    remarks = []
+    for match in re.finditer(r"\\text\s*\{([^{}]*)\}", text):
+        word, after = match[1].strip().casefold(), text[match.end() :].strip()
+        unit = _unit(match[0]) is not None and (word == "degrees" or not after)
+        if not (unit and not re.match(r"[-+]?\d", after)) and word not in ("and", "or", ""):
+            remarks.append(word)
+    return sorted(remarks)
 
 
 def _bare(text: str) -> Number | None:
     value = _value(text)
-    return None if value is None else Number(value, rounded="." in text)
+    return None if value is None else Number(value, last=_last(text))
+
+
+def _last(text: str) -> Fraction:
+    """What the last decimal of a number is worth; 0 for one without decimals, which is exact."""
+    decimals = re.search(r"\.(\d+)", text)
+    if not decimals or _REPEATING.fullmatch(text):
+        return Fraction(0)
+    match = _SCIENTIFIC.fullmatch(text)
+    exponent = int(match[2] or match[3] or match[4]) if match else 0
+    return Fraction(10) ** (exponent - len(decimals[1]))
 
 
 def _unit(tail: str) -> tuple[str, bool, int] | None:
     """(unit, whether it is a percentage, factor) of what follows a number; None for no unit."""
-    spaced = tail[:1] in " \\%$€£" or not tail
+    spaced = tail[:1] in " \\%$€£¥₹¢" or not tail
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", tail).strip().rstrip(".")
     text = re.sub(r"\s+\^", "^", text)
     if not text:
@@ -161,8 +131,9 @@ def _unit(tail: str) -> tuple[str, bool, int] | None:
     if not _UNIT.fullmatch(text):
         return None
     words, scale = re.findall(rf"{_WORD}|/", text), 1
-    if not spaced and words[0].lower().split("^")[0] not in _SHORT_UNITS:
-        return None
+    name = words[0].lower().split("^")[0]
+    if not spaced and (name not in _SHORT_UNITS or words[0] in ("n", "j", "w", "v", "c", "f")):
+        return None  # rather a variable: 5n
     if words[0].lower() in _SCALES:
         scale = _SCALES[words.pop(0).lower()]
     names = []
@@ -170,7 +141,7 @@ def _unit(tail: str) -> tuple[str, bool, int] | None:
         name, _, power = word.rstrip(".").lower().partition("^")
         if name in _NO_UNIT and not (name == "min" and len(words) == 1):
             return None
-        if len(name) == 1 and name not in _SHORT_UNITS:
+        if len(name) == 1 and name not in _SHORT_UNITS and name != "/":
             return None
         name = (
             _SHORT_UNITS.get(name) or _SHORT_UNITS.get(name.rstrip("s")) or name.removesuffix("s")
@@ -222,18 +193,27 @@ def equal_numbers(gold: Number, answer: Number) -> bool:
     """Whether two numbers say the same; a unit that one of them leaves out is the other's."""
     if gold.unit and answer.unit and gold.unit != answer.unit:
         return False
-    golds, answers = ({n.value, n.value / 100} if n.percent else {n.value} for n in (gold, answer))
+    if (gold.percent and answer.unit) or (gold.unit and answer.percent):
+        return False
+    if _near(gold.value, gold.last, answer.value, answer.last):
+        return True
     if gold.percent == answer.percent:
-        golds, answers = {gold.value}, {answer.value}
-    near = TOLERANCE if gold.rounded or answer.rounded else 0
-    return any(abs(g - a) <= near * min(1, abs(g)) for g in golds for a in answers)
+        return False
+    part, other = (gold, answer) if gold.percent else (answer, gold)
+    return _near(part.value / 100, part.last / 100, other.value, other.last)
+
+
+def _near(gold: Fraction, gold_last: Fraction, answer: Fraction, answer_last: Fraction) -> bool:
+    """Whether two numbers are equal, or one of them is a rounding of the other."""
+    apart, last = abs(gold - answer), gold_last or answer_last
+    return not apart or (apart < last <= TOLERANCE and apart <= TOLERANCE * min(1, abs(gold)))
 
 
 def words(text: str) -> str | None:
     """A text answer in one way of writing; None for what is mathematics.
 
     >>> words(r"\\text{Yes.}"), words("x"), words("No solution")
-    ('yes', None, 'no solution')
+    ('ye', None, 'no solution')
     """
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     plain = " ".join(plain.split()).strip(" .!\"'")
@@ -241,14 +221,18 @@ def words(text: str) -> str | None:
         return None
     named = "\\text" in text or any(len(word) > 3 for word in re.split("[ ,-]+", plain))
     named = named or plain.lower() in ("yes", "no", "odd", "all")
+    plain = re.sub(r"^(?:an?|the) +(?=\w\w)", "", plain, flags=re.IGNORECASE)
     functions = r"(?:sin|cos|tan|log|ln|exp|sqrt|infinity|inf|pi)"
     if not named or re.fullmatch(rf"{functions}.*", plain):
         return None
-    return plain.casefold() if len(plain) > 1 else plain
+    return plain.casefold().removesuffix("s") if len(plain) > 1 else plain
 
 
-def choice(text: str) -> tuple[str, bool] | None:
-    """(letter, whether it stands alone) of a multiple-choice answer such as `(B)` or `(B) 42`."""
+def choice(text: str) -> tuple[str, str] | None:
+    """(letter, what follows it) of a multiple-choice answer such as `(B)` or `(B) 42`."""
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip(" .")
+    plain = re.sub(r"^(?:option|choice) ", "", plain, flags=re.IGNORECASE)
     match = re.fullmatch(r"\(?\s*([A-J])\s*(?:[).:]\s*(.*))?", plain)
-    return (match[1], not match[2]) if match else None
+    if not match or re.search(r"\b(?:and|or)\b|\([A-J]\)", match[2] or ""):
+        return None
+    return match[1], match[2] or ""

@@ -16,12 +16,13 @@ import os
 import re
 import resource
 import signal
+from itertools import pairwise
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Eq, FiniteSet, Float, Interval, MatrixBase, Rational, Tuple
+from sympy import Eq, Expr, FiniteSet, Float, Interval, MatrixBase, Rational, Tuple
 
-from megatron_gpc.rewards import literals
+from megatron_gpc.rewards import literals, spelling
 from megatron_gpc.run.launch import die_with_parent
 
 PRACTICE = (
@@ -34,11 +35,20 @@ MEMORY_BYTES = 4 * 2**30
 """A power tower wants all there is."""
 _LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 _ASSIGNED = re.compile(
-    r"\\?[a-zA-Z]\w*(?:_\{?\w+\}?)?(?:\([a-z](?:,\s*[a-z])*\))?\s*(?:=|\\in(?![a-z]))\s*"
+    r"(?:\\?[a-zA-Z]\w*(?:_\{?\w+\}?)?(?:\([a-z](?:,\s*[a-z])*\))?|\(\\?[a-z]+(?:,\s*\\?[a-z]+)+\))"
+    r"\s*(?:=|\\(?:in|equiv)(?![a-z]))\s*"
 )
 
-_BASE = re.compile(r"(\w+)_\s*\{?\s*(\d+)\s*\}?")
+_NEXT_ASSIGNED = re.compile(r"[,;]\s*\\?[a-zA-Z_{}0-9]+\s*=")
+_NO_NUMBER = re.compile(r"^[\d.]+\s[\d\s.]+$|\d\s*_")
+"""What math-verify takes for one number: 1 2 3, and 42_{41}."""
+_MODULO = re.compile(r"\s*\\pmod\s*\{[^{}]*\}$")
+_BASE = re.compile(r"(\w+)_\s*\{?\s*([2-9]|[12]\d|3[0-6])\s*\}?")
 """1101_2: a number in another base than ten."""
+_BRACKETED = re.compile(r"(\\\{|[(\[])(.*)(\\\}|[)\]])")
+_AND = re.compile(
+    r",?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b|\\(?:lor|vee)(?![a-z]))"
+)
 
 
 def main() -> None:
@@ -88,37 +98,43 @@ def reply(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
-def same(gold: str, answer: str) -> bool:
+def same(gold: str, answer: str) -> bool:  # noqa: PLR0911
     """Whether an answer says what the label says."""
-    gold, answer = literals.tidy(gold), literals.tidy(answer)
-    if squeezed(gold) == squeezed(answer):
+    gold, answer = spelling.tidy(gold), spelling.tidy(answer)
+    if spelling.plain(gold) == spelling.plain(answer):
         return True
     if "ldots" in gold + answer or not answer:
         return False
+    letter, chosen = literals.choice(gold), literals.choice(answer)
+    if letter and not letter[1]:
+        return bool(chosen) and letter[0] == chosen[0]
+    if chosen and chosen[1] and not letter:
+        answer = spelling.tidy(chosen[1])
     if "=" not in gold:
-        answer = unassigned(answer)
+        answer = unassigned(answer if "\\pmod" in gold else _MODULO.sub("", answer))
+        if "=" in answer and not re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", answer):
+            return all(same(gold, side) for side in answer.split("="))
     elif "=" not in answer:
         gold = unassigned(gold)
     gold_number, answer_number = literals.parse_number(gold), literals.parse_number(answer)
     if gold_number and answer_number:
         return literals.equal_numbers(gold_number, answer_number)
-    letter, chosen = literals.choice(gold), literals.choice(answer)
-    if letter and letter[1] and chosen:
-        return letter[0] == chosen[0]
+    gold_list, answer_list = listed(gold), listed(answer)
+    ordered = [bool(found[0]) for found in (gold_list, answer_list) if found]
+    if gold_list and answer_list and len({*ordered}) == 1 and "\\pm" not in gold + answer:
+        return same_lists(gold_list, answer_list)
     words = literals.words(gold), literals.words(answer)
     if all(words):
         return words[0] == words[1]
-    if any(words) and (gold_number or answer_number):
+    if any(words) and (gold_number or answer_number or (words[0] and answer.isalpha())):
         return False
     gold_base, answer_base = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
     if gold_base and answer_base:
         return gold_base.groups() == answer_base.groups()
     if gold_base or answer_base:
         gold, answer = gold.split("_")[0], answer.split("_")[0]
-        return squeezed(gold) == squeezed(answer)
-    if literals.remark(gold) != literals.remark(answer) or re.fullmatch(
-        r"[\d.]+\s[\d\s.]+", answer
-    ):
+        return spelling.squeezed(gold) == spelling.squeezed(answer)
+    if literals.remarks(gold) != literals.remarks(answer) or _NO_NUMBER.search(answer):
         return False
     parsed = expressions(gold), expressions(answer)
     if not verify(*parsed, timeout_seconds=None, allow_set_relation_comp=True):
@@ -126,17 +142,59 @@ def same(gold: str, answer: str) -> bool:
     return not apart(parsed[0][0], parsed[1][0])
 
 
-def squeezed(text: str) -> str:
-    """Without spaces, but for those between digits."""
-    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)
-
-
 def unassigned(text: str) -> str:
-    """What stands to the right in `x = 5` and `x = 2 + 3 = 5`; anything else as it is."""
+    """What stands to the right in `x = 5` and `x = f(y) = 5`; anything else as it is."""
     match = _ASSIGNED.match(text)
-    if not match or re.search(r"[,;]\s*\\?[a-zA-Z_{}0-9]+\s*=", text):
+    if not match or _NEXT_ASSIGNED.search(_AND.sub(", ", text)):
         return text
-    return text[match.end() :].rpartition("=")[2].strip()
+    rest = text[match.end() :].strip()
+    return rest.rpartition("=")[2].strip() if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", rest) else rest
+
+
+def listed(text: str) -> tuple[str, list[str]] | None:
+    r"""(brackets around, items) of a list, set or tuple of two or more; None for anything else.
+
+    >>> listed(r"\{1, (2, 3)\}")
+    ('', ['1', '(2, 3)'])
+    """
+    brackets = _BRACKETED.fullmatch(text)
+    if brackets and all(_depths(brackets[2])):
+        around, text = brackets[1] + brackets[3], brackets[2]
+    else:
+        around = ""
+    text = _AND.sub(", ", re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", text))
+    if re.search(r",\s", text):
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    cuts = [i for i, depth in enumerate(_depths(text)) if depth == 1 and text[i] in ",;"]
+    if not cuts or "\\begin" in text:
+        return None
+    items = [text[i + 1 : j].strip() for i, j in pairwise([-1, *cuts, len(text)])]
+    return ("" if around == r"\{\}" else around), items
+
+
+def _depths(text: str) -> list[int]:
+    """At each character, 1 + how many brackets are open, once it is read."""
+    depth = 1
+    return [depth := depth + (c in "([{") - (c in ")]}") for c in text]
+
+
+def same_lists(gold: tuple[str, list[str]], answer: tuple[str, list[str]]) -> bool:
+    """Whether two lists have the same items: in order if they stand in ( ) or [ ]."""
+    left = [*answer[1]]
+    if gold[0] != answer[0] or len(gold[1]) != len(left):
+        return False
+    if gold[0]:
+        return all(map(same, gold[1], left))
+    for wanted in gold[1]:
+        found = next((a for a in left if is_set(a) == is_set(wanted) and same(wanted, a)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return True
+
+
+def is_set(text: str) -> bool:
+    return text.startswith(r"\{")
 
 
 def expressions(text: str) -> list:
@@ -172,7 +230,7 @@ def elements(value: Any) -> list:
         return value.flat()
     if isinstance(value, Tuple):
         return list(value.args)
-    if isinstance(value, FiniteSet):
+    if isinstance(value, FiniteSet) and all(isinstance(item, Expr) for item in value.args):
         members: list[Any] = list(value.args)
         return sorted(
             members, key=lambda e: (str(e.evalf(20)) if not e.is_real else "", e.evalf(60))
