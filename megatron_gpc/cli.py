@@ -15,6 +15,7 @@ from megatron_gpc import __version__
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, load, warnings
 from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.run.imports import many_imports
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import (
     AT_ONCE,
@@ -224,12 +225,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)  # mistakes are told before this import:
-    import torch
+    with many_imports():
+        import torch
 
-    from megatron_gpc.continued import consequences
-    from megatron_gpc.run.folder import make_model, prepare
-    from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
-    from megatron_gpc.run.placement import adopt_rank, my_share
+        from megatron_gpc.continued import consequences
+        from megatron_gpc.preflight import check_training  # noqa: F401 - for _check
+        from megatron_gpc.run.folder import make_model, prepare
+        from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
+        from megatron_gpc.run.placement import adopt_rank, my_share
 
     complete = _check(config)
     for warning in warnings(config):
@@ -280,8 +283,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from megatron_gpc.run.launch import STACKS_SIGNAL
 
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # `job.sh stacks` sends it to all of a job
-    from megatron_gpc.engines.serve import serve
-    from megatron_gpc.preflight import check_serving
+    with many_imports():
+        from megatron_gpc.engines.serve import serve
+        from megatron_gpc.preflight import check_serving
 
     config = load(arguments.config, arguments.overrides)
     check_serving(config)
@@ -295,12 +299,13 @@ def _rank(arguments: argparse.Namespace) -> int:
 
 def _train_rank(config: Config) -> int:
     stop = StopRequest()
-    from megatron_gpc.mcore import cpu
+    with many_imports():
+        from megatron_gpc.mcore import cpu
 
-    cpu.install()  # before the first megatron import
-    from megatron_gpc.engines.answers import RolloutError
-    from megatron_gpc.run.watchdog import recorded
-    from megatron_gpc.train import train
+        cpu.install()  # before the first megatron import
+        from megatron_gpc.engines.answers import RolloutError
+        from megatron_gpc.run.watchdog import recorded
+        from megatron_gpc.train import train
 
     @recorded
     def run() -> bool:
@@ -333,10 +338,11 @@ def _check(config: Config) -> bool:
 def _eval(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it has made is removed
     config = load(arguments.config, arguments.overrides)
-    from megatron_gpc.engines.answers import RolloutError
-    from megatron_gpc.evaluate import evaluate
-    from megatron_gpc.metrics.tables import evaluation_table, print_table
-    from megatron_gpc.run.folder import make_model
+    with many_imports():
+        from megatron_gpc.engines.answers import RolloutError
+        from megatron_gpc.evaluate import evaluate
+        from megatron_gpc.metrics.tables import evaluation_table, print_table
+        from megatron_gpc.run.folder import make_model
 
     if arguments.checkpoint is None:
         make_model(config)
@@ -358,8 +364,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         config = load(arguments.config, arguments.overrides)
         if sglang_python is None and config.rollout.server.kind == "sglang":
             sglang_python = config.sglang.python or Path(sys.executable)
-    from megatron_gpc.doctor.run import examine
-    from megatron_gpc.preflight import check_training
+    with many_imports():
+        from megatron_gpc.doctor.run import examine
+        from megatron_gpc.preflight import check_training
 
     return examine(
         config,

@@ -1,14 +1,16 @@
-"""What the ranks of a pool have imported when they are forked."""
+"""What the ranks of a pool have imported when they are forked.
 
-import gc
+A fork's garbage collector leaves it alone: it would touch, and so copy, all of its pages.
+"""
+
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from megatron_gpc.mcore import cpu
+from megatron_gpc.run.imports import many_imports  # noqa: E402
 
-cpu.install()
+with many_imports():
+    from megatron_gpc.mcore import cpu
 
-import megatron_gpc.train  # noqa: E402, F401
-
-gc.freeze()  # a fork's collector would touch, and so copy, all of these pages
+    cpu.install()
+    import megatron_gpc.train  # noqa: F401

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import gc
 import inspect
 import io
 import multiprocessing.util
@@ -34,8 +33,8 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 120.0
 MODULES = (
-    *("megatron_gpc", "megatron_gpc.server.app", "failing_ranks"),
-    *("torch.distributed.run", "pytest"),
+    *("megatron_gpc", "megatron_gpc.server", "megatron_gpc.commands.parity"),
+    *("failing_ranks", "torch.distributed.run", "pytest"),
 )
 SCRIPTS = (ROOT / "tools", ROOT / "examples")
 TITLE_BYTES = 8192
@@ -316,7 +315,8 @@ def _run(arguments: list[str]) -> int:
             if "-P" not in arguments:
                 sys.path.insert(0, os.getcwd())
             sys.argv = program[1:]
-            sys.modules.pop(program[1], None) if "." in program[1] else None
+            if not hasattr(sys.modules.get(program[1]), "__path__"):
+                sys.modules.pop(program[1], None)
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = program
@@ -341,13 +341,10 @@ def _run(arguments: list[str]) -> int:
 
 def main() -> None:
     """Be the launch pad of a process that runs tests."""
-    gc.disable()
     import warm  # what is unpickled is of that name, not of __main__
-    import warm_imports  # noqa: F401
+    import warm_imports  # noqa: F401 - freezes what it has imported
 
     channel = socket.socket(fileno=int(sys.argv[1]))
-    gc.enable()
-    gc.freeze()  # what was imported: a fork's collector would touch, and so copy, all of its pages
     channel.send(b"ready")
     warm._BASE_PATH = [path for path in sys.path if path not in _OWN]
     warm._serve(channel)

@@ -178,7 +178,7 @@ class EmbeddedServer(ServerProcess):
             super().__init__(
                 "the embedded server",
                 [
-                    *(sys.executable, "-P", "-m", "megatron_gpc.server.app"),
+                    *(sys.executable, "-P", "-m", "megatron_gpc.server"),
                     *("--model-path", str(model_path), "--dtype", dtype),
                     *("--host", host, "--port", str(port), "--port-fd", str(sender)),
                     *(("--api-key-file", str(api_key_file)) if api_key_file else ()),

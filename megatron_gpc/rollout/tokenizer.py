@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.prompts import Message
+from megatron_gpc.run.imports import many_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no tokenizer in the folder, or a damaged one.
     """
-    from transformers import AutoTokenizer  # seconds of import, which only rank 0 spends
+    with many_imports():  # seconds, which only rank 0 spends
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(

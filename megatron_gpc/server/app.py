@@ -1,6 +1,6 @@
 """An inference server with SGLang's HTTP interface, around the embedded generator.
 
-    python -m megatron_gpc.server.app --model-path MODEL --port 30000
+    python -m megatron_gpc.server --model-path MODEL --port 30000
 
 It answers in the shapes of SGLang 0.5.2x, so that a client cannot tell the two apart, and exists
 because SGLang needs a GPU and gigabytes.  What it lacks, it refuses by name.
@@ -393,7 +393,7 @@ def _die_with(parent: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="megatron_gpc.server.app",
+        prog="megatron_gpc.server",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -438,7 +438,3 @@ def main() -> None:
     signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn's own two end it too, if they come
     with suppress(KeyboardInterrupt):  # which uvicorn raises once it has ended
         server.run(sockets=[listener])
-
-
-if __name__ == "__main__":
-    main()

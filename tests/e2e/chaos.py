@@ -261,7 +261,7 @@ def server_process(launcher: int, _: int) -> psutil.Process | None:
     """The rollout server of a run; None where there is none (yet)."""
     for process in psutil.Process(launcher).children(recursive=True):
         try:
-            if "megatron_gpc.server.app" in process.cmdline():
+            if "megatron_gpc.server" in process.cmdline():
                 return process
         except psutil.NoSuchProcess:
             continue  # it ended while we looked
