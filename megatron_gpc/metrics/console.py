@@ -14,10 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from megatron_gpc.metrics.drawn import CURVE_WIDTH, bar, curve
+
 LINES_A_RUN = 20
 """A log gets so many lines a run at even distances, besides the first and the last step ..."""
 LOG_SILENCE_S = 60.0
 """... and one whenever a step ends that long after the last line [s]."""
+BAR_WIDTH = 30
+"""Most characters of the bar of entropy."""
 RATE_STEPS = 20
 """The time left is reckoned from the last so many steps: the first ones are slower."""
 
@@ -25,14 +29,19 @@ RATE_STEPS = 20
 class Console:
     """Shows how far a run is; rank 0 has one.
 
-    On a terminal that can move its cursor this is one line that changes in place:
+    On a terminal that can move its cursor this changes in place:
 
         37/100 ━━━━╺━━━━ reward 0.512 entropy 1.234 clip 2.1/3.4 % 812 tok/s 0:03:12 left
+                         entropy 0.912 ▁▂▄▅▇██▇▆▅▄ 1.240
+
+    and below it entropy so far, between its lowest and its highest value.
 
     On a pipe, in a log file or on a dumb terminal it is a line every step up to 20 steps.  A longer
     run gets a line every 5 % of it, whenever a minute has passed since the last one, and always at
-    the first and the last step.  `clip` is the share of tokens clipped at the lower / upper bound;
-    `entropy 1.234 -> 1.300` has its target, if clip.schedule is `target`.
+    the first and the last step; entropy is the bar at its end.
+
+    `clip` is the share of tokens clipped at the lower / upper bound; `entropy 1.234 -> 1.300` has
+    its target, if clip.schedule is `target`.
 
     Args:
         total_steps: T, steps of the whole run.
@@ -48,6 +57,8 @@ class Console:
         self._every = max(1, math.ceil((total_steps - start_step) / LINES_A_RUN))
         self._ends = deque([(start_step, time.monotonic())], maxlen=RATE_STEPS + 1)
         self._last_line = time.monotonic()
+        self._entropy: list[float] = []
+        self._ascii = self._output.options.ascii_only
         self._progress: Progress | None = None
         if self._output.is_terminal and not self._output.is_dumb_terminal:
             self._progress = Progress(
@@ -73,14 +84,16 @@ class Console:
         A metric that is missing is shown as `-`.
         """
         self._ends.append((step, time.monotonic()))
+        self._entropy.append(values.get("entropy", math.nan))
         status = _status(values, self._seconds_left())
         if self._progress:
             narrow = " ".join(status.split())  # fits into 80 columns, bar included
-            self._progress.update(self._task, completed=step, status=narrow)
+            self._progress.update(self._task, completed=step, status=f"{narrow}\n{self._curve()}")
         elif self._is_due(step):
             self._last_line = time.monotonic()
             width = len(str(self._total))
-            self._print(Text(f"step {step:{width}}/{self._total}  {status}"))
+            line = f"step {step:{width}}/{self._total}  {status}  {self._bar()}"
+            self._print(Text(line.rstrip()))
 
     def note(self, text: str) -> None:
         """A line that stays: what the run is doing, where something was written."""
@@ -100,6 +113,18 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _bar(self) -> str:
+        """The last entropy, BAR_WIDTH characters long at one and a half times the first."""
+        first = next((one for one in self._entropy if one > 0), math.nan)
+        return bar(self._entropy[-1] / (1.5 * first), BAR_WIDTH, self._ascii)
+
+    def _curve(self) -> str:
+        known = [one for one in self._entropy if math.isfinite(one)]
+        if not known:
+            return ""
+        drawn = curve(self._entropy, CURVE_WIDTH, self._ascii)
+        return f"entropy {min(known):.3f} {drawn} {max(known):.3f}"
 
     def _print(self, text: Text) -> None:
         self._output.print(text, soft_wrap=True)  # a log's lines are cut by nobody

@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_gpc.metrics.drawn import CURVE_WIDTH, curve
 from megatron_gpc.metrics.runs import (
     PLOT_NAME,
     Run,
@@ -53,6 +54,7 @@ def summary_table(run_dir: Path) -> Table:
     )
     for name, title in (
         ("eval_reward", "held-out reward"),
+        *((f"eval_pass_at_{k}", f"held-out pass@{k}") for k in _few_ks(run)),
         ("eval_distinct_right", "distinct right answers"),
     ):
         evaluations = run.series(name).values
@@ -62,10 +64,19 @@ def summary_table(run_dir: Path) -> Table:
     table.add_section()
     for title, value in _whole_run(run).items():
         table.add_row(title, "", "", "", value)
+    drawn = curve(entropy.values.tolist(), CURVE_WIDTH, rich.console.Console().options.ascii_only)
+    table.caption = f"entropy: {drawn}"
     plot = run.folder / PLOT_NAME
     if plot.exists():
-        table.caption = escape(f"plots: {min(str(plot), os.path.relpath(plot), key=len)}")
+        table.caption += f"\nplots: {escape(min(str(plot), os.path.relpath(plot), key=len))}"
     return table
+
+
+def _few_ks(run: Run) -> list[int]:
+    """A middle and the last k of the pass@k that were measured."""
+    names = (name for name in run.names() if name.startswith("eval_pass_at_"))
+    ks = sorted(int(name.removeprefix("eval_pass_at_")) for name in names)
+    return sorted({ks[len(ks) // 2], ks[-1]}) if ks else []
 
 
 def _whole_run(run: Run) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pytest
 import rich.console
 
 from megatron_gpc.metrics.console import Console
+from megatron_gpc.metrics.drawn import bar, curve
 
 VALUES = {
     "reward": 0.5,
@@ -60,7 +61,7 @@ def test_a_pipe_gets_plain_lines():
     assert warning == "warning: the clip can never act"
     assert (
         first == "step 1/2  reward  0.500  entropy  1.250  clip  2.1/3.4 %    1,234 tok/s  "
-        "0:00:00 left"
+        "0:00:00 left  ████████████████████"
     )
     assert (
         last == "step 2/2  reward      -  entropy      -  clip      -/- %        - tok/s  "
@@ -90,7 +91,7 @@ def test_the_time_left_follows_the_last_steps_and_not_the_slow_first_one(clock):
         clock[0] += 600 if step == 1 else 2
         console.step(step, VALUES)
     lines = output.getvalue().splitlines()
-    assert lines[0].endswith("16:30:00 left") and lines[-1].endswith("0:01:40 left")
+    assert "16:30:00 left  " in lines[0] and "  0:01:40 left  " in lines[-1]
 
 
 def test_a_target_of_entropy_stands_beside_it():
@@ -123,8 +124,46 @@ def test_a_terminal_gets_one_line_that_changes_in_place():
     console.close()
     console.close()
     text = output.getvalue()
-    last = text.rsplit("\x1b[2K", 1)[1].splitlines()[0].rstrip()
+    last, below = (line.rstrip() for line in text.rsplit("\x1b[2K", 1)[1].splitlines()[:2])
     assert last.startswith("30/30 ━") and "reward 0.500 entropy 1.250 clip 2.1/3.4 %" in last
-    assert last.endswith("left") and len(last) <= 80
-    assert text.count("\n") == 2  # the note, and the end of the progress line
+    assert below.strip() == f"entropy 1.250 {'▄' * 20} 1.250"
+    assert last.endswith("left") and max(len(last), len(below)) <= 80
     assert text.endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_a_log_shows_entropy_as_a_bar_of_one_and_a_half_times_the_first():
+    output = io.StringIO()
+    console = Console(4, 0, rich.console.Console(file=output))
+    for step, entropy in enumerate((1.0, 1.25, math.nan, 9.0), start=1):
+        console.step(step, VALUES | {"entropy": entropy})
+    assert [line.split("left")[1].strip() for line in output.getvalue().splitlines()] == [
+        20 * "█",
+        25 * "█",
+        "",
+        30 * "█",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "drawn"),
+    [(0.0, ""), (math.nan, ""), (0.55, "█████▌"), (1.0, 10 * "█"), (7.0, 10 * "█")],
+)
+def test_a_bar_is_drawn_to_an_eighth_of_a_character(share, drawn):
+    assert bar(share, 10) == drawn
+    assert bar(share, 10, ascii_only=True).isascii()
+
+
+@pytest.mark.parametrize(
+    ("values", "drawn"),
+    [
+        ([], ""),
+        ([1.0], "▄"),
+        ([0.0, 7.0, 3.0], "▁█▄"),
+        ([0.0, math.nan, 1.0], "▁ █"),
+        ([math.nan], " "),
+        ([0.0] * 10 + [1.0] * 6, "▁▁▁▁▁███"),
+    ],
+)
+def test_a_curve_has_eight_heights_between_its_lowest_and_highest_value(values, drawn):
+    assert curve(values, 8) == drawn
+    assert curve(values, 8, ascii_only=True).isascii()

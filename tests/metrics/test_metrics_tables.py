@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from megatron_gpc.metrics.plots import plot_run
@@ -27,6 +29,18 @@ def test_the_summary_shows_reward_entropy_diversity_clipping_and_speed(write_run
     assert rows["clipped at upper bound, %"] == ["3.00"]
     assert rows["tokens a second"] == ["800"]
     assert rows["time in steps"] == ["0:05:00"]
+
+
+def test_the_summary_draws_entropy_and_has_two_of_pass_at_k(write_run, capsys):
+    folder = write_run("a")
+    measured = {f"eval_pass_at_{k}": 0.1 * k for k in (1, 2, 4, 8)}
+    passes = [{"step": step, **measured} for step in (0, 100)]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in passes))
+    rows = _rows(summary_table(folder), capsys)
+    assert rows["held-out pass@4"] == ["0.400", "0.400"] and "held-out pass@8" in rows
+    assert "held-out pass@2" not in rows
+    (drawn,) = [row for row in rows if row.startswith("entropy: ")]
+    assert len(drawn) == len("entropy: ") + 44 and drawn[9] == "▁" and "█" in drawn[25:37]
 
 
 def test_the_summary_names_the_picture_once_it_is_there(write_run, monkeypatch, capsys):
