@@ -10,8 +10,8 @@ export HF_HUB_OFFLINE := 1
 .PHONY: run compare study test test-slow test-slurm test-sglang chaos lint bench layouts docs clean help
 
 help:
-	@echo "make run      set up .venv and run the main job (examples/arithmetic)"
-	@echo "make compare  static clipping against ID over 3 seeds, in one picture"
+	@echo "make run      set up .venv and run the main job (examples/entropy_control)"
+	@echo "make compare  every schedule over 5 seeds, in one picture"
 	@echo "make study    the paper's claims over 5 seeds, in one report (examples/entropy_study)"
 	@echo "make test     set up .venv and run the tests"
 	@echo "make test-slow  the tests that take long: chaos, the study, full disks, every layout's models"
@@ -34,10 +34,10 @@ help:
 	touch $@
 
 run: .venv/.installed
-	$(BIN)/megatron-gpc train examples/arithmetic/config.yaml
+	$(BIN)/megatron-gpc train examples/entropy_control/config.yaml
 
 compare: .venv/.installed
-	$(BIN)/python examples/arithmetic/compare.py
+	$(BIN)/python examples/entropy_control/compare.py
 
 study: .venv/.installed
 	$(BIN)/python examples/entropy_study/study.py

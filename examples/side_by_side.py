@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,10 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, flatten, load
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.metrics.jsonl import FILE_NAME
+from megatron_gpc.metrics.plots import plot_runs
 from megatron_gpc.metrics.runs import load_run
+from megatron_gpc.metrics.tables import compare_table, print_table
+from megatron_gpc.run.folder import make_model
 from megatron_gpc.run.launch import die_with_parent
 
 POLL_S = 0.5
@@ -26,6 +30,21 @@ NO_MATTER = (
 """Keys and sections that may differ between a run that is there and the one that is asked for."""
 LAST_WORDS = 3000
 """Characters of a failed run's console that are shown."""
+
+
+def compare(config: Path, out: Path, runs: Mapping[str, Sequence[str]]) -> int:
+    """Make every run as `run_side_by_side` does, as many at a time as there are cores; draw them
+    over each other, print their table, and return the exit code."""
+    try:
+        make_model(load(config, next(iter(runs.values()))))  # once, before runs that would all do
+        folders = run_side_by_side(config, out, runs, jobs=os.cpu_count() or 1)
+    except (UserError, RunStopped) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    picture = plot_runs(folders, out / "comparison.png")
+    print_table(compare_table(folders))
+    print(f"picture: {picture}")
+    return 0
 
 
 def run_side_by_side(

@@ -14,19 +14,12 @@ interrupted continues.  The picture and the table are written to runs/arithmetic
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from itertools import product
 from pathlib import Path
 
-from megatron_gpc.config.file import load
-from megatron_gpc.errors import RunStopped, UserError
-from megatron_gpc.metrics.plots import plot_runs
-from megatron_gpc.metrics.tables import compare_table, print_table
-from megatron_gpc.run.folder import make_model
-
 sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
-from side_by_side import run_side_by_side  # noqa: E402
+from side_by_side import compare  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -50,22 +43,11 @@ def main() -> int:
         *("parallel.tp=1", "parallel.pp=1"),
         *arguments.overrides,
     ]
-    make_model(load(HERE / "config.yaml", overrides))  # once, before runs that would all build it
     runs = {
         f"{schedule}-{seed}": [*overrides, f"clip.schedule={schedule}", f"seed={seed}"]
         for seed, schedule in product(arguments.seeds, arguments.schedules)
     }
-    try:
-        folders = run_side_by_side(
-            HERE / "config.yaml", arguments.out, runs, jobs=os.cpu_count() or 1
-        )
-    except (UserError, RunStopped) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    picture = plot_runs(folders, arguments.out / "comparison.png")
-    print_table(compare_table(folders))
-    print(f"picture: {picture}")
-    return 0
+    return compare(HERE / "config.yaml", arguments.out, runs)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""Every schedule on the main job's task, over seeds, in one picture: `make compare`.
+
+    python examples/entropy_control/compare.py [--seeds 0 1 2 3 4] [--arms static id]
+        [key=value ...]
+
+Runs go side by side, one process each (TP1 PP1: layouts give the same numbers, and small ones are
+faster), as many as there are cores.  A run that is finished is not made again; one that was
+interrupted continues.  They lie in runs/compare/ARM-SEED, picture and table beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import product
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
+from side_by_side import compare  # noqa: E402
+
+CONFIG = Path(__file__).with_name("config.yaml")
+OUT = Path(__file__).parents[2] / "runs" / "compare"
+ARMS = ("static", "hi", "lo", "id", "did", "od", "target")
+TARGET = "clip.target=[[0,100%],[0.5,112%],[1,90%]]"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=ARMS)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    given = parser.parse_args()
+
+    overrides = ["parallel.tp=1", "parallel.pp=1", "plots=false", *given.overrides]
+    runs = {
+        f"{arm}-{seed}": [
+            *overrides,
+            *([TARGET] if arm == "target" else []),
+            f"clip.schedule={arm}",
+            f"seed={seed}",
+        ]
+        for seed, arm in product(given.seeds, given.arms)
+    }
+    return compare(CONFIG, given.out, runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
