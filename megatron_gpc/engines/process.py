@@ -301,8 +301,10 @@ def command_line_arguments(args: Mapping[str, Any]) -> list[str]:
 
 def server_environment(given: Mapping[str, str]) -> dict[str, str]:
     """Of SGLang: ours and what is given, without what would make it believe that it is one of our
-    ranks."""
+    ranks, and without what a rank sets for its own use of a GPU: SGLang has values of its own, and
+    its memory cannot be released with expandable segments."""
     ours = {
+        *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"),
         *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
         *("OMP_NUM_THREADS", "PYTHONPATH", "TORCHELASTIC_ERROR_FILE"),
     }

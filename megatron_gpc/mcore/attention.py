@@ -9,6 +9,7 @@ the only way there is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +24,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gpc.batching import chunk_positions
 from megatron_gpc.errors import UserError
+
+
+@dataclass
+class Pack(PackedSeqParams):
+    """megatron-core's description of a pack, and what this module wants to know of it on the CPU:
+    asking the GPU for it would stop the host once a layer."""
+
+    lengths_B: tuple[int, ...] = ()
+    """How long each sequence is."""
+
 
 _ONLY = {
     "attention_dropout": 0.0,
@@ -78,7 +89,7 @@ class PackedAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: None = None,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: Pack,
     ) -> torch.Tensor:
         """[S, heads * head size], softmax in fp32.
 
@@ -86,9 +97,9 @@ class PackedAttention(MegatronModule):
             query_SHD: [positions, heads, head size].
             key_SGD, value_SGD: [positions, key-value groups, head size].
             attention_mask, attn_mask_type, attention_bias: ignored; attention is always causal.
-            packed_seq_params: where the sequences begin.
+            packed_seq_params: how long the sequences are.
         """
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        lengths = packed_seq_params.lengths_B
         ranks = self.cp_group.size()
         if ranks > 1:
             pairs = torch.stack((key_SGD, value_SGD), dim=1)
@@ -101,15 +112,8 @@ class PackedAttention(MegatronModule):
             runs, queries, key_SGD.split(sizes), value_SGD.split(sizes), strict=True
         ):
             query, key, value = (x.view(count, -1, *x.shape[1:]).transpose(1, 2) for x in parts)
-            output = scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=None if ranks == 1 else self._seen(length).to(query.device),
-                is_causal=ranks == 1,
-                scale=self.softmax_scale,
-                enable_gqa=True,
-            )
+            seen = None if ranks == 1 else self._seen(length).to(query.device)
+            output = attention(query, key, value, seen, self.softmax_scale)
             outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs)
 
@@ -124,3 +128,42 @@ class PackedAttention(MegatronModule):
         """[positions of a sequence that this rank holds, its length]: which keys a query sees."""
         held = chunk_positions([length], self.cp_group.rank(), self.cp_group.size())
         return torch.arange(length) <= held[:, None]
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """[sequences, heads, queries, head size], by a kernel that keeps no scores.
+
+    On a GPU that is FlashAttention's, which takes 16 bits and no mask, or the memory-efficient one,
+    for which heads of a group must each have their key and value.  What both refuse, torch computes
+    with a matrix of scores for every head.
+
+    Args:
+        query: [sequences, heads, queries, head size].
+        key, value: [sequences, groups, keys, head size].
+        seen: [queries, keys], which keys a query sees; None: those up to its own.
+        scale: of the scores; None: 1 / sqrt(head size).
+    """
+    grouped = key.shape[1] != query.shape[1]
+    if grouped and query.is_cuda and (seen is not None or query.dtype is torch.float32):
+        key, value = each_head(key, query.shape[1]), each_head(value, query.shape[1])
+        grouped = False
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=seen,
+        is_causal=seen is None,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+
+
+def each_head(of_groups: torch.Tensor, heads: int) -> torch.Tensor:
+    """[sequences, groups, ...] -> [sequences, heads, ...]: every head its group's."""
+    return of_groups.repeat_interleave(heads // of_groups.shape[1], dim=1)

@@ -9,7 +9,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -17,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_gpc.config import Config
 from megatron_gpc.kernels.vocab_parallel import token_stats
-from megatron_gpc.mcore.attention import PackedAttention
+from megatron_gpc.mcore.attention import Pack, PackedAttention
 from megatron_gpc.mcore.native import transformer_config, uses_transformer_engine
 from megatron_gpc.mcore.setup import device
 from megatron_gpc.types import TokenStats
@@ -71,12 +70,13 @@ class PolicyModel(GPTModel):
         self._rows_T, self._targets_T = rows_T, targets_T
         ends = list(accumulate(lengths_B, initial=0))
         begins = torch.tensor(ends, dtype=torch.int32, device=tokens_S.device)
-        packed = PackedSeqParams(
+        packed = Pack(
             qkv_format="thd",
             cu_seqlens_q=begins,
             cu_seqlens_kv=begins,
             max_seqlen_q=max(lengths_B),
             max_seqlen_kv=max(lengths_B),
+            lengths_B=lengths_B,
         )
         # Rotary embeddings get positions from the beginnings of sequences, so none are given, and
         # attention is causal inside each sequence without a mask.

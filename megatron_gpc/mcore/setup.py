@@ -24,6 +24,14 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.layout import check_world
 
 T = TypeVar("T")
+GPU_ENVIRONMENT = {
+    # Kernels start in the order in which the host asks for them, so that communication that
+    # megatron-core starts first does run beside the matrix products that follow.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Micro-batches differ in length: blocks of memory of one size would seldom fit the next.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+"""What a rank on a GPU sets unless it is set; engines do not inherit it (engines/process.py)."""
 
 
 @contextmanager
@@ -38,6 +46,8 @@ def process_groups(config: Config) -> Iterator[None]:
     check_world(config.parallel, int(os.environ["WORLD_SIZE"]))
     backend = "gloo"
     if torch.cuda.is_available():
+        for name, value in GPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)  # before the GPU is first used
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))

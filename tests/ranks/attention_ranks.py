@@ -17,14 +17,26 @@ def packed_attention(
     """(output, gradients of a weighted sum of it) of PackedAttention."""
     from itertools import accumulate
 
-    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron_gpc.mcore.attention import Pack
 
     parts = tuple(part.clone().requires_grad_() for part in parts)
     begins = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     attention = _attention(softmax_scale=softmax_scale)
-    output_SE = attention(*parts, None, packed_seq_params=PackedSeqParams("thd", begins, begins))
+    pack = Pack("thd", begins, begins, lengths_B=lengths)
+    output_SE = attention(*parts, None, packed_seq_params=pack)
     (output_SE * weights_SE).sum().backward()
     return output_SE.detach(), [part.grad for part in parts]
+
+
+def grouped_and_not(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with keys and values of groups, and with a copy of them for every head."""
+    from megatron_gpc.mcore.attention import attention, each_head
+
+    heads = query.shape[1]
+    copies = (each_head(part, heads) for part in (key, value))
+    return attention(query, key, value, seen, None), attention(query, *copies, seen, None)
 
 
 def refusal(name: str, value: Any) -> str:

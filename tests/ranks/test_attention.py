@@ -51,6 +51,17 @@ def test_packed_attention_equals_one_sequence_at_a_time(
         assert (got.double() - wanted).abs().max() < tolerance * wanted.abs().max()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_copy_of_its_groups_keys_and_values_for_every_head_changes_nothing(pool, masked):
+    """What is computed on a GPU where no kernel without scores takes groups."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, 9, 8, generator=draw) for n in (6, 2, 2))
+    seen = torch.ones(9, 9, dtype=torch.bool).tril() if masked else None
+    run = attention_ranks.grouped_and_not
+    grouped, copied = pool(1).run(run, query, key, value, seen)[0]
+    torch.testing.assert_close(copied, grouped, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("attention_dropout", 0.1), ("softmax_type", "learnable")]
 )

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from tiny import run_config
 
-from megatron_gpc.engines.process import EmbeddedServer
+from megatron_gpc.engines.process import EmbeddedServer, server_environment
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.run.launch import free_port
 
@@ -139,3 +139,11 @@ def test_sglang_is_started_on_its_port_with_what_is_configured(tmp_path, overrid
     always = {"--host": "127.0.0.1", "--port": str(port), "--model-path": str(tmp_path / "hf")}
     expected = [word for pair in (always | given).items() for word in pair if word is not None]
     assert sorted(found) == sorted(expected)
+
+
+def test_sglang_inherits_nothing_that_a_rank_sets_for_itself(monkeypatch):
+    for name in ("RANK", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_DEBUG"):
+        monkeypatch.setenv(name, "of the rank")
+    found = server_environment({"PYTORCH_CUDA_ALLOC_CONF": "given"})
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "given" and found["NCCL_DEBUG"] == "of the rank"
+    assert not {"RANK", "CUDA_DEVICE_MAX_CONNECTIONS"} & found.keys()
