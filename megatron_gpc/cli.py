@@ -235,12 +235,13 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
         from megatron_gpc.run.placement import adopt_rank, my_share
 
     complete = _check(config)
+    gpus = torch.cuda.device_count()
+    share = None if adopt_rank(config.parallel, gpus) else my_share(config.parallel, gpus)
     for warning in warnings(config):
         say(f"warning: {warning}")
     if arguments.dry_run:
         print(dump(config), end="")
         return 0
-    gpus = torch.cuda.device_count()
 
     def ready() -> TextIO:
         if not complete:
@@ -248,13 +249,12 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
             _check(config)
         return prepare(config, consequences)
 
-    if adopt_rank(config.parallel, gpus):
+    if share is None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()  # torchrun itself leaves its ranks behind at a second Ctrl-C
         if os.environ["RANK"] == "0":
             lock = ready()  # noqa: F841 - until this process ends
         return _train_rank(config)
-    share = my_share(config.parallel, gpus)
     command = ["train", str(arguments.config), *arguments.overrides]  # rank 0 prepares
     if share.ranks == share.world:
         lock = ready()  # noqa: F841 - until this process ends

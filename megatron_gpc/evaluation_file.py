@@ -18,7 +18,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.evaluation import as_evaluated
-from megatron_gpc.run.files import SUMS, sha256
+from megatron_gpc.run.files import SUMS, read_json, sha256
 
 _DATA = ("chat_template", "max_prompt_tokens", "too_long")
 _ROLLOUT = ("temperature", "max_response_tokens", "stop")
@@ -115,8 +115,8 @@ def file_for(evaluation: Evaluation, config: Config, out: Path | None) -> Path:
         raise UserError(f"--out: {out} is a folder; name the JSON file to write")
     if out.exists():
         try:
-            there = json.loads(out.read_bytes())["evaluation"]
-        except (OSError, ValueError, TypeError, KeyError):
+            there = read_json(out)["evaluation"]
+        except (UserError, KeyError):
             there = None
         if there != evaluation.id:
             raise UserError(

@@ -7,7 +7,6 @@ a UserError that names the key and the way out.
 
 from __future__ import annotations
 
-import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from megatron_gpc.metrics.sinks import check_sinks
 from megatron_gpc.rewards.judging import check_verifier
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
+from megatron_gpc.run import environment
 from megatron_gpc.weights import HFReader, check_reference, family_of
 from megatron_gpc.weights.folders import is_converted, read_hf_config
 
@@ -207,7 +207,7 @@ def _model(config: Config) -> dict[str, Any] | None:
 
 def _data_parallel_size(config: Config) -> int:
     """As configured, or as the number of processes that torchrun has started makes it."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = environment.number("WORLD_SIZE", 1, environment.MOST_PROCESSES, default=1)
     return config.parallel.dp or max(1, started // model_parallel_size(config.parallel))
 
 

@@ -129,6 +129,6 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a file that cannot be opened": (
         "single",
         lambda f: ((f / SINGLE).unlink(), (f / SINGLE).mkdir()),
-        "not a safetensors",
+        "is a folder; name a file",
     ),
 }

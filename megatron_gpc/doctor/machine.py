@@ -74,7 +74,7 @@ def gpus() -> Finding:
     if used:
         advice = "`nvidia-smi` names the processes; end what is yours, or leave the node out"
         return Finding("GPUs", "problem", "; ".join(used), advice)
-    if given and given.isdigit() and int(given) != len(rows):
+    if given and given.isdecimal() and int(given) != len(rows):
         advice = "leave the node out and tell the administrators"
         return Finding("GPUs", "problem", f"Slurm gave {given}, {len(rows)} are seen", advice)
     said = f"{len(rows)} x {rows[0][1]}, {int(rows[0][2]) / 1024:.0f} GiB" if rows else "none"

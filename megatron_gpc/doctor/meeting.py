@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gpc.doctor.finding import Finding
-from megatron_gpc.errors import UserError
+from megatron_gpc.run import environment
 
 FAREWELL_S = 5.0
 """How long rank 0 keeps the store for the others to read the end."""
@@ -47,23 +47,15 @@ class Rendezvous:
         Raises:
             UserError: several processes, and nothing says where they meet.
         """
-        e = os.environ
-        if "RANK" in e:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        elif int(e.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        if "RANK" in os.environ:
+            place = environment.place(environment.TORCHRUN)
+        elif environment.step()[0] > 1:
+            place = environment.place(environment.SRUN)
         else:
             return Rendezvous()
-        try:
-            rank, world, local = (int(e[name]) for name in names)
-            if "MASTER_ADDR" not in e and (step := _step_hosts()):
-                return Rendezvous(rank, world, local, step[0], _step_port())
-            return Rendezvous(rank, world, local, e["MASTER_ADDR"], int(e["MASTER_PORT"]))
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"this is one of several processes, but {error} is not set or no number; export "
-                "MASTER_ADDR and MASTER_PORT in the batch script"
-            ) from None
+        if "MASTER_ADDR" not in os.environ and (hosts := _step_hosts()):
+            return Rendezvous(*place, hosts[0], _step_port())
+        return Rendezvous(*place, *environment.master())
 
 
 class Meeting:
@@ -128,7 +120,7 @@ def _step_hosts() -> list[str]:
 def _step_port() -> int:
     """Where processes meet that srun started from a shell: the last port of the job's block, see
     slurm/common.sh."""
-    return 20000 + int(os.environ["SLURM_JOB_ID"]) % 300 * 40 + 39
+    return 20000 + environment.number("SLURM_JOB_ID", 0, 2**31) % 300 * 40 + 39
 
 
 def host_of(rank: int) -> str:

@@ -12,6 +12,7 @@ from megatron_gpc.config.layout import check_batch, model_parallel_size, world_s
 from megatron_gpc.doctor.finding import Finding
 from megatron_gpc.doctor.memory import GIB, estimate
 from megatron_gpc.errors import UserError
+from megatron_gpc.run import environment
 from megatron_gpc.weights.folders import read_hf_config
 
 
@@ -38,7 +39,7 @@ def plan(
 
 
 def _gpus(config: Config) -> Iterator[Finding]:
-    gpus, nodes = torch.cuda.device_count(), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    gpus, (_, nodes) = torch.cuda.device_count(), environment.step()
     world, copy = world_size(config.parallel), model_parallel_size(config.parallel)
     if not gpus:
         cores = len(os.sched_getaffinity(0))

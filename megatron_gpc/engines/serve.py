@@ -13,6 +13,7 @@ from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.process import ServerError
 from megatron_gpc.engines.starter import Starter, check_start
 from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.run import environment
 from megatron_gpc.run.files import replace_text
 from megatron_gpc.run.launch import own_address
 from megatron_gpc.run.say import say
@@ -45,8 +46,8 @@ def serve(config: Config, stop: StopRequest) -> None:
     urls_file = server.urls_file
     assert urls_file is not None  # check_serving has seen to it
     started_here = dataclasses.replace(server, urls=(), urls_file=None, router=False)
-    number = int(os.environ.get("SLURM_PROCID", "0"))
-    nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    nodes, _ = environment.step()
+    number = environment.number("SLURM_PROCID", 0, nodes - 1, default=0)
     check_start(started_here, config.sglang, _address(nodes))
     try:
         urls_file.parent.mkdir(parents=True, exist_ok=True)

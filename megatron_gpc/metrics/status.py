@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import FILE_NAME, read_metrics
+from megatron_gpc.run.files import read_json, step_of_name
 from megatron_gpc.run.lock import life
 from megatron_gpc.run.stop import marker
 
@@ -51,7 +51,7 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
         )
     lines.append(life(run_dir))
     saved = sorted((run_dir / "checkpoints").glob("step_*"))
-    whole = [one.name for one in saved if one.name.removeprefix("step_").isdigit()]
+    whole = [one.name for one in saved if step_of_name(one.name) is not None]
     lines.append(f"newest checkpoint: {whole[-1] if whole else 'none'}")
     lines += [f"damaged, set aside: {one.name}" for one in saved if ".damaged" in one.name]
     if marker(run_dir).exists():
@@ -67,20 +67,18 @@ def first_traceback(run_dir: Path) -> str:
     Raises:
         UserError: none did.
     """
-    found: list[tuple[float, Path, dict[str, Any]]] = []
+    found: list[tuple[float, Path, str]] = []
     for file in run_dir.rglob("rank_*.error.json"):
         try:
-            message = json.loads(file.read_text())["message"]
-        except ValueError:  # the rank was killed while it wrote
-            continue
-        found.append((float(message["extraInfo"]["timestamp"]), file, message))
+            message = read_json(file)["message"]["extraInfo"]
+            found.append((float(message["timestamp"]), file, str(message["py_callstack"])))
+        except (UserError, LookupError, TypeError, ValueError, OverflowError):
+            continue  # the rank was killed while it wrote
     if not found:
         raise UserError(f"{run_dir}: no rank left a traceback")
     newest = max(found, key=lambda one: one[0])[1].parent  # of the newest attempt, the first
-    _, file, message = min(
-        (one for one in found if one[1].parent == newest), key=lambda one: one[0]
-    )
-    return f"{file}:\n{message['extraInfo']['py_callstack']}"
+    _, file, calls = min((one for one in found if one[1].parent == newest), key=lambda one: one[0])
+    return f"{file}:\n{calls}"
 
 
 def _seconds(record: dict[str, Any]) -> float:

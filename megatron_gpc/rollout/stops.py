@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_gpc.config.schema import Config
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import eos_tokens
+from megatron_gpc.run.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,12 +154,10 @@ def _generation_config(folder: Path) -> Sequence[int]:
         UserError: not JSON, or no token numbers.
     """
     file = folder / "generation_config.json"
-    if not file.is_file():
-        return ()
     try:
-        found = json.loads(file.read_text("utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+        found = read_json(file).get("eos_token_id")
+    except FileNotFoundError:
+        return ()
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int for token in tokens):
         raise UserError(f"{file}: eos_token_id must be a token's number or a list, got {found!r}")

@@ -1,15 +1,78 @@
-"""Files that a reader sees whole, and checksums that tell whether they still are."""
+"""Files that a reader sees whole, checksums that tell whether they still are, JSON with limits."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from megatron_gpc.errors import UserError
 
 SUMS = "SHA256SUMS"
 LAST = "metadata.json"
 """The last line of SHA256SUMS, which is sorted: without it the file was cut."""
+
+MOST_JSON_BYTES = 2**28
+"""Largest JSON file that is read."""
+
+
+def check_regular(file: Path) -> None:
+    """Refuse what is there and no regular file: a pipe or a device would be waited for.
+
+    Raises:
+        UserError: says what it is.
+    """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file")
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is no regular file; name one")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        UserError: it is no regular file, too large, not UTF-8, not JSON, nested too deeply, or
+            something else than an object.
+    """
+    check_regular(file)
+    try:
+        if file.stat().st_size > MOST_JSON_BYTES:
+            raise UserError(f"{file}: too large for JSON; put the right file there")
+        return parse_json(file.read_bytes(), str(file))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
+    """The object that is written there as JSON.
+
+    Args:
+        where: what to blame.
+
+    Raises:
+        UserError: not UTF-8, not JSON, nested too deeply, or no object.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError too
+        raise UserError(f"{where}: cannot be read as JSON: {error}; put it right") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a JSON object, not {type(content).__name__}")
+    return content
+
+
+def step_of_name(name: str) -> int | None:
+    """The number in `step_000120`; None for other names, such as `step_000120.part`."""
+    found = re.fullmatch(r"step_([0-9]{1,18})", name)
+    return int(found[1]) if found else None
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -25,7 +25,7 @@ import yaml
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, flatten
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.files import replace_text, step_of_name
 from megatron_gpc.run.launch import CHILD_POLL_S, die_with_parent
 from megatron_gpc.run.lock import PREPARING, take
 from megatron_gpc.run.say import say
@@ -89,8 +89,8 @@ def _set_aside(config: Config) -> None:
 def _newest_step(run_dir: Path) -> int | None:
     """Finished steps of the newest checkpoint; None if there is no checkpoint to continue from.
     A checkpoint that is being written has another name."""
-    names = [f.name.removeprefix("step_") for f in (run_dir / "checkpoints").glob("step_*")]
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    steps = [step_of_name(f.name) for f in (run_dir / "checkpoints").glob("step_*")]
+    return max((step for step in steps if step is not None), default=None)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _read(file: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(file.read_bytes())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{file} is damaged; remove it to continue the run") from None
     return content if isinstance(content, dict) else {}
 

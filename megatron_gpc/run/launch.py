@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import random
 import re
@@ -19,6 +18,8 @@ from pathlib import Path
 import psutil
 
 import megatron_gpc
+from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import read_json
 from megatron_gpc.run.placement import Share
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import SAVED, held
@@ -208,12 +209,17 @@ class Rank:
     def said(self) -> tuple[str, str]:
         """(error, traceback) as `record` wrote them, or else the end of the log for both."""
         try:
-            message = json.loads(self.error.read_text())["message"]
-        except (FileNotFoundError, ValueError):  # killed before it wrote, or while it did
+            message = read_json(self.error)["message"]
+            return message["message"], message["extraInfo"]["py_callstack"]
+        except (
+            OSError,
+            UserError,
+            LookupError,
+            TypeError,
+        ):  # killed before it wrote, or while it did
             text = self.log.read_text(errors="replace") if self.log else ""
             end = "\n".join(text.splitlines()[-LOG_LINES:])
             return end, end
-        return message["message"], message["extraInfo"]["py_callstack"]
 
     def innocence(self) -> tuple[int, float]:
         """Orders ranks that failed, the likeliest cause first; among equals by time.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_gpc.config import ParallelConfig
 from megatron_gpc.config.layout import check_world, model_parallel_size, world_size
 from megatron_gpc.errors import UserError
+from megatron_gpc.run import environment
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,21 @@ def adopt_rank(parallel: ParallelConfig, gpus: int) -> bool:
 
     Args:
         gpus: CUDA devices that this process sees.
+
+    Raises:
+        UserError: the layout does not fit the processes, or a variable cannot be what it is.
     """
     if "RANK" in os.environ:
+        check_world(parallel, environment.place(environment.TORCHRUN).world)
+        environment.master()
         return True
-    tasks, nodes = _slurm_step()
+    tasks, nodes = environment.step()
     if tasks == 1 or (tasks == nodes and (gpus > 1 or world_size(parallel) != tasks)):
         return False
     check_world(parallel, tasks)
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+    place = environment.place(environment.SRUN)
+    environment.master()
+    os.environ |= dict(zip(environment.TORCHRUN, map(str, place), strict=True))
     return True
 
 
@@ -60,7 +66,7 @@ def my_share(parallel: ParallelConfig, gpus: int) -> Share:
         UserError: the layout does not fit the nodes, or the batch script has not said where ranks
             meet.
     """
-    _, nodes = _slurm_step()
+    _, nodes = environment.step()
     in_step = "SLURM_STEP_ID" in os.environ
     world = world_size(parallel)
     if in_step and gpus and parallel.dp is None:
@@ -85,17 +91,5 @@ def my_share(parallel: ParallelConfig, gpus: int) -> Share:
         )
     if nodes == 1:
         return Share.alone(world)
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(
-            "srun started this on several nodes, but MASTER_ADDR and MASTER_PORT do not say where "
-            "they meet; submit slurm/train.sbatch, or export both in the batch script"
-        )
-    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return Share(ranks, int(os.environ["SLURM_NODEID"]) * ranks, world, master)
-
-
-def _slurm_step() -> tuple[int, int]:
-    """(tasks, nodes) of the step that srun started this process in; (1, 1) elsewhere."""
-    names = "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"
-    tasks, nodes = (int(os.environ.get(name, "1")) for name in names)
-    return tasks, nodes
+    node = environment.number("SLURM_NODEID", 0, nodes - 1)
+    return Share(ranks, node * ranks, world, environment.master())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import check_regular, read_json
 
 _CARRIED = (
     *("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt"),
@@ -70,7 +71,7 @@ def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> 
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
     if dtype is not None:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         name = str(dtype).removeprefix("torch.")
         said = {key: name for key in ("torch_dtype", "dtype") if key in config} or {"dtype": name}
         if any(config.get(key) != name for key in said):
@@ -94,16 +95,16 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder or the file is missing or unreadable.
     """
-    file = hf_folder(folder) / "config.json"
+    inside = hf_folder(folder)
     try:
-        content = json.loads(file.read_text())
+        for file in inside.iterdir():  # weights, tokenizer and templates that others will open
+            if not file.is_dir():
+                check_regular(file)
+        return read_json(inside / "config.json")
     except FileNotFoundError:
         raise UserError(
             f"{folder} is not a Hugging Face checkpoint (no config.json) and not a converted one; "
             "give the folder of one"
         ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return content
+    except OSError as error:
+        raise UserError(f"{inside}: cannot be read: {error.strerror}") from None

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import check_regular, parse_json, read_json
 from megatron_gpc.weights.folders import carry_over, new_folder
 from megatron_gpc.weights.table import Param
 
@@ -334,8 +335,8 @@ def _plain(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     try:
-        where = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        where = read_json(index)["weight_map"]
+    except (UserError, KeyError) as error:
         raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index}: weight_map must be a mapping of tensors to files")
@@ -347,12 +348,13 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _read_header(file: Path, where: Mapping[str, str] | None) -> dict[str, Entry]:
     """Every tensor of one file."""
+    check_regular(file)
     try:
         with safe_open(file, "np"):  # "pt" would count the whole file as this process's memory
             pass  # the library holds header and length of the file against each other
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length), str(file))
     except FileNotFoundError:
         if where is None:
             raise UserError(

@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import read_json
 from megatron_gpc.weights.places import Place
 
 METADATA, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
@@ -348,7 +349,7 @@ def _check_format(folder: Path) -> None:
             f"{folder}: no such folder; give a checkpoint's, such as RUN/checkpoints/step_000100"
         )
     try:
-        backend = json.loads(file.read_text())["sharded_backend"]
+        backend = read_json(file)["sharded_backend"]
     except FileNotFoundError:
         inside = sorted(inner.parent for inner in folder.glob(f"*/{FORMAT}"))
         inside += sorted(inner.parent for inner in folder.glob(f"checkpoints/*/{FORMAT}"))
@@ -356,7 +357,7 @@ def _check_format(folder: Path) -> None:
         raise UserError(
             f"{folder} is not a complete distributed checkpoint (no {FORMAT}){hint}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError) as error:
         raise UserError(f"{file}: not a checkpoint's ({error!r})") from None
     if backend != _FORMAT["sharded_backend"]:
         raise UserError(f"{file}: format {backend!r} is not supported, only torch_dist")

@@ -21,6 +21,8 @@ def step(monkeypatch):
         for name in VARIABLES:  # set first, so that what adopt_rank sets is undone as well
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
+        monkeypatch.setenv("MASTER_ADDR", "node1")
+        monkeypatch.setenv("MASTER_PORT", "20000")
         for name, value in {
             **{"STEP_ID": 0, "STEP_NUM_TASKS": tasks, "STEP_NUM_NODES": nodes},
             **{"PROCID": tasks - 1, "LOCALID": tasks // nodes - 1, "NODEID": nodes - 1},
@@ -37,11 +39,9 @@ def test_one_task_a_gpu_is_a_rank(step):
 
 
 @pytest.mark.parametrize("dp", [None, 8])
-def test_one_task_a_node_of_several_gpus_is_never_a_rank(step, monkeypatch, dp):
+def test_one_task_a_node_of_several_gpus_is_never_a_rank(step, dp):
     step(tasks=2, nodes=2)
     assert not adopt_rank(ParallelConfig(tp=2, dp=dp), gpus=8), "also where tp * pp = nodes"
-    monkeypatch.setenv("MASTER_ADDR", "node1")
-    monkeypatch.setenv("MASTER_PORT", "20000")
     assert my_share(ParallelConfig(tp=2, dp=dp), gpus=8) == Share(8, 8, 16, ("node1", 20000))
     with pytest.raises(UserError, match="but parallel.tp \\* pp \\* cp \\* dp = 2 needs 1 a node"):
         my_share(ParallelConfig(tp=2, dp=1), gpus=8)

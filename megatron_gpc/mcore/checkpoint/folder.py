@@ -11,16 +11,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_gpc.run.files import SUMS
+from megatron_gpc.run.files import SUMS, step_of_name
 
 PREFIX = "step_"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [
-        f for f in (run_dir / "checkpoints").glob(PREFIX + "*") if f.name[len(PREFIX) :].isdigit()
-    ]
+    names = (run_dir / "checkpoints").glob(PREFIX + "*")
+    found = [f for f in names if step_of_name(f.name) is not None]
     return sorted(found, key=step_of)
 
 

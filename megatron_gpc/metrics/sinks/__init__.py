@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from megatron_gpc import parts
 from megatron_gpc.config import LogConfig
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.files import read_json, replace_text
 
 SINKS_KEY = "log.sinks"
 
@@ -129,7 +129,7 @@ def tag(name: str) -> str:
 def page_id(run_dir: Path, sink: str, make: Callable[[], str]) -> str:
     """By which id a service knows this run: made once, and the same when the run is continued."""
     file = run_dir / PAGES
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = read_json(file) if file.exists() else {}
     if sink not in known:
         known[sink] = make()
         replace_text(file, json.dumps(known) + "\n")
