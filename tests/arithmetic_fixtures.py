@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,19 @@ def arguments(warm_start) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def reference_run(arguments, tmp_path_factory) -> Path:
-    """The folder of a run of one step and one process, with its plots."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    done = command_line(*arguments(run, "train.steps=1", "plots=true"))
-    assert done.returncode == 0, done.stderr
+    """The folder of a run of one step and one process, with its plots; only to be read.
+
+    Processes that share the tests share it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    run, finished = folder / "reference", folder / "reference.finished"
+    with (folder / "reference.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            done = command_line(*arguments(run, "train.steps=1", "plots=true"))
+            assert done.returncode == 0, done.stderr
+            finished.touch()
     return run
 
 

@@ -94,7 +94,7 @@ def test_a_process_that_stopped_or_died_is_replaced(monkeypatch):
     os.kill(comparer._process.pid, signal.SIGKILL)
     comparer._process.wait()
     assert comparer.equal("1/2", "0.5")
-    monkeypatch.setattr(mathematics, "DEADLINE_S", 0.5)
+    monkeypatch.setattr(mathematics, "DEADLINE_S", 0.1)
     os.killpg(comparer._process.pid, signal.SIGSTOP)
     assert not comparer.equal("1/2", "0.5"), "no answer in time"
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,21 @@ def commands_of_ci() -> list[str]:
     )  # fmt: skip
     lines = made.stdout.replace("\\\n", " ").splitlines()
     return [line for line in lines if "-m pytest" in line]
+
+
+def merged(commands: Sequence[str]) -> list[str]:
+    """The same tests in fewer commands: what one runs with `-m X` and another with `-m "not X"`
+    are all that it would run without."""
+    marks: dict[str, set[str]] = {}
+    for command in commands:
+        found = re.fullmatch(r"""(.* -m pytest\b.*) -m ([\w]+|"[\w ]+"|'[\w ]+')""", command)
+        rest, mark = (found[1], found[2].strip("\"'")) if found else (command, "")
+        marks.setdefault(rest, set()).add(mark)
+    return [
+        f"{rest} -m {shlex.quote(mark)}" if mark else rest
+        for rest, given in marks.items()
+        for mark in ({""} if any(f"not {mark}" in given for mark in given) else given)
+    ]
 
 
 def collected(command: str, into: Path) -> set[str]:
@@ -69,7 +84,7 @@ def written_in(file: str) -> Iterator[str]:
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_every_test_is_run_by_a_command_of_ci(tmp_path):
-    commands = commands_of_ci()
+    commands = merged(commands_of_ci())
     assert commands
     run = set().union(*(collected(c, tmp_path / f"{i}") for i, c in enumerate(commands)))
     files = [name for name in python_files() if name not in ELSEWHERE]
@@ -78,3 +93,9 @@ def test_every_test_is_run_by_a_command_of_ci(tmp_path):
     run_files = {test.split("::")[0] for test in run}
     forgotten = sorted(written - run) + sorted(written_files - run_files)
     assert not forgotten, "no command of .ci/run runs these"
+
+
+def test_only_commands_that_run_all_together_are_merged():
+    assert merged(["p -m pytest a -m slow", 'p -m pytest a -m "not slow"']) == ["p -m pytest a"]
+    alone = ["p -m pytest a -m slow", "p -m pytest b -m 'not slow'", "p -m pytest c"]
+    assert merged(alone) == alone
