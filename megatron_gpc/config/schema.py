@@ -26,6 +26,8 @@ from megatron_gpc.config.types import (
     Regions,
     Sinks,
     StopList,
+    Temperature,
+    TopK,
     Urls,
     section,
 )
@@ -176,7 +178,7 @@ class RolloutConfig:
     """G: samples a prompt; their mean reward is the baseline, so at least 2."""
     max_response_tokens: PositiveInt = 256
     """Responses are cut at this length."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; log-probs, ratios and entropies are those of this distribution."""
     stop: StopList | None = None
     """What ends an answer besides the tokenizer's eos and generation_config.json's: strings or
@@ -364,11 +366,11 @@ class EvalConfig:
     """Samples a prompt."""
     every: NonNegativeInt = 0
     """Evaluate every so many steps as well; 0: only before and after."""
-    temperature: PositiveFloat | None = None
+    temperature: Temperature | None = None
     """Sampling temperature; left out, rollout.temperature."""
     top_p: typing.Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw among the likeliest tokens that have this probability together; 1: among all."""
-    top_k: typing.Annotated[int, Field(ge=-1)] = -1
+    top_k: TopK = -1
     """Draw among so many likeliest tokens; -1: among all."""
     max_response_tokens: PositiveInt | None = None
     """Responses are cut at this length; left out, rollout.max_response_tokens."""

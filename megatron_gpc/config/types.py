@@ -25,7 +25,18 @@ NonNegativeInt = typing.Annotated[int, Field(ge=0)]
 PositiveFloat = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = typing.Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveShare = typing.Annotated[float, Field(gt=0, lt=1)]
+Temperature = typing.Annotated[float, Field(ge=1e-6, le=1e6)]
+"""Below, the embedded server takes the likeliest token; above, all tokens are equally likely."""
 FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("expected -1 (all tokens), or 1 or more")
+    return value
+
+
+TopK = typing.Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_not_zero)]
 
 
 def _http_url(value: str) -> str:

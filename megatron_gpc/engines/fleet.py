@@ -1,8 +1,9 @@
 """The engines that make rollouts: started or found, watched, started again, asked in turn.
 
 An engine is `ready` (answers, with the current weights), `stale` (answers, but has missed weights)
-or `down`.  One that dies is started again; with sync=disk it takes the current weights from the
-shared folder at once, otherwise at the next hand-over.  The run goes on while one engine is ready.
+or `down`.  One of our own that dies, or lives and is not healthy, is started again; with sync=disk
+it takes the current weights from the shared folder at once, otherwise at the next hand-over.  The
+run goes on while one engine is ready.
 
 All of it happens on an event loop in a thread of its own, so that samples can be made while the
 trainer trains.
@@ -45,6 +46,8 @@ CANCEL_S = 10.0
 """How long work that is called off may take to end [s]."""
 WATCH_S = 1.0
 """How often engines are looked at [s]."""
+UNHEALTHY_LOOKS = 3
+"""So often in a row an engine that was started here may say that it is not healthy."""
 LONG_S = 3600.0
 """Backstop for what has deadlines of its own [s]."""
 
@@ -70,6 +73,8 @@ class Engine:
     """What it has given up, see colocation.py."""
     problem: str = ""
     """Why it is down."""
+    unhealthy: int = 0
+    """How often in a row it was down and said, when asked, that it is not healthy."""
 
     def fail(self, error: BaseException) -> None:
         self.state, self.problem = "down", f"{self.url}: {error or type(error).__name__}"
@@ -200,20 +205,26 @@ class Fleet:
 
     async def _revive(self, engine: Engine) -> None:
         """Bring it back to `stale`, and with sync=disk to `ready`."""
-        if engine.process is not None and (engine.released or not engine.process.alive()):
+        process = engine.process
+        restart = process is not None and (engine.released or not process.alive())
+        if not restart and not await engine.client.health():
+            engine.unhealthy += 1
+            restart = process is not None and engine.unhealthy >= UNHEALTHY_LOOKS
+            if not restart:
+                return
+        engine.unhealthy = 0
+        if process is not None and restart:
             if self.counts["faults_restarts"] >= self.config.max_restarts:
                 return
             self.counts["faults_restarts"] += 1
             try:
-                await self.loop.run_in_executor(self._starters, engine.process.stop)
+                await self.loop.run_in_executor(self._starters, process.stop)
                 engine.released.clear()
                 port = int(engine.url.rpartition(":")[2])
                 engine.process = await self._launch(self.starter.engine, engine.number, port)
             except ServerError as error:
                 engine.fail(error)
                 return
-        elif not await engine.client.health():
-            return
         engine.state = "stale"
         if self.current is not None:
             folder, version = self.current

@@ -51,6 +51,7 @@ from megatron_gpc.server.protocol import (
     VersionBody,
 )
 from megatron_gpc.server.sampling import SamplingParams
+from megatron_gpc.server.sequence import RequestFailed
 from megatron_gpc.server.weight_receiver import WeightReceiver
 
 COMMAND_TIMEOUT_S = 600.0
@@ -119,7 +120,7 @@ class Server:
             await asyncio.wait_for(
                 asyncio.wrap_future(self.generator.submit([probe])), PROBE_TIMEOUT_S
             )
-        except (GeneratorEnded, FloatingPointError, TimeoutError):
+        except (GeneratorEnded, RequestFailed, FloatingPointError, TimeoutError):
             return Response(status_code=503)
         return Response()
 
@@ -360,7 +361,7 @@ class Server:
         app.exception_handler(RequestValidationError)(
             lambda http, error: _refused(_first_problem(error), 400)
         )
-        for failure in (GeneratorEnded, FloatingPointError):
+        for failure in (GeneratorEnded, RequestFailed, FloatingPointError):
             app.exception_handler(failure)(lambda http, error: _refused(str(error), 500))
         return app
 

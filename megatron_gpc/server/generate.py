@@ -18,6 +18,8 @@ def parse(
     body: GenerateBody, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[sequence.Request], list[bool], bool]:
     """Requests, which of them want log-probs, and whether they came as a single one."""
+    if [] in (body.text, body.sampling_params):
+        raise UserError("text and sampling_params must not be empty lists.")
     if body.input_ids is not None:
         single = not body.input_ids or isinstance(body.input_ids[0], int)
         prompts: list[Any] = [body.input_ids] if single else list(body.input_ids)

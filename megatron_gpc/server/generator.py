@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -26,7 +27,14 @@ from transformers import PreTrainedModel
 from megatron_gpc.errors import UserError
 from megatron_gpc.server import loading, sampling
 from megatron_gpc.server.cache import RowCache
-from megatron_gpc.server.sequence import ABORTED, Job, LiveSequence, Request, Result
+from megatron_gpc.server.sequence import (
+    ABORTED,
+    Job,
+    LiveSequence,
+    Request,
+    RequestFailed,
+    Result,
+)
 
 PauseMode = Literal["abort", "retract", "in_place"]
 MEMORY = {"weights", "kv_cache"}
@@ -98,6 +106,7 @@ class Generator:
         Raises:
             UserError: a prompt is empty, too long or has ids outside the vocabulary; in the Future:
                 a request's id is in flight.
+            RequestFailed, FloatingPointError: in the Future: the model or the draw failed on it.
         """
         for request in requests:
             self._check(request)
@@ -215,6 +224,9 @@ class Generator:
                 raise UserError(
                     f"{name} has values outside the vocabulary, 0 to {self.vocab_size - 1}."
                 )
+        held_back = self._end_tokens.union(request.params.stop_token_ids)
+        if request.params.min_new_tokens and len(held_back) >= self.vocab_size:
+            raise UserError("stop_token_ids has all tokens, and min_new_tokens holds them back.")
 
     # ---- on the generator's thread ----
 
@@ -225,12 +237,35 @@ class Generator:
                 while not self._closing:
                     self._obey()
                     if not self.paused:
-                        self._admit()
-                        self._decode()
+                        self._guard(self._admit, self._next_batch())
+                        self._guard(self._decode, self._running)
             self._end(GeneratorEnded("it was closed"))
         except Exception as error:  # a thread's boundary: those who wait must hear of it
             self._end(error)
             raise
+
+    def _guard(self, work: Callable[[list[LiveSequence]], None], batch: list[LiveSequence]) -> None:
+        """A pass over these sequences; if it fails, the thread and all other sequences go on.
+
+        A sequence that fails alone fails its request.  Of several nobody knows whose fault it is:
+        they are prefilled again one by one.  What the cache holds is not trusted any more.
+        """
+        if not batch:
+            return
+        batch = list(batch)
+        try:
+            work(batch)
+            return
+        except Exception as error:  # whatever the model, torch or the tokenizer raises
+            traceback.print_exc()
+            if len(batch) == 1:
+                (culprit,) = batch
+                culprit.job.fail(RequestFailed(f"request {culprit.request.rid}: {error!r}"))
+        for sequence in batch:
+            sequence.alone = True
+        self._retract([sequence for sequence in batch if sequence not in self._running])
+        self._cache.clear()
+        self._settle()
 
     def _obey(self) -> None:
         """Do what is in the inbox; if there is nothing else to do, wait for an entry."""
@@ -265,23 +300,29 @@ class Generator:
             sequence.versions.append((self.weight_version, 0))
         self._waiting.extend(job.sequences)
 
-    def _admit(self) -> None:
-        """One prefill pass over waiting sequences, first come first served.
-
-        Equal contexts, such as the samples of one prompt, are computed once.
-        """
+    def _next_batch(self) -> list[LiveSequence]:
+        """Take out the waiting sequences of one prefill pass, first come first served."""
         batch: list[LiveSequence] = []
-        rows: dict[tuple[int, ...], int] = {}  # context -> its row in the pass
+        contexts: set[tuple[int, ...]] = set()
         longest = 0
         while self._waiting and len(self._running) + len(batch) < self.max_running:
             context = self._waiting[0].context
             longest = max(longest, len(context))
-            if batch and (len(rows) + (context not in rows)) * longest > MAX_PREFILL_TOKENS:
+            if batch and (
+                batch[-1].alone
+                or self._waiting[0].alone
+                or len(contexts | {context}) * longest > MAX_PREFILL_TOKENS
+            ):
                 break
-            rows.setdefault(context, len(rows))
+            contexts.add(context)
             batch.append(self._waiting.popleft())
-        if not batch:
-            return
+        return batch
+
+    def _admit(self, batch: list[LiveSequence]) -> None:
+        """One prefill pass; equal contexts, as of samples of one prompt, are computed once."""
+        rows: dict[tuple[int, ...], int] = {}  # context -> its row in the pass
+        for sequence in batch:
+            rows.setdefault(sequence.context, len(rows))
         longest = max(map(len, rows))
         ids = np.zeros((len(rows), longest), dtype=np.int64)
         for context, row in rows.items():
@@ -293,13 +334,11 @@ class Generator:
         self._running += batch
         self._take(batch, logits_BV[sources])
 
-    def _decode(self) -> None:
+    def _decode(self, batch: list[LiveSequence]) -> None:
         """One more token for every running sequence."""
-        if not self._running:
-            return
         self._cache.open_step()
-        ids = torch.tensor([[sequence.tokens[-1]] for sequence in self._running])
-        self._take(self._running, self._forward(ids))
+        ids = torch.tensor([[sequence.tokens[-1]] for sequence in batch])
+        self._take(batch, self._forward(ids))
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[rows, V] fp32 logits of the last column of `ids`; the cache's window gets its keys."""
@@ -329,29 +368,41 @@ class Generator:
         for sequence, token, logprob in zip(
             sequences, tokens.tolist(), logprobs.tolist(), strict=True
         ):
-            sequence.append(token, logprob)
+            try:
+                sequence.append(token, logprob)
+            except Exception as error:  # of the tokenizer, which looks for stop texts
+                rid = sequence.request.rid
+                sequence.job.fail(RequestFailed(f"request {rid}: stop: {error!r}"))
         self._settle()
 
     def _settle(self) -> None:
-        """Answer for finished sequences and take them out."""
-        alive = [row for row, sequence in enumerate(self._running) if sequence.finish is None]
-        if len(alive) == len(self._running):
-            return
-        done = [sequence for sequence in self._running if sequence.finish is not None]
-        self._running = [self._running[row] for row in self._cache.keep(alive)]
-        for sequence in done:
-            sequence.job.one_finished()
+        """Answer for sequences that are over and take them out."""
+        alive = [row for row, sequence in enumerate(self._running) if not sequence.over]
+        if len(alive) < len(self._running):
+            done = [sequence for sequence in self._running if sequence.over]
+            self._running = [self._running[row] for row in self._cache.keep(alive)]
+            for sequence in done:
+                sequence.job.one_finished()
+        ended = [sequence for sequence in self._waiting if sequence.over]
+        if ended:
+            self._waiting = deque(sequence for sequence in self._waiting if not sequence.over)
+            for sequence in ended:
+                sequence.job.one_finished()
 
     def _pause(self, mode: PauseMode) -> None:
         self.paused = True
         if mode == "abort":
             self._abort(lambda sequence: True)
         elif mode == "retract":
-            for sequence in self._running:
-                sequence.num_retractions += 1
-            self._waiting.extendleft(reversed(self._running))
-            self._running = []
-            self._cache.keep([])
+            self._retract([])
+
+    def _retract(self, others: list[LiveSequence]) -> None:
+        """Have running sequences, and these others, wait again, before all that wait."""
+        for sequence in self._running:
+            sequence.num_retractions += 1
+        self._waiting.extendleft(reversed([*self._running, *others]))
+        self._running = []
+        self._cache.keep([])
 
     def _resume(self) -> None:
         self.paused = False
@@ -361,10 +412,6 @@ class Generator:
             if chosen(sequence):
                 sequence.finish = ABORTED
         self._settle()
-        ended = [sequence for sequence in self._waiting if sequence.finish is not None]
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.finish is None)
-        for sequence in ended:
-            sequence.job.one_finished()
 
     def _flush(self) -> bool:
         if self._running:

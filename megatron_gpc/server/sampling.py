@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,17 @@ from megatron_gpc.errors import UserError
 
 GREEDY_BELOW = 1e-6
 """Temperatures below this mean: take the most likely token."""
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a UTF-16 pair, which JSON can say and nothing can encode."""
+MOST_TEMPERATURE = 1e6
+"""Above it all tokens are equally likely, in fp32."""
+MOST_TOKENS = 2**31 - 1
+"""No context and no vocabulary has more."""
+MOST_SAMPLES = 4096
+"""Of one prompt."""
+MOST_STOP_TEXTS = 256
+MOST_STOP_LENGTH = 4096
+"""Characters of one stop text; every token is held against so many bytes before it."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +71,7 @@ class SamplingParams:
             stop_token_ids=tuple(params.stop_token_ids),
             stop=(params.stop,) if isinstance(params.stop, str) else tuple(params.stop),
         )
-        if not (math.isfinite(params.temperature) and params.temperature >= 0):
-            raise UserError(
-                f"temperature must be a non-negative finite number, got {params.temperature}."
-            )
-        if not 0 < params.top_p <= 1:
-            raise UserError(f"top_p must be in (0, 1], got {params.top_p}.")
-        if params.top_k != -1 and params.top_k < 1:
-            raise UserError(f"top_k must be -1 (all tokens) or at least 1, got {params.top_k}.")
-        if params.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {params.max_new_tokens}.")
-        if not 0 <= params.min_new_tokens <= params.max_new_tokens:
-            raise UserError(
-                "min_new_tokens must be in [0, max_new_tokens="
-                f"{params.max_new_tokens}], got {params.min_new_tokens}."
-            )
-        if params.n < 1:
-            raise UserError(f"n must be at least 1, got {params.n}.")
-        if params.sampling_seed is not None and not 0 <= params.sampling_seed < 2**64:
-            raise UserError(f"sampling_seed must be in [0, 2**64), got {params.sampling_seed}.")
+        _check_values(params)
         return params
 
     @property
@@ -94,24 +87,69 @@ def _check_types(params: SamplingParams) -> None:
         elif name == "stop":
             texts = [value] if isinstance(value, str) else value
             right = isinstance(texts, list | tuple) and all(
-                isinstance(text, str) and text for text in texts
+                isinstance(text, str) and text and not LONE_SURROGATE.search(text) for text in texts
             )
         elif name == "sampling_seed":
             right = value is None or type(value) is int
         else:
             right = type(value) in wanted.get(name, (int,))
         if not right:
-            raise UserError(f"sampling_params: {name} has the wrong type: {value!r}")
+            raise UserError(f"sampling_params: {name} has the wrong type: {_shown(value)}")
 
 
-def uniforms(seed: int, sample_index: int, count: int) -> np.ndarray:
-    """[count] float64 in [0, 1): number i decides token i of a sample.
+def _check_values(params: SamplingParams) -> None:
+    """Comparisons only, which every int and float can do: 10**400 is no float, and NaN fails."""
+    seed = params.sampling_seed
+    for name, right, must in (
+        ("temperature", 0 <= params.temperature < float("inf"), "be a non-negative finite number"),
+        ("temperature", params.temperature <= MOST_TEMPERATURE, f"be at most {MOST_TEMPERATURE:g}"),
+        ("top_p", 0 < params.top_p <= 1, "be in (0, 1]"),
+        (
+            "top_k",
+            params.top_k == -1 or 1 <= params.top_k <= MOST_TOKENS,
+            "be -1 (all tokens) or from 1 to 2**31 - 1",
+        ),
+        ("max_new_tokens", 1 <= params.max_new_tokens <= MOST_TOKENS, "be from 1 to 2**31 - 1"),
+        (
+            "min_new_tokens",
+            0 <= params.min_new_tokens <= params.max_new_tokens,
+            f"be in [0, max_new_tokens={params.max_new_tokens}]",
+        ),
+        ("n", 1 <= params.n <= MOST_SAMPLES, f"be from 1 to {MOST_SAMPLES}"),
+        ("sampling_seed", seed is None or 0 <= seed < 2**64, "be in [0, 2**64)"),
+    ):
+        if not right:
+            raise UserError(f"{name} must {must}, got {_shown(getattr(params, name))}.")
+    if len(params.stop) > MOST_STOP_TEXTS or any(len(t) > MOST_STOP_LENGTH for t in params.stop):
+        raise UserError(
+            f"stop must have at most {MOST_STOP_TEXTS} texts of at most {MOST_STOP_LENGTH} "
+            "characters."
+        )
+
+
+def _shown(value: object) -> str:
+    """For an error, at most so long that it stays one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Uniforms:
+    """float64 in [0, 1): number i decides token i of a sample.
 
     They depend on the seed, the sample's index among the `n` of its request, and i alone: Philox
-    is a counter-based generator, keyed here by seed and index, counting token positions.
+    is a counter-based generator, keyed here by seed and index, counting token positions.  They are
+    made as they are needed, so that a sample that may be long costs nothing yet.
     """
-    bits = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)).random_raw(count)
-    return (bits >> np.uint64(11)) * 2.0**-53
+
+    def __init__(self, seed: int, sample_index: int):
+        self._philox = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64))
+        self._made: list[float] = []
+
+    def __getitem__(self, i: int) -> float:
+        while i >= len(self._made):
+            bits = self._philox.random_raw(64)
+            self._made += ((bits >> np.uint64(11)) * 2.0**-53).tolist()
+        return self._made[i]
 
 
 def draw(

@@ -9,9 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from megatron_gpc.server.sampling import SamplingParams, uniforms
+from megatron_gpc.server.sampling import SamplingParams, Uniforms
 
 ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 """Finish reason of a sample that somebody ended, as SGLang reports it."""
@@ -45,6 +43,10 @@ class Result:
     num_retractions: int
 
 
+class RequestFailed(RuntimeError):
+    """The generator could not do this request; it goes on with the others."""
+
+
 class Job:
     """Requests that came together and are answered together."""
 
@@ -71,6 +73,7 @@ class Job:
             self._future.set_result([sequence.result() for sequence in self.sequences])
 
     def fail(self, error: BaseException) -> None:
+        """Answer with the error; the samples that still wait or run are `over`."""
         if not self.failed:
             self.failed = True
             self._future.set_exception(error)
@@ -90,19 +93,19 @@ class LiveSequence:
     """(version, index of the first token that it could make), in order."""
     finish: dict[str, Any] | None = None
     num_retractions: int = 0
+    alone: bool = False
+    """It was in a pass that failed, with others; prefilled alone, it shows whose fault it is."""
 
     def __post_init__(self) -> None:
         params = self.request.params
         self.stop = frozenset() if params.ignore_eos else self.end_tokens | {*params.stop_token_ids}
-        if params.greedy:
-            self.uniforms = np.zeros(params.max_new_tokens)
-        else:
-            seed = params.sampling_seed
-            self.uniforms = uniforms(
-                secrets.randbits(64) if seed is None else seed,
-                self.sample_index,
-                params.max_new_tokens,
-            )
+        seed = params.sampling_seed
+        self.uniforms = Uniforms(secrets.randbits(64) if seed is None else seed, self.sample_index)
+
+    @property
+    def over(self) -> bool:
+        """Nothing is to be drawn any more."""
+        return self.finish is not None or self.job.failed
 
     @property
     def context(self) -> tuple[int, ...]:
@@ -112,7 +115,6 @@ class LiveSequence:
     def append(self, token: int, logprob: float) -> None:
         """As in SGLang, the length is checked first: a stop token at the limit counts as length."""
         if not math.isfinite(logprob):
-            self.finish = ABORTED
             self.job.fail(
                 FloatingPointError(
                     f"request {self.request.rid}: the model's output is not finite at token "

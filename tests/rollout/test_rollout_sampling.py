@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.server.sampling import SamplingParams, draw, uniforms
+from megatron_gpc.server.sampling import SamplingParams, Uniforms, draw
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 
@@ -68,10 +68,15 @@ def test_the_largest_uniform_draws_a_token_that_is_possible():
 
 
 def test_uniforms_follow_from_seed_index_and_position_alone():
-    long = uniforms(7, 0, 1000)
-    assert np.array_equal(uniforms(7, 0, 10), long[:10])
-    assert not np.intersect1d(long, uniforms(7, 1, 1000)).size
-    assert not np.intersect1d(long, uniforms(8, 0, 1000)).size
+    def first(count: int, seed: int, index: int) -> np.ndarray:
+        made = Uniforms(seed, index)
+        return np.array([made[i] for i in range(count)])
+
+    long = first(1000, 7, 0)
+    assert Uniforms(7, 0)[999] == long[999]
+    assert np.array_equal(first(10, 7, 0), long[:10])
+    assert not np.intersect1d(long, first(1000, 7, 1)).size
+    assert not np.intersect1d(long, first(1000, 8, 0)).size
     assert long.min() >= 0 and long.max() < 1 and abs(long.mean() - 0.5) < 0.05
 
 
