@@ -53,7 +53,9 @@ def _serve(rank: int, world: int, cuda: bool, store: str, inbox: Any, outbox: An
     # Saving a checkpoint starts a process in every rank, and daemons may have none.
     mp.current_process()._config["daemon"] = False
     cpu.install()
-    if cuda:
+    if cuda:  # by kernels that give the same bits every time, for tests that compare bits
+        os.environ.update(NVTE_ALLOW_NONDETERMINISTIC_ALGO="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
         torch.cuda.set_device(rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",

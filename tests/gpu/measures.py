@@ -1,0 +1,370 @@
+"""The measurements of tests/gpu/check.py: kernels, attention, whole training steps.
+
+Times are medians, in milliseconds; memory is what a way took beside what was there before, in GiB,
+and 0 without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_gpc.kernels.vocab_parallel import token_stats
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+VOCAB, HIDDEN = (151_936, 3584) if CUDA else (1000, 64)
+SHAPES = {  # layers, hidden, heads, groups, feed-forward: those of Qwen2.5
+    "0.5B": (24, 896, 14, 2, 4864),
+    "1.5B": (28, 1536, 12, 2, 8960),
+}
+SMALL = (2, 64, 4, 2, 128)
+EXACT = 2e-2
+"""Largest relative difference from float64 of what bf16 logits give: their gradient is bf16."""
+
+
+def timed(work: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
+    """{"ms", "GiB"} of a call, after a first that warms up."""
+    work()
+    taken, before = [], 0
+    if CUDA:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        work()
+        if CUDA:
+            torch.cuda.synchronize()
+        taken.append(1e3 * (time.perf_counter() - begin))
+    peak = torch.cuda.max_memory_allocated() - before if CUDA else 0
+    return {"ms": statistics.median(taken), "GiB": peak / 2**30}
+
+
+def or_memory(work: Callable[[], Any]) -> dict[str, Any]:
+    """`timed`, or that the GPU's memory did not do."""
+    try:
+        return timed(work)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    finally:
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def ceilings() -> dict[str, Any]:
+    """What the card gives at best: a bf16 matrix product, and a copy."""
+    n = 8192 if CUDA else 256
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in "ab")
+    source = torch.empty(2**31 if CUDA else 2**20, device=DEVICE, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product, copy = timed(lambda: a @ b), timed(lambda: target.copy_(source))
+    return {
+        "product_TFLOPs": 2 * n**3 / product["ms"] / 1e9,
+        "copy_TB_s": 2 * source.nbytes / copy["ms"] / 1e9,
+    }
+
+
+def naive(
+    logits_TV: torch.Tensor, targets_T: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy, as everyone writes them; in the type of the logits."""
+    logp_TV = (logits_TV / temperature).log_softmax(-1)
+    entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
+    return logp_TV.gather(1, targets_T[:, None])[:, 0], entropy_T
+
+
+def exactness() -> dict[str, Any]:
+    """token_stats against float64: values, and gradients of both through a padded vocabulary.
+
+    Raises:
+        AssertionError: a difference is beyond EXACT.
+    """
+    torch.manual_seed(0)
+    count, padding, temperature = 64, 128, 0.7
+    padded_TV = (2 * torch.randn(count, VOCAB + padding, device=DEVICE)).bfloat16()
+    targets_T = torch.randint(VOCAB, (count,), device=DEVICE)
+    weights_T, entropy_weights_T = (torch.randn(count, device=DEVICE) for _ in range(2))
+
+    exact_TV = padded_TV[:, :VOCAB].double().requires_grad_()
+    logp_T, entropy_T = naive(exact_TV, targets_T, temperature)
+    (logp_T @ weights_T.double() + entropy_T @ entropy_weights_T.double()).backward()
+    padded_TV.requires_grad_()
+    stats = token_stats(
+        padded_TV, targets_T, vocab_size=VOCAB, temperature=temperature, entropy_grad=True
+    )
+    (stats.logp_T @ weights_T + stats.entropy_T @ entropy_weights_T).backward()
+    assert padded_TV.grad is not None and exact_TV.grad is not None
+    found = {
+        "logp": _apart(stats.logp_T, logp_T),
+        "entropy": _apart(stats.entropy_T, entropy_T),
+        "gradient": _apart(padded_TV.grad[:, :VOCAB], exact_TV.grad),
+        "gradient_of_padding": float(padded_TV.grad[:, VOCAB:].abs().max()),
+    }
+    assert max(found.values()) < EXACT, found
+    return found
+
+
+def _apart(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+def head() -> dict[str, Any]:
+    """LM head, log-prob and entropy, forward and backward, beside its three bare products."""
+    found: dict[str, Any] = {}
+    for count in (2048, 8192) if CUDA else (64,):
+        for name, work in _heads(count).items():
+            found[f"T={count} {name}"] = or_memory(work)
+    return found
+
+
+def _heads(count: int) -> dict[str, Callable[[], None]]:
+    hidden_TD = torch.randn(count, HIDDEN, device=DEVICE).bfloat16().requires_grad_()
+    weight_VD = torch.randn(VOCAB, HIDDEN, device=DEVICE).div(HIDDEN**0.5).bfloat16()
+    weight_VD.requires_grad_()
+    targets_T = torch.randint(VOCAB, (count,), device=DEVICE)
+    weights_T = torch.randn(count, device=DEVICE)
+
+    def products() -> None:
+        hidden, weight = hidden_TD.detach(), weight_VD.detach()
+        logits_TV = hidden @ weight.T
+        logits_TV @ weight
+        logits_TV.T @ hidden
+
+    def both(logp: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            (logp(hidden_TD @ weight_VD.T) * weights_T).sum().backward()
+            hidden_TD.grad = weight_VD.grad = None
+
+        return work
+
+    def ours(chunk: int) -> Callable[[], None]:
+        options: dict[str, Any] = {"vocab_size": VOCAB, "chunk_tokens": chunk}
+        return both(lambda logits_TV: token_stats(logits_TV, targets_T, **options).logp_T)
+
+    def full(of: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+        return both(lambda logits_TV: of(logits_TV.float(), targets_T)[0])
+
+    ways = {"products": products, "token_stats 1024": ours(1024), "token_stats 256": ours(256)}
+    ways["naive"] = full(naive)
+    if CUDA:
+        ways["naive compiled"] = full(torch.compile(naive))
+    return ways
+
+
+def attention() -> dict[str, Any]:
+    """Packed attention as it is computed without transformer-engine, and torch's varlen_attn.
+
+    A layer of 7B: 28 heads, 4 groups; 10 sequences of 300 to 3,000 tokens.
+    """
+    from megatron_gpc.mcore import cpu
+
+    cpu.install()
+    from megatron_gpc.mcore.attention import attention as ours
+
+    torch.manual_seed(0)
+    heads, groups, size = 28, 4, 128
+    lengths = torch.randint(300, 3000, (10,)).tolist() if CUDA else [5, 7, 9]
+    found: dict[str, Any] = {"tokens": sum(lengths)}
+
+    def draw(dtype: torch.dtype) -> list[torch.Tensor]:
+        shapes = ((sum(lengths), n, size) for n in (heads, groups, groups))
+        return [torch.randn(s, device=DEVICE, dtype=dtype, requires_grad=True) for s in shapes]
+
+    def loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        each = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        outputs = (ours(*(x[None].transpose(1, 2) for x in one), None, None) for one in each)
+        return torch.cat([output[0].transpose(0, 1) for output in outputs])
+
+    parts = draw(torch.bfloat16)
+    found["bf16, a call a sequence"] = or_memory(lambda: loop(*parts).sum().backward())
+    single = draw(torch.float32)
+    found["fp32, a call a sequence"] = or_memory(lambda: loop(*single).sum().backward())
+    longest = max(lengths)
+    query, key, value = (x[None, :longest].transpose(1, 2).detach() for x in parts)
+    seen = torch.ones(longest, longest, dtype=torch.bool, device=DEVICE).tril()
+    found["bf16 with a mask"] = or_memory(lambda: ours(query, key, value, seen, None))
+    masked = ours(query, key, value, seen, None)
+    plain = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    found["mask against causal"] = float((masked - plain).abs().max())
+    if CUDA:
+        found |= _varlen(parts, lengths, loop)
+    return found
+
+
+def _varlen(parts: list[torch.Tensor], lengths: list[int], loop: Any) -> dict[str, Any]:
+    """What a call for the whole pack would give (torch 2.10 has it, and changed its arguments)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        return {"varlen_attn": {"failed": str(error)}}
+    begins = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    query, key, value = parts
+    repeat = query.shape[1] // key.shape[1]
+    where = (begins, begins, max(lengths), max(lengths))
+
+    def call() -> torch.Tensor:
+        copies = (x.repeat_interleave(repeat, 1) for x in (key, value))
+        try:
+            return varlen_attn(query, *copies, *where, is_causal=True)
+        except TypeError:
+            return varlen_attn(query, *copies, *where, window_size=(-1, 0))
+
+    try:
+        apart = float((call() - loop(*parts)).abs().max())
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        return {"varlen_attn": {"failed": str(error)[:300]}}
+    found = or_memory(lambda: call().sum().backward())
+    return {"varlen_attn": {**found, "against a call a sequence": apart}}
+
+
+# ---- training steps ----
+
+
+def steps() -> dict[str, Any]:
+    """Scoring and updates of models with random weights, as a run makes them, on one process.
+
+    Also what met faults of megatron-core without transformer-engine: experts, a replicated
+    optimizer, and the optimizer's state for a checkpoint.
+    """
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    from megatron_gpc.run.launch import free_port
+
+    os.environ["MASTER_PORT"] = str(free_port())
+    from megatron_gpc.mcore import cpu
+
+    cpu.install()
+    from megatron_gpc.mcore.native import uses_transformer_engine
+
+    found: dict[str, Any] = {"transformer-engine": uses_transformer_engine(torch.bfloat16)}
+    small = {"small, replicated": (_dense(SMALL), ["optim.distributed=false"])}
+    small["small, experts"] = (_experts(), [])
+    real = {name: (_dense(shape), []) for name, shape in SHAPES.items()} if CUDA else {}
+    for name, (hf, overrides) in {**small, **real}.items():
+        with TemporaryDirectory() as folder, _policy(Path(folder), hf, overrides) as made:
+            found[name] = _step(*made, hf, real=name in real)
+    return found
+
+
+def _dense(shape: tuple[int, ...]) -> dict[str, Any]:
+    layers, hidden, heads, groups, width = shape
+    return {
+        **{"model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": hidden},
+        **{"intermediate_size": width, "num_hidden_layers": layers},
+        **{"num_attention_heads": heads, "num_key_value_heads": groups},
+        **{"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6},
+        **{"hidden_act": "silu", "tie_word_embeddings": True},
+    }
+
+
+def _experts() -> dict[str, Any]:
+    return {
+        **_dense(SMALL),
+        **{"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        **{"decoder_sparse_step": 1, "norm_topk_prob": False, "mlp_only_layers": []},
+        "tie_word_embeddings": False,
+    }
+
+
+@contextmanager
+def _policy(folder: Path, hf: dict[str, Any], overrides: list[str]) -> Iterator[tuple[Any, Any]]:
+    from megatron_gpc.config.file import load
+    from megatron_gpc.mcore.policy import Policy
+    from megatron_gpc.mcore.setup import process_groups
+    from megatron_gpc.weights import family_of
+
+    (folder / "config.yaml").write_text(
+        f"run_dir: {folder}/run\nmodel: {{hf: {folder}, dtype: bfloat16}}\n"
+        "data: {prompts: none, verifier: addition}\n"
+        "rollout: {max_response_tokens: 4096}\n"
+        "train: {micro_batch_size: 8, micro_batch_tokens: 8192, mini_batches: 2, epochs: 1}\n"
+    )
+    config = load(folder / "config.yaml", overrides)
+    with process_groups(config):
+        policy = Policy(config, family_of(hf).model_fields(hf))
+        policy.weights_changed()
+        yield config, policy
+
+
+def _step(config: Any, policy: Any, hf: dict[str, Any], real: bool) -> dict[str, Any]:
+    from megatron_gpc.batching import mini_batches, token_streams
+    from megatron_gpc.doctor.memory import GIB, estimate
+    from megatron_gpc.mcore.policy import UPDATE_MAXIMA
+    from megatron_gpc.mcore.setup import device
+    from megatron_gpc.metrics.reduce import Sums
+    from megatron_gpc.types import Bounds
+
+    batch = _rollout(16 if real else 4, (500, 4000) if real else (4, 12))
+    ones_T = torch.ones_like(batch.rollout_logp_T)
+
+    def step() -> dict[str, float]:
+        updated: dict[str, float] = {}
+        scored = policy.score(batch)
+        streams = token_streams(batch, scored.logp_T, ones_T)
+        sums = Sums(policy.update_means, UPDATE_MAXIMA, device())
+        for samples in mini_batches(batch.num_samples, 2, 1, 0, 1):
+            updated = policy.update(batch, samples, streams, Bounds(0.0, 1.2, 0.0, 0.8), sums)
+        return updated
+
+    updated = step()
+    assert not updated["skipped"], updated
+    policy.optimizer.state_dict()  # as a checkpoint asks for it
+    found: dict[str, Any] = {
+        "devices": sorted({p.device.type for m in policy.models for p in m.parameters()}),
+        "grad_norm": updated["grad_norm"],
+    }
+    assert found["devices"] == [DEVICE], found
+    measured = timed(step, rounds=1)
+    parameters = sum(p.numel() for m in policy.models for p in m.parameters())
+    tokens = int(batch.tokens.numel())
+    # 2 operations a parameter and token to score, 6 to train
+    flops = 8 * parameters * tokens
+    found |= {"tokens": tokens, "ms": measured["ms"], "TFLOPs": flops / measured["ms"] / 1e9}
+    if real:
+        found["peak_GiB"] = torch.cuda.max_memory_allocated() / GIB
+        found["estimated_GiB"] = estimate(config, hf, 1).trainer / GIB
+        found |= _profile(step)
+    return found
+
+
+def _rollout(count: int, lengths: tuple[int, int]) -> Any:
+    from megatron_gpc.batching import pack
+    from megatron_gpc.types import Prompt, Sample
+
+    draw, samples, prompt = torch.Generator().manual_seed(0), [], 200 if CUDA else 3
+    for index in range(count):
+        length = int(torch.randint(*lengths, (), generator=draw))
+        drawn = torch.randint(VOCAB, (prompt + length,), generator=draw).tolist()
+        samples.append(
+            Sample(
+                Prompt(index // 2, "", tuple(drawn[:prompt]), None),
+                *(index % 2, tuple(drawn[prompt:]), (-11.9,) * length, "", "stop"),
+                weight_versions=(("0", 0, length),),
+            )
+        )
+    return pack(samples, torch.tensor([1.0, -1.0] * (count // 2)))
+
+
+def _profile(step: Callable[[], Any]) -> dict[str, Any]:
+    """The kernels that take longest, and how often the host waits for the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        step()
+    events = profiled.key_averages()
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:15]
+    return {
+        "host_syncs": sum(event.count for event in events if "Synchronize" in event.key),
+        "kernels_ms": {e.key[:60]: round(e.self_device_time_total / 1e3, 1) for e in longest},
+    }

@@ -1,0 +1,46 @@
+"""tests/gpu/check.sh runs small without a GPU, so that it does not rot until one is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+
+def check(folder, *parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [ROOT / "tests" / "gpu" / "check.sh", folder]
+    if parts:
+        command = [sys.executable, ROOT / "tests" / "gpu" / "check.py", "--out", folder, *parts]
+    search = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+    given = {"PYTHON": sys.executable, "PYTHONPATH": search, **environment}
+    return subprocess.run(
+        command, env={**os.environ, **given}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_every_part_comes_to_its_end(tmp_path):
+    done = check(tmp_path / "found")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found" / "found.json").read_text())
+    assert [name for name, result in found.items() if "error" in result] == []
+    assert found["machine"]["found"]["torch"] in (tmp_path / "found" / "found.txt").read_text()
+    steps = found["steps"]["found"]
+    assert all(steps[f"small, {what}"]["devices"] for what in ("replicated", "experts"))
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"found.json", "found.txt"}
+
+
+def test_a_part_that_fails_is_told_and_costs_no_other(tmp_path):
+    broken = tmp_path / "site" / "megatron" / "core" / "__init__.py"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("raise ImportError('not for this machine')")
+    search = os.pathsep.join([str(tmp_path / "site"), str(ROOT), *sys.path])
+    done = check(tmp_path / "found", "steps", "machine", PYTHONPATH=search)
+    assert done.returncode == 1
+    found = json.loads((tmp_path / "found" / "found.json").read_text())
+    assert "not for this machine" in found["steps"]["error"]
+    assert found["machine"]["found"]["gpu"]
