@@ -228,8 +228,8 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     with many_imports():
         import torch
 
-        from megatron_gpc.continued import consequences
-        from megatron_gpc.preflight import check_training  # noqa: F401 - for _check
+        from megatron_gpc.doctor.continued import consequences
+        from megatron_gpc.doctor.preflight import check_training  # noqa: F401 - for _check
         from megatron_gpc.run.folder import make_model, prepare
         from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
         from megatron_gpc.run.placement import adopt_rank, my_share
@@ -284,8 +284,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # `job.sh stacks` sends it to all of a job
     with many_imports():
+        from megatron_gpc.doctor.preflight import check_serving
         from megatron_gpc.engines.serve import serve
-        from megatron_gpc.preflight import check_serving
 
     config = load(arguments.config, arguments.overrides)
     check_serving(config)
@@ -330,7 +330,7 @@ def _check(config: Config) -> bool:
     Returns:
         Whether that was all of it: model.build may have yet to make the model.
     """
-    from megatron_gpc.preflight import check_training
+    from megatron_gpc.doctor.preflight import check_training
 
     return check_training(config, lambda text: say(f"warning: {text}"), whole=_is_first())
 
@@ -366,11 +366,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
             sglang_python = config.sglang.python or Path(sys.executable)
     with many_imports():
         from megatron_gpc.doctor.run import examine
-        from megatron_gpc.preflight import check_training
 
     return examine(
         config,
-        check_training,
         shared=arguments.shared,
         ports=arguments.ports,
         sglang_python=sglang_python,

@@ -21,13 +21,12 @@ import torch
 from rich.progress import track
 
 from megatron_gpc.config import Config
+from megatron_gpc.doctor.preflight import check_evaluation
 from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.errors import UserError
-from megatron_gpc.evaluation_file import evaluation_of, file_for
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
-from megatron_gpc.preflight import check_evaluation, check_weights
 from megatron_gpc.rewards.judging import Judge
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.evaluation import (
@@ -38,12 +37,14 @@ from megatron_gpc.rollout.evaluation import (
     right_P,
     score_means,
 )
+from megatron_gpc.rollout.evaluation_file import evaluation_of, file_for
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.rollout.tokenizer import special_tokens
 from megatron_gpc.run.files import SUMS, replace_text
 from megatron_gpc.run.say import say
 from megatron_gpc.types import Prompt, Sample
+from megatron_gpc.weights import check_weights
 from megatron_gpc.weights.convert import find_hf, megatron_to_hf
 from megatron_gpc.weights.folders import is_converted
 

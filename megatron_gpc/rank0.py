@@ -25,7 +25,6 @@ from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.metrics.reporter import Reporter
-from megatron_gpc.preflight import check_weights
 from megatron_gpc.rewards.judging import Judge
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.evaluation import (
@@ -44,7 +43,7 @@ from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import mark
 from megatron_gpc.run.watchdog import save_mini_batch
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TokenStreams, TrainState
-from megatron_gpc.weights import carry_over, write_single
+from megatron_gpc.weights import carry_over, check_weights, write_single
 from megatron_gpc.weights.convert import hf_tensors
 from megatron_gpc.weights.folders import hf_folder, is_converted
 from megatron_gpc.weights.megatron_files import MegatronReader

@@ -30,10 +30,9 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from megatron_gpc import parts
 from megatron_gpc.algo.clipping import Line, affine_bounds, mix
 from megatron_gpc.algo.target import TargetSchedule
-from megatron_gpc.config import ClipConfig
+from megatron_gpc.config import ClipConfig, parts
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.types import Bounds
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -11,23 +11,21 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.layout import check_batch, model_parallel_size, world_size
 from megatron_gpc.doctor.finding import Finding
 from megatron_gpc.doctor.memory import GIB, estimate
+from megatron_gpc.doctor.preflight import check_training
 from megatron_gpc.errors import UserError
 from megatron_gpc.run import environment
 from megatron_gpc.weights.folders import read_hf_config
 
 
-def plan(
-    config: Config, check: Callable[[Config, Callable[[str], object]], object]
-) -> Iterator[Finding]:
+def plan(config: Config, whole: bool) -> Iterator[Finding]:
     """Whether the configuration can run here.
 
     Args:
-        check: raises UserError if `megatron-gpc train` would refuse it; tells its second
-            argument what else there is to know.
+        whole: also read what one of several processes reads for all, see `check_training`.
     """
     told: list[str] = []
     try:
-        check(config, told.append)
+        check_training(config, told.append, whole)
         yield Finding("configuration", "ok", "accepted, model included")
         yield from (Finding("prompts", "note", text) for text in told)
     except UserError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gpc.config import Config
@@ -27,7 +27,6 @@ from megatron_gpc.metrics.tables import print_table
 
 def examine(
     config: Config | None,
-    check: Callable[[Config, Callable[[str], object], bool], object],
     *,
     shared: Sequence[Path],
     ports: Sequence[int],
@@ -38,7 +37,6 @@ def examine(
 
     Args:
         config: to hold the nodes against; None: none.
-        check: preflight.check_training.
         shared: folders that all nodes must share.
         ports: that must be free on every node.
         sglang_python: interpreter of SGLang's environment, if that is to be looked at.
@@ -55,7 +53,7 @@ def examine(
     own = software(sglang_python, broadcast)
     own += machine(place.address, ports if place.local_rank == 0 else ())
     if config is not None:
-        own += plan(config, lambda config, say: check(config, say, place.rank == 0))
+        own += plan(config, whole=place.rank == 0)
     if place.world == 1:
         own += [shared_folder(None, folder) for folder in shared]
         advice = "start it with srun on every node to look at the network"

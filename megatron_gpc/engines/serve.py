@@ -33,7 +33,7 @@ def serve(config: Config, stop: StopRequest) -> None:
     node.
 
     Args:
-        config: one that preflight.check_serving accepts.
+        config: one that doctor.preflight.check_serving accepts.
 
     Raises:
         UserError: engines cannot start here, or the model is not there in time.

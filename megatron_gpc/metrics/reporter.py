@@ -8,8 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from megatron_gpc import parts
-from megatron_gpc.config import Config
+from megatron_gpc.config import Config, parts
 from megatron_gpc.config.file import plain
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.metrics.console import Console

@@ -16,9 +16,9 @@ import numpy as np
 import yaml
 
 from megatron_gpc.config.file import flatten
+from megatron_gpc.config.parts import short
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import EVAL_NAME, read_metrics
-from megatron_gpc.parts import short
 
 PLOT_NAME = "plots.png"
 """Where a run's own picture lies in its folder."""

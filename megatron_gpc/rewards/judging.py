@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from megatron_gpc import parts
-from megatron_gpc.config import DataConfig
+from megatron_gpc.config import DataConfig, parts
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.rewards import VERIFIERS, judge_all, verifier
 from megatron_gpc.rewards.extraction import END_TOKENS

@@ -5,12 +5,12 @@ Face's files), places and megatron_files (megatron-core's), convert (from one to
 last two are imported by their own names: torch's checkpointing, which they need, takes a second.
 """
 
+from megatron_gpc.weights.check import check_reference, check_weights
 from megatron_gpc.weights.families import FAMILIES, Family, family_of
 from megatron_gpc.weights.fields import ModelFields
 from megatron_gpc.weights.folders import carry_over
 from megatron_gpc.weights.hf_files import HFReader, write_hf, write_single
 from megatron_gpc.weights.places import Place, places_of
-from megatron_gpc.weights.reference import check_reference
 from megatron_gpc.weights.table import (
     Param,
     padded_vocab_size,
@@ -23,7 +23,7 @@ from megatron_gpc.weights.table import (
 # fmt: off
 __all__ = [
     "FAMILIES", "Family", "HFReader", "ModelFields", "Param", "Place", "carry_over",
-    "check_reference", "family_of", "padded_vocab_size", "places_of", "shard", "to_hf",
-    "to_megatron", "unshard", "write_hf", "write_single",
+    "check_reference", "check_weights", "family_of", "padded_vocab_size", "places_of", "shard",
+    "to_hf", "to_megatron", "unshard", "write_hf", "write_single",
 ]
 # fmt: on

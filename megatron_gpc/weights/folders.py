@@ -15,6 +15,8 @@ import torch
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import check_regular, read_json
 
+FORMAT, COMMON = "metadata.json", "common.pt"
+"""Files of megatron-core's checkpoints: what marks one, and what of it is not sharded."""
 _CARRIED = (
     *("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken"),
@@ -81,7 +83,7 @@ def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> 
 
 def is_converted(folder: Path) -> bool:
     """Whether it is a converted checkpoint (weights/convert.py) and not a Hugging Face folder."""
-    return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
+    return (folder / FORMAT).is_file() and not (folder / "config.json").is_file()
 
 
 def hf_folder(folder: Path) -> Path:

@@ -44,9 +44,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import read_json
+from megatron_gpc.weights.folders import COMMON, FORMAT
 from megatron_gpc.weights.places import Place
 
-METADATA, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
+METADATA = ".metadata"
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,

@@ -8,7 +8,7 @@ import yaml
 from tiny import run_config
 
 from megatron_gpc.config.file import dump
-from megatron_gpc.continued import consequences, learning_rate
+from megatron_gpc.doctor.continued import consequences, learning_rate
 from megatron_gpc.run.folder import prepare
 
 

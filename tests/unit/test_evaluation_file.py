@@ -11,7 +11,7 @@ from tiny import run_config
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.evaluate import _keep
-from megatron_gpc.evaluation_file import evaluation_of, file_for
+from megatron_gpc.rollout.evaluation_file import evaluation_of, file_for
 from megatron_gpc.run.files import SUMS
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from megatron_gpc import parts
+from megatron_gpc.config import parts
 from megatron_gpc.errors import PartError, UserError
 
 BUILT_IN = {"static": len}

@@ -24,7 +24,6 @@ from megatron_gpc.cli import main
 from megatron_gpc.config.file import load
 from megatron_gpc.doctor.plan import plan
 from megatron_gpc.errors import UserError
-from megatron_gpc.preflight import check_training
 from megatron_gpc.rollout.prompt_reader import PromptReader, context_length
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.types import TrainState
@@ -318,7 +317,7 @@ def test_train_dry_run_and_doctor_refuse_the_same(job, capsys, name):
         config = load(job.config, job.overrides)
     except UserError:  # doctor reads it the same way
         return
-    found = list(plan(config, check_training))
+    found = list(plan(config, whole=True))
     assert [finding.status for finding in found] == ["problem"] and says in found[0].found
 
 
@@ -351,7 +350,7 @@ def test_prompts_that_do_not_fit_can_be_left_out(job, capsys):
     reader = PromptReader(load(job.config, job.overrides), job.model)
     assert [(p.index, p.text) for p in reader.training()] == [(0, "a"), (1, "c")]
     assert [len(p.token_ids) for p in reader.held_out()] == [124, 1]
-    notes = [f for f in plan(load(job.config, job.overrides), check_training) if f.status == "note"]
+    notes = [f for f in plan(load(job.config, job.overrides), whole=True) if f.status == "note"]
     assert any("2 of 4 prompts are left out" in note.found for note in notes)
 
 

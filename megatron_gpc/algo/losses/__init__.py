@@ -13,14 +13,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_gpc import parts
 from megatron_gpc.algo.losses.check import prepared_streams, try_out
 from megatron_gpc.algo.losses.cispo import CISPO
 from megatron_gpc.algo.losses.clip import clip
 from megatron_gpc.algo.losses.clip_cov import ClipCov
 from megatron_gpc.algo.losses.gspo import GSPO
 from megatron_gpc.algo.losses.interface import Loss, LossInputs, LossOutputs, PreparedLoss
-from megatron_gpc.config import Config
+from megatron_gpc.config import Config, parts
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.types import TokenStats, TokenStreams
 

@@ -10,8 +10,8 @@ import torch
 
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.algo.losses.interface import LossInputs, LossOutputs
+from megatron_gpc.config.parts import describe
 from megatron_gpc.errors import UserError
-from megatron_gpc.parts import describe
 from megatron_gpc.types import TokenStats, TokenStreams
 
 LENGTHS = torch.tensor([4, 1, 7, 2])

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_gpc import parts
-from megatron_gpc.config import LogConfig
+from megatron_gpc.config import LogConfig, parts
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import read_json, replace_text
 

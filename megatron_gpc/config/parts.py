@@ -1,8 +1,8 @@
 """Parts that a user brings: a reward, a loss, a schedule, a sink, each found by its name.
 
 A name is that of a built-in part, or `package.module:name`, or `path/to/file.py:name`.  A file is
-imported as the module `megatron_gpc.parts.STEM_HEX`, where HEX spells its absolute path.  So the
-same file has the same module name in every process, and any process can import it, which pickle
+imported as the module `megatron_gpc.config.parts.STEM_HEX`, where HEX spells its absolute path.  So
+the same file has the same module name in every process, and any process can import it, which pickle
 relies on when it takes a user's function to a worker.
 """
 
@@ -170,7 +170,7 @@ class _FileLoader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds `megatron_gpc.parts.STEM_HEX` in the file that HEX spells."""
+    """Finds `megatron_gpc.config.parts.STEM_HEX` in the file that HEX spells."""
 
     def find_spec(
         self, fullname: str, path: object, target: object = None

@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be the reference of the KL term."""
+"""Whether a checkpoint has what its configuration says, and can be a run's reference model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,26 @@ from megatron_gpc.weights.fields import ModelFields
 from megatron_gpc.weights.folders import is_converted, read_hf_config
 from megatron_gpc.weights.hf_files import HFReader
 from megatron_gpc.weights.places import places_of
+
+
+def check_weights(model: Path) -> None:
+    """Hold the weights' headers to the model's configuration; reads no weights.
+
+    Args:
+        model: Hugging Face folder, or converted checkpoint.
+
+    Raises:
+        UserError: the configuration is not supported, or weights are missing or damaged.
+    """
+    hf = read_hf_config(model)
+    family = family_of(hf)
+    params = family.params(hf)
+    if is_converted(model):
+        from megatron_gpc.weights.megatron_files import MegatronReader  # its imports: a second
+
+        MegatronReader(model).check(places_of(params, family.model_fields(hf)))
+    else:
+        HFReader(model).check(params, family.copies(hf))
 
 
 def check_reference(config: Config, hf: Mapping[str, Any] | None) -> None:
@@ -30,18 +50,10 @@ def check_reference(config: Config, hf: Mapping[str, Any] | None) -> None:
     if not folder.is_dir():
         raise UserError(f"kl.reference: {folder} is not there; name the folder of a checkpoint")
     try:
-        found = read_hf_config(folder)
-        family = family_of(found)
-        params = family.params(found, config.parallel.tp)
-        fields = family.model_fields(found)
         if hf is not None:
-            _check_same(folder, fields, family_of(hf).model_fields(hf))
-        if is_converted(folder):
-            from megatron_gpc.weights.megatron_files import MegatronReader  # its imports: a second
-
-            MegatronReader(folder).check(places_of(params, fields))
-        else:
-            HFReader(folder).check(params, family.copies(found))
+            found = read_hf_config(folder)
+            _check_same(folder, *(family_of(one).model_fields(one) for one in (found, hf)))
+        check_weights(folder)
     except UserError as error:
         raise UserError(f"kl.reference: {error}") from None
 

@@ -1,7 +1,7 @@
 """What would keep a run from working, found before anything is started or touched.
 
 One check behind `train`, `train --dry-run`, `doctor --config`, `eval`, `serve` and
-tools/estimate_memory.py, so that none of them accepts what another refuses.  Every function raises
+`estimate-memory`, so that none of them accepts what another refuses.  Every function raises
 a UserError that names the key and the way out.
 """
 
@@ -29,8 +29,8 @@ from megatron_gpc.rewards.judging import check_verifier
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.run import environment
-from megatron_gpc.weights import HFReader, check_reference, family_of
-from megatron_gpc.weights.folders import is_converted, read_hf_config
+from megatron_gpc.weights import check_reference, check_weights, family_of
+from megatron_gpc.weights.folders import COMMON, is_converted, read_hf_config
 
 Say = Callable[[str], object]
 
@@ -91,7 +91,7 @@ def _digest_so_far(run_dir: Path) -> str | None:
     """
     for folder in reversed(checkpoints(run_dir)):
         try:
-            common = torch.load(folder / "common.pt", weights_only=True)
+            common = torch.load(folder / COMMON, weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
             continue
         return common["train_state"]["sampling"].get("prompts")
@@ -130,19 +130,6 @@ def check_serving(config: Config) -> None:
     if model.exists():
         _model(config)
         check_weights(model)
-
-
-def check_weights(model: Path) -> None:
-    """Hold the weights' headers to the model's configuration; reads no weights."""
-    hf = read_hf_config(model)
-    family = family_of(hf)
-    if not is_converted(model):
-        HFReader(model).check(family.params(hf), family.copies(hf))
-        return
-    from megatron_gpc.weights.megatron_files import MegatronReader
-    from megatron_gpc.weights.places import places_of
-
-    MegatronReader(model).check(places_of(family.params(hf), family.model_fields(hf)))
 
 
 def check_file(key: str, file: Path, to_be_made: bool = False) -> None:
