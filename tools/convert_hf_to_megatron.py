@@ -1,34 +1,8 @@
-"""Hugging Face checkpoint -> megatron-core's distributed checkpoint, for any parallel layout.
+"""`megatron-gpc convert hf-to-megatron`, under the name of a script."""
 
-    python tools/convert_hf_to_megatron.py --hf DIR --out DIR [--dtype bfloat16]
-
-Train from the result with model.hf=OUT.  Memory is that of the largest tensor, whatever the model.
-Exit code 2: the input cannot be used, and nothing was written.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from megatron_gpc.commands.script import DTYPES, progress, run
-from megatron_gpc.weights.convert import hf_to_megatron
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder to read")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; left out: as they are")
-    arguments = parser.parse_args()
-    with progress("converting") as track:
-        notes = hf_to_megatron(arguments.hf, arguments.out, DTYPES.get(arguments.dtype), track)
-    for note in notes:
-        print(f"note: {note}")
-    print(f"{arguments.out} is ready; train from it with model.hf={arguments.out}")
-    return 0
-
+from megatron_gpc.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main(["convert", "hf-to-megatron", *sys.argv[1:]]))

@@ -1,14 +1,31 @@
-"""`megatron-gpc init DIR`: a run that works as it is, to be changed into one's own."""
+"""Write a run to start from.
+
+Writes config.yaml, prompts.jsonl, reward.py and build_model.py (makes a tiny model) into a folder.
+The run works as it is; change the files into your own.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.resources
+import shlex
 from pathlib import Path
 
 from megatron_gpc.errors import UserError
 
 FILES = ("config.yaml", "prompts.jsonl", "reward.py", "build_model.py")
 """In the order in which one would read them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder; made if it is missing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for file in init(arguments.folder):
+        print(file)
+    print(f"now: megatron-gpc train {shlex.quote(str(arguments.folder / 'config.yaml'))}")
+    return 0
 
 
 def init(folder: Path) -> list[Path]:

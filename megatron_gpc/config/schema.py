@@ -60,7 +60,7 @@ class ModelConfig:
 
     hf: Path
     """Hugging Face checkpoint folder to start from (config.json, safetensors, tokenizer), or what
-    tools/convert_hf_to_megatron.py made of one."""
+    `megatron-gpc convert` made of one."""
     build: Path | None = None
     """Python script that makes that folder if it is missing; called with the folder's path."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -128,7 +128,7 @@ def _lines(file: Path) -> list[str]:
         raise UserError(f"{file}: cannot read prompts: {error.strerror}") from None
     if content.startswith(b"PAR1"):
         raise UserError(
-            f"{file}: is a Parquet file; make JSON lines of it with tools/convert_prompts.py"
+            f"{file}: is a Parquet file; make JSON lines of it with `megatron-gpc convert prompts`"
         )
     try:
         return content.decode("utf-8-sig").split("\n")  # splitlines() also splits inside strings

@@ -81,7 +81,7 @@ def chat_renderer(
         if not tokenizer.chat_template:
             raise UserError(
                 f"the prompt is a list of messages, but {tokenizer.name_or_path} has no chat "
-                "template; add one, or make prompts text (tools/convert_prompts.py --text)"
+                "template; add one, or make prompts text (megatron-gpc convert prompts --text)"
             )
         try:
             text = tokenizer.apply_chat_template(

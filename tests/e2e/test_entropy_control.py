@@ -14,7 +14,7 @@ import torch
 from commands import ROOT, command_line, metrics
 from compare_runs import untimed
 
-from megatron_gpc import parts
+from megatron_gpc.config import parts
 
 EXAMPLE = ROOT / "examples" / "entropy_control"
 SCRIPT = str(EXAMPLE / "build.py")

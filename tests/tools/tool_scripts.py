@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
-from megatron_gpc.commands.script import run
 
 TOOLS = Path(__file__).parents[2] / "tools"
 CARRIED = {  # what a Hugging Face folder may hold besides weights and configuration
@@ -24,12 +22,10 @@ CARRIED = {  # what a Hugging Face folder may hold besides weights and configura
 
 def call(name: str, *arguments: object) -> int:
     """The exit code of tools/NAME.py, which runs inside this process."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        return run(module.main)
+        runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
+    return left.value.code
 
 
 def start(name: str, *arguments: object) -> subprocess.Popen[str]:

@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny import byte_tokenizer, hollow_weights, run_config
 
-from megatron_gpc.cli import main
+from megatron_gpc.cli import COMMANDS, main
 
 MODEL = {
     **{"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -17,6 +17,61 @@ MOE = {
     **{**MODEL, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 32, "norm_topk_prob": True},
 }
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "name a command"),
+        ("trian config.yaml", "no command 'trian'; did you mean 'train'?"),
+        ("--verbose", "no command '--verbose'; megatron-gpc --help"),
+        ("convert", "no command 'convert'; there are convert hf-to-megatron, convert megatron-to"),
+        ("convert hf --hf x", "no command 'convert hf'; there are convert hf-to-megatron"),
+        (
+            "convert hf-to-megatron --hf x",
+            "arguments are required: --out; see megatron-gpc convert",
+        ),
+        ("train", "arguments are required: config; see megatron-gpc train --help"),
+        ("train config.yaml --dry", "config.yaml"),
+        ("train config.yaml --dyr-run", "unrecognized arguments: --dyr-run"),
+        ("estimate-memory c.yaml --gpu-gib -1", "invalid positive float value: '-1'"),
+    ],
+)
+def test_what_cannot_be_understood_is_said_in_one_line_with_code_2(
+    tmp_path, monkeypatch, capsys, words, says
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    said = capsys.readouterr()
+    assert says in said.err and said.err.startswith("megatron-gpc: ") and not said.out
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_it_takes(capsys, command):
+    with pytest.raises(SystemExit) as left:
+        main([*command.split(), "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: megatron-gpc {command} ")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["convert", "--help"]])
+def test_the_list_of_commands_names_each_that_is_for_users(capsys, words):
+    assert main(words) == 0
+    listed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for command, does in COMMANDS.items():
+        named = any(line.startswith(f"{command} ") and line.endswith(does) for line in listed)
+        assert named == (does != "" and (words[0] == "--help" or command.startswith("convert ")))
+
+
+def test_options_may_stand_between_the_overrides(tmp_path, capsys):
+    run_config(tmp_path, tmp_path)
+    given = ["train", "seed=3", "--dry-run", str(tmp_path / "config.yaml")]
+    assert main(given) == 2, "the file comes first"
+    assert "seed=3" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("")
+    assert main(["train", str(tmp_path / "config.yaml"), "--dry-run", "seed=x"]) == 2
+    assert "seed" in capsys.readouterr().err, "heard"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""Draw one run, or lay several over each other (seeds are pooled)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_gpc.metrics.plots import plot_run, plot_runs
+from megatron_gpc.metrics.tables import compare_table, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=Path, help="picture to write")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if len(arguments.runs) == 1:
+        print(plot_run(arguments.runs[0], arguments.out))
+    else:
+        print(plot_runs(arguments.runs, arguments.out or Path("comparison.png")))
+        print_table(compare_table(arguments.runs))
+    return 0
