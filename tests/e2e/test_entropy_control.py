@@ -69,17 +69,32 @@ def test_prompts_are_the_hundred_and_ten_of_them_held_out(start):
     assert train | held_out == {f"{n:02}=" for n in range(100)}
 
 
+def small(start: Path, *overrides: str) -> list[str]:
+    return [
+        *(f"model.hf={start}", f"data.prompts={start}/train.jsonl", "rollout.prompts_per_step=8"),
+        *("train.mini_batches=2", "train.epochs=1", *overrides),
+    ]
+
+
+def test_a_steered_run_records_lambda_and_target_and_says_the_latter(start, tmp_path):
+    given = ["eval.prompts=null", "plots=false", "parallel.tp=1", "parallel.pp=1", "train.steps=1"]
+    steered = ["clip.schedule=target", "clip.target=90%", f"run_dir={tmp_path}/run"]
+    done = command_line("train", str(EXAMPLE / "config.yaml"), *small(start, *given, *steered))
+    assert done.returncode == 0, done.stderr
+    (step,) = metrics(tmp_path / "run")
+    assert step["entropy_target"] == pytest.approx(0.9 * step["entropy"])
+    assert step["clip_lambda"] == -1.0 and step["eps_low_at_p0"] == pytest.approx(0.3)
+    assert f"{step['entropy']:.3f} -> {step['entropy_target']:.3f}" in done.stdout
+
+
 @pytest.mark.slow
 def test_schedules_are_compared_and_one_that_steers_goes_on_bit_for_bit(start, tmp_path):
-    small = [
-        *(f"model.hf={start}", f"data.prompts={start}/train.jsonl", "train.steps=4"),
-        *(f"eval.prompts={start}/heldout.jsonl", "eval.samples=2", "checkpoint.every=2"),
-        *("rollout.prompts_per_step=8", "train.mini_batches=2", "train.epochs=1"),
-    ]
+    given = [f"eval.prompts={start}/heldout.jsonl", "eval.samples=2", "checkpoint.every=2"]
     done = subprocess.run(
         [
             *(sys.executable, str(EXAMPLE / "compare.py"), "--arms", "static", "target"),
-            *("--seeds", "0", "--out", str(tmp_path / "runs"), *small),
+            *("--seeds", "0", "--out", str(tmp_path / "runs")),
+            *small(start, "train.steps=4", *given),
         ],
         capture_output=True,
         text=True,
