@@ -71,7 +71,7 @@ def test_an_interrupt_that_another_thread_gets_ends_what_makes_the_model_too(tmp
     def interrupt() -> None:
         while not started.exists():
             time.sleep(0.01)
-        time.sleep(0.1)
+        time.sleep(0.5)  # by then the process of the script is waited for
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt, daemon=True)
