@@ -18,9 +18,8 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.middleware.base import RequestResponseEndpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -36,7 +34,8 @@ import megatron_gpc
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import decoder, eos_tokens, load_tokenizer
 from megatron_gpc.server import loading, sequence
-from megatron_gpc.server.generate import answer, parse
+from megatron_gpc.server.gate import Gate, TimedProtocol
+from megatron_gpc.server.generate import MOST_CHARACTERS, answer, parse
 from megatron_gpc.server.generator import MEMORY, Generator, GeneratorEnded
 from megatron_gpc.server.protocol import (
     AbortBody,
@@ -54,6 +53,8 @@ from megatron_gpc.server.sampling import SamplingParams
 from megatron_gpc.server.sequence import RequestFailed
 from megatron_gpc.server.weight_receiver import WeightReceiver
 
+MOST_BYTES = 32 * 2**20
+"""Of a body, for a model of no size."""
 COMMAND_TIMEOUT_S = 600.0
 """How long a pause, a weight update and the like may take; a large checkpoint takes longest."""
 PROBE_TIMEOUT_S = 20.0
@@ -71,7 +72,9 @@ class Server:
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.in_update = False
-        self.receiver = WeightReceiver()
+        self.receiver = WeightReceiver(most_elements=2 * generator.num_parameters)
+        self._texts = ThreadPoolExecutor(1, "texts")
+        """Where texts become tokens and tokens texts, so that /health need not wait for it."""
 
     # ---- generation ----
 
@@ -79,7 +82,11 @@ class Server:
         started = time.perf_counter()
         if body.stream:
             raise UserError("The embedded server does not stream; leave stream out.")
-        requests, wants_logprob, single = parse(body, self.tokenizer)
+        loop = asyncio.get_running_loop()
+        most = MOST_CHARACTERS * self.generator.context_length
+        requests, wants_logprob, single = await loop.run_in_executor(
+            self._texts, parse, body, self.tokenizer, most
+        )
         future = asyncio.wrap_future(self.generator.submit(requests))
         while not (await asyncio.wait({future}, timeout=1.0))[0]:
             if await http.is_disconnected():  # a client that gave up must not keep the batch busy
@@ -91,10 +98,13 @@ class Server:
             for _ in range(request.params.n)
         ]
         seconds = time.perf_counter() - started
-        answers = [
-            answer(result, rid, logprob, seconds, self.tokenizer)
-            for result, (rid, logprob) in zip(results, wanted, strict=True)
-        ]
+        answers = await loop.run_in_executor(
+            self._texts,
+            lambda: [
+                answer(result, rid, logprob, seconds, self.tokenizer)
+                for result, (rid, logprob) in zip(results, wanted, strict=True)
+            ],
+        )
         return JSONResponse(answers[0] if single and len(answers) == 1 else answers)
 
     # ---- state ----
@@ -246,7 +256,7 @@ class Server:
 
     async def _of_group(self, work: Callable[[], None], message: str) -> Response:
         try:
-            await asyncio.to_thread(work)
+            await asyncio.get_running_loop().run_in_executor(self.receiver.threads, work)
         except UserError as error:
             return _failed(str(error))
         return JSONResponse({"success": True, "message": message})
@@ -258,8 +268,9 @@ class Server:
                 "begin_weight_update() and end_weight_update()"
             )
         try:
-            named = await asyncio.to_thread(
-                self.receiver.receive, body.group_name, body.names, body.dtypes, body.shapes
+            named = await asyncio.get_running_loop().run_in_executor(
+                self.receiver.threads,
+                *(self.receiver.receive, body.group_name, body.names, body.dtypes, body.shapes),
             )
         except UserError as error:
             return _failed(str(error))
@@ -280,13 +291,13 @@ class Server:
         return JSONResponse({"success": True, "message": message, **extra})
 
     async def release(self, body: MemoryBody) -> Response:
-        tags = set(body.tags or MEMORY)
+        tags = _tags(body)
         await self._command(self.generator.release(tags))
         print("released", *sorted(tags), flush=True)
         return JSONResponse(None)
 
     async def restore(self, body: MemoryBody) -> Response:
-        tags = set(body.tags or MEMORY)
+        tags = _tags(body)
         await self._command(self.generator.restore(tags))
         print("resumed", *sorted(tags), flush=True)
         return JSONResponse(None)
@@ -316,19 +327,9 @@ class Server:
 
     # ---- app ----
 
-    def app(self, api_key: str | None = None) -> FastAPI:
+    def app(self, api_key: str | None = None) -> Gate:
         """The application.  If there is a key, requests must carry it as a bearer token."""
         app = FastAPI(lifespan=self._lifespan, openapi_url=None)
-        if api_key is not None:
-            expected = f"Bearer {api_key}"
-
-            @app.middleware("http")
-            async def check_key(http: Request, proceed: RequestResponseEndpoint) -> Response:
-                given = http.headers.get("Authorization", "")
-                if http.url.path.startswith("/health") or compare_digest(given, expected):
-                    return await proceed(http)
-                return JSONResponse({"error": "Unauthorized"}, status_code=401)
-
         for path, handler in {
             "/health": self.health,
             "/health_generate": self.health_generate,
@@ -363,12 +364,27 @@ class Server:
         )
         for failure in (GeneratorEnded, RequestFailed, FloatingPointError):
             app.exception_handler(failure)(lambda http, error: _refused(str(error), 500))
-        return app
+        return Gate(app, api_key, self._most_bytes)
+
+    def _most_bytes(self, path: str) -> int:
+        """Of a body: as many full prompts as run at a time, or twice the weights in fp32."""
+        generator = self.generator
+        if path == "/update_weights_from_tensor":
+            return MOST_BYTES + 12 * generator.num_parameters  # base64 has 4 bytes for 3
+        return MOST_BYTES + 8 * generator.max_running * generator.context_length
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
         self.generator.close()
+
+
+def _tags(body: MemoryBody) -> set[str]:
+    """What to release or to resume.  Raises UserError for an empty list, or what nobody has."""
+    tags = MEMORY if body.tags is None else set(body.tags)
+    if not tags or tags - MEMORY:
+        raise UserError(f"tags must name {' or '.join(sorted(MEMORY))}; leave it out for both.")
+    return set(tags)
 
 
 def _refused(message: str, status: int) -> Response:
@@ -429,13 +445,17 @@ def main() -> None:
         )
     except (UserError, OSError) as error:
         sys.exit(f"--model-path: {error}")
-    listener = socket.create_server((args.host, args.port), backlog=1024)
+    try:
+        listener = socket.create_server((args.host, args.port), backlog=1024)
+    except (OSError, OverflowError) as error:
+        sys.exit(f"--host, --port: cannot listen on {args.host}:{args.port}: {error}")
     port = listener.getsockname()[1]
     if args.port_fd is not None:
         os.write(args.port_fd, f"{port}\n".encode())
         os.close(args.port_fd)
     app = Server(generator, tokenizer, str(args.model_path)).app(api_key)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    settings: dict[str, Any] = {"http": TimedProtocol, "ws": "none", "log_level": "warning"}
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, **settings))
     signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn's own two end it too, if they come
     with suppress(KeyboardInterrupt):  # which uvicorn raises once it has ended
         server.run(sockets=[listener])

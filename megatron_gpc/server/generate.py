@@ -13,11 +13,20 @@ from megatron_gpc.server import sequence
 from megatron_gpc.server.protocol import GenerateBody
 from megatron_gpc.server.sampling import SamplingParams
 
+MOST_CHARACTERS = 64
+"""Of a text, for every token of the context: a longer one is not even tokenized."""
+MOST_SAMPLES = 2**16
+"""Of one POST."""
+
 
 def parse(
-    body: GenerateBody, tokenizer: PreTrainedTokenizerBase
+    body: GenerateBody, tokenizer: PreTrainedTokenizerBase, most_characters: int
 ) -> tuple[list[sequence.Request], list[bool], bool]:
-    """Requests, which of them want log-probs, and whether they came as a single one."""
+    """Requests, which of them want log-probs, and whether they came as a single one.
+
+    Raises:
+        UserError: what SGLang refuses too, or more than fits the bounds.
+    """
     if [] in (body.text, body.sampling_params):
         raise UserError("text and sampling_params must not be empty lists.")
     if body.input_ids is not None:
@@ -26,6 +35,8 @@ def parse(
     elif body.text is not None:
         single = isinstance(body.text, str)
         texts = [body.text] if single else body.text
+        if max(map(len, texts)) > most_characters:
+            raise UserError(f"text has more than {most_characters} characters, too many to fit.")
         prompts = [tokenizer.encode(text) for text in texts]
     else:
         raise UserError("Either text, input_ids or input_embeds should be provided.")
@@ -45,6 +56,8 @@ def parse(
         sequence.Request(rid or uuid.uuid4().hex, tuple(ids), SamplingParams.parse(values))
         for ids, values, rid in zip(prompts, params, rids, strict=True)
     ]
+    if sum(request.params.n for request in requests) > MOST_SAMPLES:
+        raise UserError(f"n: more than {MOST_SAMPLES} samples of one request.")
     return requests, per_prompt("return_logprob", body.return_logprob), single
 
 

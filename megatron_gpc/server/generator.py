@@ -78,6 +78,7 @@ class Generator:
         self.config = self._model.config
         self.context_length: int = self.config.max_position_embeddings
         self.vocab_size: int = self.config.vocab_size
+        self.num_parameters = sum(tensor.numel() for tensor in self._model.parameters())
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.max_running = max_running
         self.weight_version = "default"

@@ -7,11 +7,12 @@ before is never touched.
 from __future__ import annotations
 
 import base64
-import binascii
 import collections
 import io
 import json
+import os
 import pickle
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ from megatron_gpc.weights.fields import refuse_two_spellings
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 """Layers whose state is keys and values; the generator's cache has no other kind."""
+_FILE_ERRORS = (
+    *(OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, MemoryError),
+    *(pickle.UnpicklingError, EOFError, OverflowError),
+)
+"""What Python, torch and transformers raise on content that others have made."""
 
 
 def load_folder(
@@ -46,7 +52,7 @@ def load_folder(
         UserError: no such folder, unreadable files, or tensors that are missing, unknown or of the
             wrong shape.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises if the name is too long
         raise UserError(
             f"{folder}: no such folder; give a Hugging Face checkpoint folder "
             "(config.json, safetensors)"
@@ -77,10 +83,16 @@ def with_tensors(model: PreTrainedModel, named: list[tuple[str, torch.Tensor]]) 
         named: names as in the model's Hugging Face checkpoint.  Any part of the weights will do.
 
     Raises:
-        UserError: a name that the model does not have, or a wrong shape.
+        UserError: a name that the model does not have or that comes twice, a wrong shape, or no
+            floating-point numbers.
     """
     state = revert_weight_conversion(model, model.state_dict())
+    names = Counter(name for name, _ in named)
     for name, tensor in named:
+        if names[name] > 1:
+            raise UserError(f"{name}: comes {names[name]} times")
+        if not tensor.is_floating_point():
+            raise UserError(f"{name}: has {tensor.dtype}; weights are floating-point numbers")
         if name not in state:
             raise UserError(f"{name}: the model has no such tensor")
         if tensor.shape != state[name].shape:
@@ -116,7 +128,7 @@ def _load(loader: Any, what: str, folder: str | None, **options: Any) -> PreTrai
             local_files_only=True,
             **options,
         )
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except (*_FILE_ERRORS, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{what}: cannot be loaded: {error}") from None
     for name, found, needed in sorted(info["mismatched_keys"]):
         raise UserError(f"{what}: {name} has shape {list(found)}, the model needs {list(needed)}")
@@ -135,16 +147,21 @@ def _load(loader: Any, what: str, folder: str | None, **options: Any) -> PreTrai
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles plain tensors only, because a pickle can otherwise run any code."""
+    """Unpickles plain tensors only, because a pickle can otherwise run any code.
+
+    What it hands out is made anew each time: a pickle may set attributes of it (BUILD), and those
+    of torch's own functions would stay for good.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor_v2
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _load_storage
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a plain tensor")
+        made = {
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+            ("torch.storage", "_load_from_bytes"): _load_storage,
+            ("collections", "OrderedDict"): collections.OrderedDict,
+        }.get((module, name))
+        if made is None:
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of a plain tensor")
+        return lambda *arguments: made(*arguments)
 
 
 def _load_storage(content: bytes) -> Any:
@@ -161,23 +178,14 @@ def unpack_tensors(serialized: str) -> list[tuple[str, torch.Tensor]]:
     try:
         content = base64.b64decode(serialized, validate=True)
         named = _TensorUnpickler(io.BytesIO(content)).load()
-    except (
-        binascii.Error,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-    ) as error:
-        raise UserError(f"serialized_named_tensors: {error}") from None
+    except _FILE_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"serialized_named_tensors: {reason}") from None
     valid = isinstance(named, list) and all(
         isinstance(item, tuple)
         and len(item) == 2
         and isinstance(item[0], str)
-        and isinstance(item[1], torch.Tensor)
+        and type(item[1]) is torch.Tensor
         for item in named
     )
     if not valid:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -15,11 +19,39 @@ TIMEOUT_S = 300.0
 """Deadline of joining and of one broadcast [s], so that no dead trainer blocks the server."""
 
 
-class WeightReceiver:
-    """Groups by name.  Methods block; call them from a thread."""
+CONNECT_TIMEOUT_S = 20.0
+"""Deadline of reaching the trainer's store, which is there before it asks engines to join [s]."""
+MOST_GROUPS = 8
 
-    def __init__(self) -> None:
+
+class WeightReceiver:
+    """Groups by name.  Methods block; call them from one of `threads`.
+
+    Args:
+        most_elements: of the tensors of one broadcast together.
+    """
+
+    def __init__(self, most_elements: int) -> None:
+        self.threads = ThreadPoolExecutor(2 * MOST_GROUPS, "groups")
+        self._most_elements = most_elements
         self._groups: dict[str, dist.ProcessGroup] = {}
+        self._joining: set[str] = set()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def _place(self, name: str) -> Iterator[None]:
+        """Raises UserError if the name is taken, or too many groups are."""
+        with self._lock:
+            taken = self._joining | set(self._groups)
+            if name in taken:
+                raise UserError(f"there is a group {name!r} already")
+            if len(taken) >= MOST_GROUPS:
+                raise UserError(f"there are {MOST_GROUPS} groups already; leave one first")
+            self._joining.add(name)
+        try:
+            yield
+        finally:
+            self._joining.discard(name)
 
     def join(
         self, address: str, port: int, rank: int, world_size: int, name: str, backend: str
@@ -29,15 +61,19 @@ class WeightReceiver:
         Raises:
             UserError: the name is taken, the backend is not for CPUs, or not all came.
         """
-        if name in self._groups:
-            raise UserError(f"there is a group {name!r} already")
+        if not rank < world_size:
+            raise UserError(f"rank_offset: {rank} is not below world_size={world_size}")
         if backend != "gloo":
             raise UserError(f"backend {backend!r}: the embedded server is on a CPU; use gloo")
-        try:
-            store = dist.TCPStore(address, port, None, False, timeout=timedelta(seconds=TIMEOUT_S))
-            self._groups[name] = join_group(store, name, rank, world_size, backend, TIMEOUT_S)
-        except (RuntimeError, ValueError) as error:  # dist's errors are RuntimeErrors
-            raise UserError(f"Failed to initialize custom process group: {error}.") from None
+        with self._place(name):
+            try:
+                soon = timedelta(seconds=CONNECT_TIMEOUT_S)
+                store = dist.TCPStore(address, port, None, False, timeout=soon)
+                store.set_timeout(timedelta(seconds=TIMEOUT_S))
+                self._groups[name] = join_group(store, name, rank, world_size, backend, TIMEOUT_S)
+            except (RuntimeError, ValueError, TypeError) as error:  # dist's are RuntimeErrors
+                reason = str(error).splitlines()[0][:300]
+                raise UserError(f"Failed to initialize custom process group: {reason}.") from None
 
     def receive(
         self,
@@ -56,8 +92,15 @@ class WeightReceiver:
         if not len(names) == len(dtypes) == len(shapes):
             raise UserError("names, dtypes and shapes must be as many")
         kinds = [getattr(torch, dtype, None) for dtype in dtypes]
-        if not all(isinstance(kind, torch.dtype) for kind in kinds):
-            raise UserError(f"dtypes: not all of {sorted(set(dtypes))} are torch's")
+        known = [kind for kind in kinds if isinstance(kind, torch.dtype)]
+        if len(known) < len(kinds):
+            raise UserError("dtypes: not all of them are torch's")
+        if not all(kind.is_floating_point for kind in known):
+            raise UserError("dtypes: weights are floating-point numbers")
+        if len(set(names)) < len(names):
+            raise UserError("names: a name comes twice")
+        if sum(map(math.prod, shapes)) > self._most_elements:
+            raise UserError("shapes: the model has no such tensors, it is far smaller")
         received = [
             (tensor_name, torch.empty(tuple(shape), dtype=kind))
             for tensor_name, kind, shape in zip(names, kinds, shapes, strict=True)

@@ -5,18 +5,31 @@ One server in this process; `raise_server_exceptions=False` shows what the netwo
 
 from __future__ import annotations
 
+import base64
+import json
+import pickle
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+import torch
+import uvicorn
 from rollout_models import build_model
 from starlette.testclient import TestClient
+from torch._utils import _rebuild_tensor_v2
 
+from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import decoder, load_tokenizer
-from megatron_gpc.server import sampling
+from megatron_gpc.server import gate, sampling, weight_receiver
 from megatron_gpc.server.app import Server
+from megatron_gpc.server.gate import Gate
 from megatron_gpc.server.generator import Generator
+from megatron_gpc.server.loading import unpack_tensors
+from megatron_gpc.server.weight_receiver import MOST_GROUPS, WeightReceiver
 
 pytestmark = pytest.mark.timeout(120)
 HUGE = 10**400
@@ -81,8 +94,6 @@ JSON = {"content-type": "application/json"}
 
 
 def _json(body: Any) -> bytes:
-    import json
-
     return json.dumps(body).encode()
 
 
@@ -132,8 +143,6 @@ def test_a_draw_that_fails_fails_one_request(server, client, monkeypatch, pass_)
         calls: list[int] = []
         monkeypatch.setattr(sampling, "draw", fails)
         bad["sampling_params"] = {"min_new_tokens": 1, "max_new_tokens": 3, "ignore_eos": True}
-    import threading
-
     answers: list[httpx.Response] = []
     beside = threading.Thread(target=lambda: answers.append(client.post("/generate", json=good)))
     beside.start()
@@ -216,3 +225,221 @@ def test_what_is_no_json_is_refused(client, content):
     response = client.post("/generate", content=content, headers=JSON)
     assert 400 <= response.status_code < 500, response.text
     works(client)
+
+
+CONTROL = {
+    "/pause_generation": [{"mode": "now"}, {"mode": 1}, {"mode": ["abort"]}, [], None],
+    "/abort_request": [{}, {"rid": ""}, {"rid": 1}, {"rid": "\ud800"}, {"abort_all": "yes"}, []],
+    "/update_weights_from_disk": [
+        {},
+        {"model_path": 1},
+        {"model_path": ""},
+        {"model_path": "/no/such/folder"},
+        {"model_path": "/" + "a" * 300},
+        {"model_path": "/a" * 3000},
+        {"model_path": "a\0b"},
+        {"model_path": "\ud800"},
+        {"model_path": "/dev/null"},
+        {"model_path": "/proc"},
+        {"model_path": "/no/such/folder", "weight_version": 1},
+        {"model_path": "/no/such/folder", "weight_version": "v" * 2000},
+        {"model_path": "/no/such/folder", "abort_all_requests": 1},
+    ],
+    "/update_weight_version": [{}, {"new_version": 1}, {"new_version": "\ud800"}],
+    "/release_memory_occupation": [{"tags": []}, {"tags": ["x"]}, {"tags": "weights"}, {"tags": 1}],
+    "/resume_memory_occupation": [{"tags": []}, {"tags": ["x"]}, {"tags": ["weights"]}, {}],
+    "/destroy_weights_update_group": [{}, {"group_name": "none"}, {"group_name": 1}],
+    "/init_weights_update_group": [
+        {},
+        *(
+            {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
+            | change
+            for change in (
+                {"master_port": 99999},
+                {"master_port": 0},
+                {"master_port": "1"},
+                {"master_port": 2**70},
+                {"rank_offset": -1},
+                {"rank_offset": 2, "backend": "gloo"},
+                {"rank_offset": True},
+                {"world_size": 10**9},
+                {"world_size": 1},
+                {"backend": "nccl"},
+                {"backend": "mpi"},
+                {"master_address": "\ud800"},
+                {"master_address": 1},
+                {"group_name": "g" * 2000},
+            )
+        ),
+    ],
+    "/no_such_path": [{}],
+}
+
+
+@pytest.mark.parametrize("path", CONTROL)
+def test_what_no_engine_can_do_is_refused(server, client, path):
+    for body in CONTROL[path]:
+        response = client.post(path, content=_json(body), headers=JSON)
+        assert 400 <= response.status_code < 500, (body, response.status_code, response.text[:300])
+    assert not server.generator.paused and not server.generator.released
+    works(client)
+
+
+def packed(named: Any) -> str:
+    return base64.b64encode(pickle.dumps(named)).decode()
+
+
+NORM = "model.norm.weight"  # [32]
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ([(NORM, torch.ones(32)), (NORM, torch.ones(32))], "comes 2 times"),
+        ([(NORM, torch.ones(32, dtype=torch.int64))], "floating-point"),
+        ([(NORM, torch.ones(32, dtype=torch.bool))], "floating-point"),
+        ([(NORM, torch.ones(33))], "has shape"),
+        ([(NORM, torch.ones(1).expand(10**12))], "has shape"),
+        ([("model.norm", torch.ones(32))], "no such tensor"),
+        ([(NORM, torch.nn.Parameter(torch.ones(32)))], "not part of a plain tensor"),
+        ([(NORM, 1.0)], "expected a pickled list"),
+        ({NORM: torch.ones(32)}, "expected a pickled list"),
+        (None, "expected a pickled list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensors_that_are_not_the_models_are_refused(client, named, says):
+    client.post("/begin_weight_update", json={})
+    body = {"serialized_named_tensors": [packed(named)], "weight_version": "bad"}
+    assert says in refused(client.post("/update_weights_from_tensor", json=body))
+    client.post("/end_weight_update", json={})
+    assert client.get("/model_info").json()["weight_version"] == "default"
+    works(client)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "%", "\ud800", "AAAA", base64.b64encode(b"\x80\x04.").decode()]
+)
+def test_what_is_no_pickle_is_refused(client, text):
+    client.post("/begin_weight_update", json={})
+    body = {"serialized_named_tensors": [text]}
+    refused(client.post("/update_weights_from_tensor", content=_json(body), headers=JSON))
+    client.post("/end_weight_update", json={})
+
+
+def test_a_pickle_changes_nothing_for_good():
+    """BUILD sets attributes of what find_class hands out; torch's own function must not be that."""
+    named = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x05\x00\x00\x00spoilK\x01sb."
+    with pytest.raises(UserError, match="expected a pickled list"):
+        unpack_tensors(base64.b64encode(named).decode())
+    defaults = b"N}X\x0c\x00\x00\x00__defaults__)s\x86"
+    content = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + defaults + b"b."
+    with pytest.raises(UserError):
+        unpack_tensors(base64.b64encode(content).decode())
+    assert not hasattr(_rebuild_tensor_v2, "spoil")
+    assert _rebuild_tensor_v2.__defaults__ == (None,)
+    (back,) = unpack_tensors(packed([(NORM, torch.ones(2))]))
+    assert back[0] == NORM and torch.equal(back[1], torch.ones(2))
+
+
+def test_a_broadcast_is_held_to_the_model_before_memory_is_taken():
+    receiver = WeightReceiver(most_elements=100)
+    receiver._groups["g"] = None  # type: ignore[assignment]  # never reached
+    for names, dtypes, shapes in (
+        (["a"], ["float32"], [[2**40]]),
+        (["a"], ["int64"], [[2]]),
+        (["a"], ["nn"], [[2]]),
+        (["a", "a"], ["float32"] * 2, [[2], [2]]),
+        (["a"], ["float32"], []),
+    ):
+        with pytest.raises(UserError):
+            receiver.receive("g", names, dtypes, shapes)
+
+
+def test_joins_to_a_dead_address_block_nobody(client, monkeypatch):
+    monkeypatch.setattr(weight_receiver, "CONNECT_TIMEOUT_S", 2.0)
+    with socket.socket() as deaf:  # has a port, and nobody listens there
+        deaf.bind(("127.0.0.1", 0))
+        body = {
+            "master_address": "127.0.0.1",
+            "master_port": deaf.getsockname()[1],
+            "rank_offset": 1,
+            "world_size": 2,
+            "backend": "gloo",
+        }
+        joins = [
+            threading.Thread(
+                target=client.post,
+                args=("/init_weights_update_group",),
+                kwargs={"json": body | {"group_name": f"dead-{i}"}},
+                daemon=True,
+            )
+            for i in range(12)
+        ]
+        for join in joins:
+            join.start()
+        deadline = time.monotonic() + 10
+        while sum(join.is_alive() for join in joins) > MOST_GROUPS:
+            assert time.monotonic() < deadline, "joins beyond the bound are not refused at once"
+            time.sleep(0.02)
+        works(client)
+        assert client.get("/health").status_code == 200
+        for join in joins:
+            join.join(30)
+
+
+def test_bodies_have_a_bound(server):
+    client = TestClient(
+        Gate(server.app().app, None, lambda path: 100), raise_server_exceptions=False
+    )
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(20):
+            yield b" " * 10
+
+    good = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
+    assert client.post("/generate", json=good).status_code == 200
+    assert client.post("/generate", content=b" " * 101).status_code == 413
+    assert client.post("/generate", content=pieces()).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, b"Bearer wrong", b"Bearer", b"", b"key", "Bearer schlüssel".encode(), b"Bearer \xff"],
+)
+def test_nothing_passes_without_the_key(server, header):
+    client = TestClient(server.app("key"), raise_server_exceptions=False)
+    headers = {} if header is None else {"Authorization": header}
+    for method, path in (("GET", "/model_info"), ("POST", "/generate"), ("POST", "/no_such_path")):
+        assert client.request(method, path, headers=headers).status_code == 401
+    assert client.get("/health", headers=headers).status_code == 200
+    right = {"Authorization": "Bearer key"}
+    assert client.get("/model_info", headers=right).status_code == 200
+
+
+def test_half_a_request_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(gate, "HEADER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(gate, "BODY_TIMEOUT_S", 0.3)
+    app = server.app()
+    running = uvicorn.Server(
+        uvicorn.Config(app, http=gate.TimedProtocol, lifespan="off", timeout_keep_alive=1)
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    port = listener.getsockname()[1]
+    whole = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
+    for sent, answer in (
+        (b"", b""),
+        (b"POST /generate HTTP/1.1\r\nHost: x\r\n", b""),
+        (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", b"HTTP/1.1 408"),
+        (whole + b"GET /pi", b"HTTP/1.1 200"),
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(sent)
+            found = b""
+            while piece := connection.recv(4096):  # until the server closes
+                found += piece
+            assert found[: len(answer)] == answer and bool(found) == bool(answer)
+    running.should_exit = True
+    thread.join(10)

@@ -1,0 +1,119 @@
+"""What stands before the embedded server's routes: the key, and bounds on size and time.
+
+A route sees a request only if it carries the key and its whole body is there.  So nobody without
+the key makes the server read anything, and nobody at all keeps half a request open for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from hmac import compare_digest
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+HEADER_TIMEOUT_S = 20.0
+"""From connecting, or the first byte of a further request, to the last header [s]."""
+BODY_TIMEOUT_S = 120.0
+"""From the last header to the last byte of the body [s]."""
+
+
+class Gate:
+    """Asks for the key, then reads the body.
+
+    Args:
+        api_key: what requests must carry as a bearer token, except for /health...; None: nothing.
+        most_bytes: path -> the largest body [bytes].
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, most_bytes: Callable[[str], int]):
+        self.app, self.most_bytes = app, most_bytes
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if not self._may_enter(scope["path"], headers.get(b"authorization", b"")):
+            return await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+        most = self.most_bytes(scope["path"])
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await _body(receive, most, int(headers.get(b"content-length", b"0")))
+        except TimeoutError:
+            return await _refuse(408, "the body did not come in time")(scope, receive, send)
+        except OverflowError:
+            return await _refuse(413, f"the body has more than {most} bytes")(scope, receive, send)
+        if body is None:
+            return None
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        return await self.app(scope, replay, send)
+
+    def _may_enter(self, path: str, given: bytes) -> bool:
+        if self._expected is None or path.startswith("/health"):
+            return True
+        return compare_digest(given, self._expected)
+
+
+async def _body(receive: Receive, most: int, announced: int) -> bytes | None:
+    """The whole body; None if the client left.  Raises OverflowError if it is too large."""
+    pieces: list[bytes] = []
+    size, more = 0, True
+    while more:
+        if max(size, announced) > most:
+            raise OverflowError
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        more = message.get("more_body", False)
+    if size > most:
+        raise OverflowError
+    return b"".join(pieces)
+
+
+def _refuse(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message}}, status, headers={"connection": "close"})
+
+
+class TimedProtocol(AutoHTTPProtocol):
+    """uvicorn's HTTP, which by itself waits for the rest of a header for ever."""
+
+    _late: asyncio.TimerHandle | None = None
+    transport: Any
+    cycle: Any
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_header()
+
+    def data_received(self, data: bytes) -> None:
+        if self._late is None and not self._in_request():
+            self._wait_for_header()
+        super().data_received(data)
+        if self._in_request():
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _in_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait_for_header(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._late = loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
