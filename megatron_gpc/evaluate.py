@@ -22,13 +22,9 @@ from rich.progress import track
 
 from megatron_gpc.config import Config
 from megatron_gpc.doctor.preflight import check_evaluation
-from megatron_gpc.engines.fleet import Fleet
-from megatron_gpc.engines.starter import Starter
 from megatron_gpc.errors import UserError
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
-from megatron_gpc.rewards.judging import Judge
-from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.evaluation import (
     as_evaluated,
     distinct_right,
@@ -39,11 +35,10 @@ from megatron_gpc.rollout.evaluation import (
 )
 from megatron_gpc.rollout.evaluation_file import evaluation_of, file_for
 from megatron_gpc.rollout.prompt_reader import PromptReader
-from megatron_gpc.rollout.prompts import PromptSource
-from megatron_gpc.rollout.tokenizer import special_tokens
+from megatron_gpc.rollout.sampler import Sampler, fleet_of
 from megatron_gpc.run.files import SUMS, replace_text
 from megatron_gpc.run.say import say
-from megatron_gpc.types import Prompt, Sample
+from megatron_gpc.types import Sample
 from megatron_gpc.weights import check_weights
 from megatron_gpc.weights.convert import find_hf, megatron_to_hf
 from megatron_gpc.weights.folders import is_converted
@@ -81,33 +76,21 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
     again = "; it replaces the result of the same evaluation" if file.exists() else ""
     say(f"evaluating {source}; the result goes to {file}{again}")
     about, begin = evaluation.described(), time.monotonic()
-    with servable(source, file.parent) as folder:
-        reader = PromptReader(config, folder)
-        tokenizer, stops, prompts = reader.tokenizer, reader.stops, reader.held_out()
-        say(stops.said)
-        log_dir = file.parent / "logs" / file.stem
-        starter = Starter(config.rollout.server, config.sglang, folder, log_dir)
-        say(starter.what_happens())
-        with Fleet(starter) as engines:
-            engines.await_started()
-            _give_weights(engines, folder, source.name)
-            collector = Collector(
-                as_evaluated(config),
-                engines,
-                PromptSource(prompts, config.seed),
-                Judge(config.data, special_tokens(tokenizer)),
-                tokenizer.decode,
-                stops.token_ids,
-                {**stops.sampling, **nucleus(config)},
-            )
-            say(f"evaluating {len(prompts)} x {config.eval.samples} held-out samples")
-            samples = _sample(collector, prompts, config.eval.samples)
+    with (
+        servable(source, file.parent) as folder,
+        fleet_of(config, folder, file.parent / "logs" / file.stem) as fleet,
+    ):
+        sampler = Sampler(config, fleet, PromptReader(config, folder))
+        sampler.read_weights(folder, source.name)
+        say(f"evaluating {len(sampler.held_out)} x {config.eval.samples} held-out samples")
+        samples = _sample(sampler, config.eval.samples)
+    rollout = as_evaluated(config).rollout
     found = {
         **about,
         "verifier": config.data.verifier,
         "sampling": {
-            "temperature": collector.config.rollout.temperature,
-            "max_response_tokens": collector.config.rollout.max_response_tokens,
+            "temperature": rollout.temperature,
+            "max_response_tokens": rollout.max_response_tokens,
             "seed": config.seed,
             **nucleus(config),
         },
@@ -203,27 +186,12 @@ def _keep(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def _give_weights(engines: Fleet, folder: Path, version: str) -> None:
-    """Have every engine read the folder, as after an update; those started from it read it again,
-    which tells that they can.
-
-    Raises:
-        ServerUnavailable: none did; says what was wrong with each.
-    """
-    path, members = str(folder), engines.alive()
-    engines.current = (path, version)
-    engines.each(members, lambda e: e.client.update_weights_from_disk(path, version))
-    engines.confirm(members, version)
-    if not engines.ready():
-        raise engines.lost(f"no engine has taken the weights of {folder}")
-
-
-def _sample(collector: Collector, prompts: Sequence[Prompt], count: int) -> list[Sample]:
-    size = max(1, PART // count)
+def _sample(sampler: Sampler, count: int) -> list[Sample]:
+    prompts, size = sampler.held_out, max(1, PART // count)
     parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     samples: list[Sample] = []
     for part in track(parts, "evaluating", transient=True):
-        samples += collector.engines.run(collector.sample(part, count, "eval"))
+        samples += sampler.held_out_samples(part)
     return samples
 
 

@@ -12,6 +12,9 @@ from typing import Literal
 
 import torch
 
+from megatron_gpc.config import TrainConfig
+from megatron_gpc.types import RolloutBatch
+
 
 def correction_weights(
     old_logp_T: torch.Tensor,
@@ -46,3 +49,17 @@ def correction_weights(
     if kind == "truncate":
         return w_T.clamp(max=cap)
     return torch.where((w_T >= 1 / cap) & (w_T <= cap), w_T, torch.zeros_like(w_T))
+
+
+def batch_correction(
+    batch: RolloutBatch, old_logp_T: torch.Tensor, train: TrainConfig
+) -> torch.Tensor:
+    """The configured weights of a rollout's response tokens (train.correction*), fp32 [T]."""
+    return correction_weights(
+        old_logp_T,
+        batch.rollout_logp_T,
+        batch.response_lengths_N,
+        train.correction,
+        train.correction_level,
+        train.correction_cap,
+    )

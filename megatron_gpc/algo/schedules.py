@@ -27,8 +27,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
+
+import torch
 
 from megatron_gpc.algo.clipping import Line, affine_bounds, mix
 from megatron_gpc.algo.target import TargetSchedule
@@ -156,12 +159,15 @@ class CheckedSchedule:
 
     One rank has it, and the others take its answers: a user's schedule may draw random numbers.
 
+    Args:
+        state: of an earlier one, where the run goes on; empty: from the start.
+
     Raises:
         UserError: it cannot be imported, or called with (clip, steps) and the arguments.
         PartError: (also from every method) it fails, or gives what cannot be used.
     """
 
-    def __init__(self, clip: ClipConfig, steps: int):
+    def __init__(self, clip: ClipConfig, steps: int, state: Mapping[str, Any] | None = None):
         self.name = clip.schedule
         make = parts.find(SCHEDULE_KEY, self.name, SCHEDULES)
         parts.check_call(SCHEDULE_KEY, self.name, make, ("clip", "steps"), clip.schedule_arguments)
@@ -170,6 +176,23 @@ class CheckedSchedule:
         if isinstance(self._schedule, TargetSchedule):  # both ends hold for all between them
             for clip_lambda in (-1.0, 1.0):
                 self._check(self._schedule.mixed(clip_lambda), f"clip_lambda {clip_lambda:g}")
+        self._asked = True
+        if state:
+            self.restore(dict(state))
+
+    def thresholds(self, k: int, entropy_T: torch.Tensor) -> Bounds:
+        """Those of the training step that follows k finished ones.
+
+        A step without tokens has no entropy and no use for thresholds, so they are NaN and the
+        schedule is not asked: whatever it remembers is of what was measured.
+
+        Args:
+            entropy_T: the policy's at every response token, before the step's updates [nats].
+        """
+        self._asked = len(entropy_T) > 0
+        if not self._asked:
+            return Bounds(*(math.nan,) * 4)
+        return self.bounds(k, float(entropy_T.double().mean()))
 
     def bounds(self, k: int, entropy: float) -> Bounds:
         doing = f"bounds(k={k}, entropy={entropy:g})"
@@ -179,7 +202,10 @@ class CheckedSchedule:
         return found
 
     def metrics(self) -> dict[str, float]:
-        """What the schedule says of the step whose bounds were asked for last."""
+        """What the schedule says of the step whose thresholds were asked for last; nothing of a
+        step without tokens."""
+        if not self._asked:
+            return {}
         with self._blamed("metrics()"):
             found = getattr(self._schedule, "metrics", dict)()
         try:

@@ -189,7 +189,7 @@ def _rank(work: Path, checkpoint: Path) -> None:
     from megatron_gpc.mcore import cpu
 
     cpu.install()  # before the first megatron import
-    from megatron_gpc.mcore.checkpoint.checkpoints import load_weights
+    from megatron_gpc.mcore.checkpoint.state import load_weights
     from megatron_gpc.mcore.logits import sequence_logits
     from megatron_gpc.mcore.model import build_model
     from megatron_gpc.mcore.setup import process_groups

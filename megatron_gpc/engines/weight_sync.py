@@ -52,6 +52,14 @@ def make_sync(config: ServerConfig, fleet: Fleet, folder: Path) -> WeightSync:
     return DistributedSync(fleet, config.bucket_mb * 2**20, config.sync_timeout_s)
 
 
+def read_folder(fleet: Fleet, folder: Path, version: str) -> None:
+    """Have every living engine read its weights from a Hugging Face folder."""
+    path, members = str(folder), fleet.alive()
+    fleet.current = (path, version)
+    fleet.each(members, lambda engine: engine.client.update_weights_from_disk(path, version))
+    fleet.confirm(members, version)
+
+
 class DiskSync:
     """Safetensors in a shared folder.  A restarted engine finds the current weights there."""
 
@@ -60,13 +68,7 @@ class DiskSync:
 
     def push(self, tensors: Iterable[Named], version: str) -> None:
         write_single(self.folder, tensors)
-        self.fleet.current = (str(self.folder), version)
-        path = str(self.folder)
-        members = self.fleet.alive()
-        self.fleet.each(
-            members, lambda engine: engine.client.update_weights_from_disk(path, version)
-        )
-        self.fleet.confirm(members, version)
+        read_folder(self.fleet, self.folder, version)
 
     def close(self) -> None:
         pass

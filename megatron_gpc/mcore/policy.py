@@ -55,10 +55,11 @@ from megatron_gpc.batching import context_part, micro_batches, multiples
 from megatron_gpc.config import Config
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
-from megatron_gpc.mcore.setup import device, on_any_rank, sum_over_ranks
+from megatron_gpc.mcore.setup import device, from_main, on_any_rank, sum_over_ranks
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats, TokenStreams
-from megatron_gpc.weights import ModelFields
+from megatron_gpc.weights import ModelFields, family_of
+from megatron_gpc.weights.folders import read_hf_config
 
 CLIP_FRACTIONS, GRADIENT_SHARES, DH_PREDICTED = (
     [f"{name}_{region}" for region in REGIONS]
@@ -101,6 +102,12 @@ class Policy:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             core.no_sync_func = no_sync if config.parallel.vpp else no_sync[0]
 
+    @classmethod
+    def configured(cls, config: Config) -> Policy:
+        """Of the architecture of model.hf, with random weights."""
+        hf = read_hf_config(config.model.hf)
+        return cls(config, family_of(hf).model_fields(hf))
+
     def weights_changed(self) -> None:
         """Copy weights that were written from outside into the optimizer's fp32 copies."""
         self.optimizer.reload_model_params()
@@ -120,6 +127,27 @@ class Policy:
                     [stats.logp_T, stats.entropy_T, stats.sum_p2_T, stats.sum_p2_logp_T]
                 ).cpu()
         return TokenStats(*sum_over_ranks(values_4T))
+
+    def old_logp(self, batch: RolloutBatch, scored: TokenStats) -> torch.Tensor:
+        """ln q of a rollout's response tokens, [T]: where the importance ratio is p/q.
+
+        Args:
+            scored: what the policy says of the batch before a step's updates.
+        """
+        trainer = self.config.train.old_logprobs == "trainer"
+        return scored.logp_T if trainer else batch.rollout_logp_T
+
+    def prepare(self, streams: TokenStreams, scored: TokenStats, step: int) -> TokenStreams:
+        """The streams with what the loss takes from the whole batch before the updates; the same on
+        every rank, whatever the loss draws.
+
+        Args:
+            scored: what the policy says of the batch.
+            step: counted from 1.
+        """
+        if not self.objective.prepares or not len(scored.logp_T):
+            return streams
+        return from_main(self.objective.prepare(streams, scored, step, self.config.seed))
 
     def update(
         self,

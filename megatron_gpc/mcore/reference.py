@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_gpc.mcore.checkpoint.load import load_folder
 from megatron_gpc.mcore.policy import Policy
 from megatron_gpc.types import RolloutBatch
 
@@ -35,6 +36,14 @@ class Reference:
             return self.policy.score(batch).logp_T
         finally:
             self._change_places()
+
+    @classmethod
+    def configured(cls, policy: Policy) -> Reference | None:
+        """That of kl.reference, by default model.hf; None with kl.coef=0."""
+        config = policy.config
+        if config.kl.coef <= 0:
+            return None
+        return cls(policy, lambda: load_folder(policy, config.kl.reference or config.model.hf))
 
     @torch.no_grad()
     def _change_places(self) -> None:

@@ -15,6 +15,8 @@ from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.reach import Reach
 from megatron_gpc.metrics.sinks import SINKS_KEY, MetricSink, make_sink
 from megatron_gpc.metrics.tables import print_table, summary_table
+from megatron_gpc.run.say import say
+from megatron_gpc.run.stop import mark
 
 SINK_CLOSE_S = 60.0
 """How long a sink may take to pass on what it has when the run ends [s] ..."""
@@ -98,9 +100,11 @@ class Reporter:
         """A line that stays and stands out."""
         self._console.warn(text)
 
-    def pause(self) -> None:
-        """The progress line has ended; others print now."""
+    def stopped(self, step: int) -> None:
+        """The run was asked to end, has done so after `step`, and can be continued."""
         self._console.close()
+        mark(self.config.run_dir, step)
+        say(f"stopped after step {step}, everything is saved; the same command continues")
 
     def finish(self) -> None:
         """Draw the run and print its table, both from metrics.jsonl."""

@@ -41,6 +41,17 @@ def bounds_metrics(bounds: Bounds) -> dict[str, float]:
     }
 
 
+def step_metrics(
+    batch: RolloutBatch, scored: TokenStats, weights_T: torch.Tensor, bounds: Bounds, clock: Clock
+) -> dict[str, float]:
+    """All of this file."""
+    return {
+        **batch_metrics(batch, scored, weights_T),
+        **bounds_metrics(bounds),
+        **clock.metrics(batch.num_response_tokens),
+    }
+
+
 class Clock:
     """Seconds of each part of a training step.
 

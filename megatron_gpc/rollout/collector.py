@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
+
 from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.answers import Generation
 from megatron_gpc.engines.client import SampleRequest
@@ -78,6 +80,14 @@ class Rollout:
     positions: list[int]
     """Of the prompts in the source, one a group."""
     metrics: dict[str, float]
+
+    def rewards(self) -> torch.Tensor:
+        """Of each sample, [N] fp32."""
+        return torch.tensor([sample.reward for sample in self.samples])
+
+    def groups(self) -> torch.Tensor:
+        """Which group each sample is of, counted from 0, [N] int64."""
+        return torch.arange(len(self.samples)) // (len(self.samples) // len(self.positions))
 
 
 class Collector:
@@ -375,6 +385,7 @@ class Collector:
         aged = sum(age * tokens for age, tokens in tokens_of_age.items())
         verdicts = Counter(group.verdict for group in ended)
         metrics = {
+            "weight_version": newest_version(samples),
             "groups_all_right": verdicts["right"] / len(ended),
             "groups_all_wrong": verdicts["wrong"] / len(ended),
             "groups_asked": float(len(ended)),
@@ -425,6 +436,11 @@ class Collector:
         ]
         await asyncio.gather(*(self._fill(part, stream) for part in self._parts(groups)))
         return [sample for group in groups for sample in group.samples]
+
+
+def newest_version(samples: Sequence[Sample]) -> int:
+    """Of the weights that made some token of the samples."""
+    return max(int(v) for s in samples for v, _, _ in s.weight_versions)
 
 
 def overlong_penalty(length: int, rollout: RolloutConfig) -> float:

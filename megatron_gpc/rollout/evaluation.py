@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_gpc.config import Config
+from megatron_gpc.config import Config, EvalConfig
+from megatron_gpc.metrics.pass_at_k import pass_at_k, pass_ks
 from megatron_gpc.types import Sample
 
 
@@ -54,3 +55,14 @@ def score_means(samples: Sequence[Sample], prefix: str) -> dict[str, float]:
     names = dict.fromkeys(name for sample in samples for name in sample.scores)
     values = {name: [s.scores[name] for s in samples if name in s.scores] for name in names}
     return {f"{prefix}{name}": sum(having) / len(having) for name, having in values.items()}
+
+
+def evaluation_metrics(samples: Sequence[Sample], config: EvalConfig) -> dict[str, float]:
+    """What a run reports of an evaluation; `samples` are config.samples of each prompt."""
+    right = right_P(samples, config.samples)
+    return {
+        "eval_reward": sum(s.reward for s in samples) / len(samples),
+        "eval_distinct_right": distinct_right(samples, config.samples),
+        **score_means(samples, "eval_reward_"),
+        **{f"eval_pass_at_{k}": pass_at_k(right, config.samples, k) for k in pass_ks(config)},
+    }

@@ -35,8 +35,11 @@ STACKS_SIGNAL = signal.SIGUSR2
 CHILD_POLL_S = 0.02
 LOG_LINES = 20
 
+MAIN_RANK_FAILED = "the main rank failed"
+"""What the others say then (mcore/main_rank.py)."""
 # What an error says if a peer had gone (gloo, the store, NCCL), or if it never came.
 _LOST_A_PEER = (
+    MAIN_RANK_FAILED,
     *("caused by a remote worker crashing", "Connection reset by peer", "Broken pipe"),
     *("got 0 bytes", "remote process exited", "ncclRemoteError", "Timed out waiting"),
 )

@@ -108,6 +108,16 @@ def test_samples_from_weights_sent_as_tensors_are_the_same_and_trained_on_again_
     assert refused.returncode == 2 and "no samples of step 3" in refused.stderr
 
 
+def test_a_step_whose_answers_were_all_cut_and_dropped_makes_no_update(arguments, tmp_path):
+    given = ("train.steps=1", "rollout.max_response_tokens=2", "rollout.overlong=drop")
+    done = command_line(*arguments(tmp_path / "run", *given))
+    assert done.returncode == 0, done.stderr
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "step 1: every response was cut" in said and "no update" in said
+    (step,) = metrics(tmp_path / "run")
+    assert step["updates"] == 0 and step["truncated"] == 1
+
+
 @pytest.mark.slow
 def test_engines_and_policy_that_take_turns_give_the_same_run(arguments, tmp_path):
     runs = [tmp_path / "beside", tmp_path / "turns"]

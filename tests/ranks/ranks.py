@@ -117,7 +117,7 @@ def _score_and_update(
     policy, params = start(config)
     scored = policy.score(batch)
     samples = list(range(batch.num_samples)) if samples is None else samples
-    reference_logp_T = reference_of(config, policy, params).score(batch) if config.kl.coef else None
+    reference_logp_T = reference_of(config, policy).score(batch) if config.kl.coef else None
     streams = replace(plain_streams(batch), reference_logp_T=reference_logp_T)
     if policy.objective.prepares:
         streams = policy.objective.prepare(streams, scored, 1, config.seed)
@@ -138,14 +138,13 @@ def _score_and_update(
     return found | ({"before": before, "after": after} if dist.get_rank() == 0 else {})
 
 
-def reference_of(config: Config, policy: Any, params: Any) -> Any:
+def reference_of(config: Config, policy: Any) -> Any:
     """The reference model of the configuration."""
+    from megatron_gpc.mcore.checkpoint.load import load_folder
     from megatron_gpc.mcore.reference import Reference
-    from megatron_gpc.train import _load
-    from megatron_gpc.weights.folders import read_hf_config
 
-    hf, folder = read_hf_config(config.model.hf), config.kl.reference or config.model.hf
-    return Reference(policy, lambda: _load(folder, policy, hf, params))
+    folder = config.kl.reference or config.model.hf
+    return Reference(policy, lambda: load_folder(policy, folder))
 
 
 def entropy_change(
@@ -308,7 +307,7 @@ def after_updates(
     with policy_of(config) as (policy, params):
         sums, away = Sums(UPDATE_MEANS, UPDATE_MAXIMA), Offload(policy)
         updates, freed, scores, references = [], [], [], []
-        other = reference_of(config, policy, params) if reference else None
+        other = reference_of(config, policy) if reference else None
         for batch in batches:
             if offload:
                 before = held_bytes(policy)

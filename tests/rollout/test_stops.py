@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gpc.config.schema import Config
 from megatron_gpc.errors import UserError
 from megatron_gpc.evaluate import evaluate
-from megatron_gpc.rank0 import Rank0
+from megatron_gpc.rollout.sampler import sampler_of
 from megatron_gpc.rollout.stops import end_of_turn, find_stops
 from megatron_gpc.rollout.tokenizer import load_tokenizer
 
@@ -147,8 +147,8 @@ def test_a_stop_is_a_string_or_a_token(config, bad):
 
 def test_training_and_evaluation_ask_for_the_same_ends_and_a_start_names_them(config, capfd):
     given = config("rollout.stop=[</answer>,<|im_end|>]", "rollout.server.start_timeout_s=0.1")
-    with Rank0(given, active=True) as rank0:
-        for collector in (rank0.collector, rank0.evaluator):
+    with sampler_of(given) as sampler:
+        for collector in (sampler.collector, sampler.evaluator):
             assert collector.stop_token_ids == [EOS, IM_END]
             assert collector.sampling["stop"] == ["</answer>"]
     assert "an answer ends at: '<eos>' (257, the tokenizer's eos)" in capfd.readouterr().err

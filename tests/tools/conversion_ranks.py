@@ -38,7 +38,7 @@ def logits_of(
     Args:
         checkpoints: name -> Hugging Face folder, distributed checkpoint.
     """
-    from megatron_gpc.mcore.checkpoint.checkpoints import load_weights
+    from megatron_gpc.mcore.checkpoint.state import load_weights
     from megatron_gpc.mcore.logits import sequence_logits
     from megatron_gpc.mcore.model import build_model
     from megatron_gpc.mcore.weights import load_hf
@@ -84,10 +84,10 @@ def start_update_save(
     weight sync gives them (on rank 0)."""
     from megatron_gpc.mcore.checkpoint.checkpoints import Checkpoints
     from megatron_gpc.mcore.checkpoint.folder import checkpoints
+    from megatron_gpc.mcore.checkpoint.load import load_folder
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS, Policy
     from megatron_gpc.mcore.weights import Exporter
     from megatron_gpc.metrics.reduce import Sums
-    from megatron_gpc.train import _load
     from megatron_gpc.weights import family_of
     from megatron_gpc.weights.folders import read_hf_config
 
@@ -96,7 +96,7 @@ def start_update_save(
         family = family_of(hf_config)
         policy = Policy(config, family.model_fields(hf_config))
         params = family.params(hf_config, config.parallel.tp)
-        _load(config.model.hf, policy, hf_config, params)
+        load_folder(policy, config.model.hf)
         policy.weights_changed()
         policy.score(batch)
         samples = list(range(batch.num_samples))

@@ -23,7 +23,7 @@ MAY_IMPORT = {  # room -> rooms of megatron_gpc that it may import, besides itse
     "batching": set(),
     "metrics": {"algo"},
     "engines": {"weights"},
-    "rollout": {"engines", "rewards", "weights"},
+    "rollout": {"engines", "rewards", "weights", "metrics"},
     "server": {"engines", "rollout", "weights"},
     "mcore": {"algo", "kernels", "weights", "metrics", "batching"},
     "doctor": {"algo", "engines", "mcore", "metrics", "rewards", "rollout", "weights"},

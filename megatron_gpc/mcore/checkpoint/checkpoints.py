@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,15 +19,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
 from megatron_gpc.mcore.checkpoint import folder as folders
-from megatron_gpc.mcore.checkpoint.state import content, load_weights, take_over
+from megatron_gpc.mcore.checkpoint.load import load_folder
+from megatron_gpc.mcore.checkpoint.state import content, take_over
 from megatron_gpc.mcore.checkpoint.writer import RankWriter, Written, strategy
 from megatron_gpc.mcore.policy import Policy
 from megatron_gpc.mcore.setup import from_main, is_main, sum_over_ranks
 from megatron_gpc.run.files import LAST, problems, sha256
 from megatron_gpc.run.say import say
 from megatron_gpc.types import TrainState
-
-__all__ = ["Checkpoints", "load_weights"]
 
 T = TypeVar("T")
 WRITER_POLL_S = 0.05
@@ -53,6 +52,53 @@ class Checkpoints:
         self.config, self.policy = config, policy
         self._plan = strategy()
         self._save: _Save | None = None
+        self.saved = 0
+        """Finished steps of the newest checkpoint, once `start` has looked; 0: there is none."""
+
+    def start(self) -> TrainState:
+        """Where the run goes on: `resume`, or at its first step with the weights of model.hf.
+
+        Raises:
+            UserError: see `resume`; or the weights of model.hf cannot be used.
+        """
+        state = self.resume()
+        if state is None:
+            load_folder(self.policy, self.config.model.hf)
+            self.policy.weights_changed()
+            state = TrainState()
+        self.saved = state.step
+        return state
+
+    def after_step(
+        self, state: TrainState, sampling: Callable[[], dict[str, Any]]
+    ) -> dict[str, float]:
+        """Complete the checkpoint in the background if all have written it, and begin one if that
+        is due.
+
+        Args:
+            state: but for its `sampling`, which may have to be waited for.
+
+        Returns:
+            seconds_checkpoint, which it took.
+
+        Raises:
+            UserError: see `poll` and `save`.
+        """
+        begin, every = time.perf_counter(), self.config.checkpoint.every
+        self.poll()
+        if state.step == self.config.train.steps or (every > 0 and state.step % every == 0):
+            self.save(replace(state, sampling=sampling()))
+        return {"seconds_checkpoint": time.perf_counter() - begin}
+
+    def before_end(self, state: TrainState, sampling: Callable[[], dict[str, Any]]) -> None:
+        """Save the state unless it is saved, and wait for that; for the arguments see `after_step`.
+
+        Raises:
+            UserError: see `save` and `wait`.
+        """
+        if self.saved != state.step:
+            self.save(replace(state, sampling=sampling()))
+        self.wait()
 
     def resume(self) -> TrainState | None:
         """Load the newest checkpoint that is not damaged; None if the run has no checkpoint yet.
@@ -101,7 +147,7 @@ class Checkpoints:
         part = folders.part_name(final)
         _on_main(lambda: part.mkdir(parents=True), f"{final}: cannot be written")
         writer = RankWriter(content(self.config, self.policy, state), part, self._plan)
-        self._save = _Save(final, writer)
+        self._save, self.saved = _Save(final, writer), state.step
         if not self.config.checkpoint.asynchronous:
             self.wait()
 

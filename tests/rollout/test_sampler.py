@@ -1,4 +1,4 @@
-"""What rank 0 says where a run cannot start; nothing is left running or locked."""
+"""What a sampler says if it cannot start, and what is left to train on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tiny import run_config
 from megatron_gpc.config import Config
 from megatron_gpc.engines.answers import RolloutError
 from megatron_gpc.errors import UserError
-from megatron_gpc.rank0 import Rank0
+from megatron_gpc.rollout.sampler import sampler_of, trained_on
 from megatron_gpc.rollout.tokenizer import load_tokenizer
-from megatron_gpc.types import TrainState
+from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights.hf_files import SINGLE
 
 
@@ -40,21 +40,29 @@ def test_a_tokenizer_that_is_absent_or_damaged_is_blamed_on_the_model_folder(mod
     for file in model.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(UserError, match=f"{model} has no tokenizer"):
-        Rank0(config(), active=True).__enter__()
+        sampler_of(config()).__enter__()
 
 
 def test_damaged_weights_are_named_before_a_server_is_started_on_them(model, config, tmp_path):
     cut(model / SINGLE, 20_000)
     with pytest.raises(UserError, match=f"{model / SINGLE}: truncated"):
-        Rank0(config(), active=True).__enter__()
+        sampler_of(config()).__enter__()
     assert not (tmp_path / "run" / "logs").exists()
 
 
 def test_a_server_that_does_not_start_is_no_error_of_the_user(config):
     slow = config("rollout.server.start_timeout_s=0.1")
-    for _ in range(2):  # the second time the run's folder is free again
-        with (
-            Rank0(slow, active=True) as rank0,
-            pytest.raises(RolloutError, match="not up after 0.1 s"),
-        ):
-            rank0.begin(TrainState())
+    with sampler_of(slow) as sampler, pytest.raises(RolloutError, match="not up after 0.1 s"):
+        sampler.begin({})
+
+
+def test_what_is_cut_is_dropped_and_a_step_of_nothing_else_is_told(config):
+    prompt = Prompt(0, "500=", (1,), 500)
+    ends = ("length", "stop", "length")
+    samples = [Sample(prompt, n, (1,), (-1.0,), "", end, ()) for n, end in enumerate(ends)]
+    said: list[str] = []
+    drop, keep = config("rollout.overlong=drop").rollout, config().rollout
+    assert trained_on(samples, keep, 1, said.append) == [0, 1, 2]
+    assert trained_on(samples, drop, 1, said.append) == [1] and said == []
+    assert trained_on(samples[::2], drop, 7, said.append) == []
+    assert len(said) == 1 and "step 7: every response was cut" in said[0]

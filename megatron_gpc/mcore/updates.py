@@ -1,0 +1,167 @@
+"""The updates of one training step, and those that are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megatron_gpc.batching import mini_batches
+from megatron_gpc.config import Config
+from megatron_gpc.errors import RunStopped
+from megatron_gpc.mcore.entropy_change import EntropyChange
+from megatron_gpc.mcore.main_rank import MainRank
+from megatron_gpc.mcore.policy import UPDATE_MAXIMA, Policy
+from megatron_gpc.mcore.setup import device
+from megatron_gpc.metrics.reduce import Sums
+from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TokenStreams
+
+
+class Updates:
+    """Makes the updates of training steps.  Every rank has one and calls the same.
+
+    Args:
+        policy: what they change.
+        main: saves the mini-batches of updates that are left out.
+        skipped: names of those that the run left out before, `TrainState.skipped`.
+        warn: on the main rank, tells the user of one.
+        alive: is called after each update.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        main: MainRank,
+        skipped: list[str],
+        warn: Callable[[str], None],
+        alive: Callable[[], None],
+    ):
+        self.policy, self.main, self.warn, self.alive = policy, main, warn, alive
+        self.skipped = SkippedUpdates(policy.config, skipped)
+
+    def make(
+        self,
+        step: int,
+        batch: RolloutBatch,
+        scored: TokenStats,
+        streams: TokenStreams,
+        bounds: Bounds,
+    ) -> dict[str, float]:
+        """All updates of a training step, one after another.
+
+        Args:
+            step: counted from 1.
+            scored: what the policy says of the batch before them.
+            streams, bounds: what the loss reads.
+
+        Returns:
+            What is to be said of them, the same on every rank.
+
+        Raises:
+            RunStopped: more were left out than guard.max_skipped_updates.
+        """
+        policy, config = self.policy, self.policy.config
+        sums = Sums((*policy.update_means, "grad_norm"), UPDATE_MAXIMA, device())
+        change = EntropyChange(policy, batch, scored) if config.diagnostics.entropy_change else None
+        updates = mini_batches(
+            batch.num_samples, config.train.mini_batches, config.train.epochs, config.seed, step
+        )
+        made, learning_rate = 0, 0.0
+        for number, samples in enumerate(updates, start=1):
+            updated = policy.update(batch, samples, streams, bounds, sums)
+            self.alive()
+            learning_rate = updated["learning_rate"]
+            if updated["skipped"]:
+                file = self.skipped.add(step, number)
+                self.main(self._keep, file, batch, samples, streams, bounds)
+                self.skipped.check()
+            elif not updated["empty"]:
+                made += 1
+                sums.add("grad_norm", updated["grad_norm"], 1)
+        return {
+            **sums.reduce(),
+            **(change.metrics() if change else {}),
+            "learning_rate": learning_rate,
+            "updates": made,
+            "skipped_updates": len(self.skipped.names),
+        }
+
+    def _keep(
+        self,
+        file: Path,
+        batch: RolloutBatch,
+        samples: list[int],
+        streams: TokenStreams,
+        bounds: Bounds,
+    ) -> None:
+        save_mini_batch(file, batch, samples, streams, bounds)
+        self.warn(
+            f"loss or gradient is not finite: the update was left out; its mini-batch: {file}"
+        )
+
+
+class SkippedUpdates:
+    """Updates that were left out because their loss or gradient was not finite.
+
+    Args:
+        names: of those that a run left out before it was continued, `TrainState.skipped`.
+    """
+
+    def __init__(self, config: Config, names: list[str]):
+        self.folder = config.run_dir / "skipped"
+        self.limit = config.guard.max_skipped_updates
+        self.names = list(names)
+
+    def add(self, step: int, update: int) -> Path:
+        """Count update `update` of training step `step` (both from 1).
+
+        Returns:
+            The file that its mini-batch is to be saved in.
+        """
+        self.names.append(f"step_{step:06d}_update_{update}.pt")
+        return self.folder / self.names[-1]
+
+    def check(self) -> None:
+        """Raises:
+        RunStopped: there are more of them than guard.max_skipped_updates; on every rank.
+        """
+        if len(self.names) > self.limit:
+            raise RunStopped(
+                f"loss or gradient was not finite in {len(self.names)} updates "
+                f"(guard.max_skipped_updates={self.limit}); lower optim.lr, or look at their "
+                "mini-batches: " + ", ".join(str(self.folder / name) for name in self.names)
+            )
+
+
+def save_mini_batch(
+    file: Path, batch: RolloutBatch, samples: list[int], streams: TokenStreams, bounds: Bounds
+) -> None:
+    """Write what an update saw, for `torch.load(file)`; the file appears whole or not at all.
+
+    A dictionary: `samples` (their numbers in the rollout), `tokens` (one int64 tensor a sample,
+    prompt and response), `prompt_lengths_N`, `rewards_N`, `advantages_N`, `bounds` (Bounds' four
+    numbers), and what the loss read of response tokens alone, one tensor a sample: `rollout_logp`,
+    `old_logp`, `weights`, with a reference model `reference_logp`, and what the loss's `prepare`
+    gave under its names in `prepared`.
+    """
+    starts_N = batch.starts_N
+    ends_N = starts_N + batch.prompt_lengths_N + batch.response_lengths_N
+    of_samples = [streams.at(batch.response_slice(n)).map(torch.Tensor.clone) for n in samples]
+    content = {
+        "samples": samples,
+        "tokens": [batch.tokens[starts_N[n] : ends_N[n]].clone() for n in samples],
+        "prompt_lengths_N": batch.prompt_lengths_N[samples],
+        "rewards_N": batch.rewards_N[samples],
+        "advantages_N": batch.advantages_N[samples],
+        "bounds": asdict(bounds),
+        "prepared": {name: [one.prepared[name] for one in of_samples] for name in streams.prepared},
+    }
+    for name in ("rollout_logp", "old_logp", "weights", "reference_logp"):
+        if getattr(streams, f"{name}_T") is not None:
+            content[name] = [getattr(one, f"{name}_T") for one in of_samples]
+    file.parent.mkdir(exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    torch.save(content, part)
+    part.replace(file)
