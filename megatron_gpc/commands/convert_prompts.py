@@ -201,7 +201,7 @@ def converted(row: Any, arguments: argparse.Namespace, where: str) -> dict[str, 
             )
         written[name] = row[name]
     return {
-        plain(name, f"{where}: a column's name"): plain(value, f"{where}: column {name!r}")
+        as_json(name, f"{where}: a column's name"): as_json(value, f"{where}: column {name!r}")
         for name, value in written.items()
     }
 
@@ -233,7 +233,7 @@ def asked(prompt: Any, suffix: str, as_text: bool, where: str) -> str | list[dic
     return "\n\n".join(m["content"] for m in found) if as_text else found
 
 
-def plain(value: Any, where: str) -> Any:
+def as_json(value: Any, where: str) -> Any:
     """The same value in JSON's types.
 
     Dates, times and UUIDs become text; a Decimal becomes a number.
@@ -256,10 +256,11 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, UUID):
         return str(value)
     if type(value) in (list, tuple):
-        return [plain(item, where) for item in value]
+        return [as_json(item, where) for item in value]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return {
-            plain(name, where): plain(item, f"{where}, {name!r}") for name, item in value.items()
+            as_json(name, where): as_json(item, f"{where}, {name!r}")
+            for name, item in value.items()
         }
     shown = repr(value)
     raise UserError(

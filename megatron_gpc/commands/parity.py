@@ -39,7 +39,7 @@ TEXTS = (
     "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
 )
 RANDOM_SEQUENCES, RANDOM_LENGTH = 4, 32
-TOLERANCE = 1e-3
+MOST_DIFFERENCE = 1e-3
 """On log-probabilities in float32: rounding stays below it in deep models too; a wrong weight,
 rotary base or norm exceeds it by orders of magnitude."""
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=positive(int), default=1, help=f"{meaning} parallelism"
         )
     parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="largest difference (%(default)s)"
+        "--tolerance", type=float, default=MOST_DIFFERENCE, help="largest difference (%(default)s)"
     )
 
 

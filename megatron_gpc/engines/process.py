@@ -19,7 +19,13 @@ from typing import Any, Self
 import httpx
 
 from megatron_gpc.engines.answers import RolloutError
-from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, free_port, own_search_path
+from megatron_gpc.run.launch import (
+    LOG_LINES,
+    STACKS_SIGNAL,
+    die_with_parent,
+    free_port,
+    own_search_path,
+)
 
 STOP_TIMEOUT_S = 5.0
 """How long a server may take to end by itself before it is killed."""
@@ -27,7 +33,6 @@ KILL_TIMEOUT_S = 60.0
 """How long a busy machine may take to be rid of one that was killed."""
 START_POLL_S = 0.2
 """How often a server that starts is looked at [s]."""
-LOG_LINES = 20
 
 
 class ServerError(RolloutError):

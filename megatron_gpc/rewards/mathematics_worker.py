@@ -101,7 +101,7 @@ def reply(text: str) -> None:
 def same(gold: str, answer: str) -> bool:  # noqa: PLR0911
     """Whether an answer says what the label says."""
     gold, answer = spelling.tidy(gold), spelling.tidy(answer)
-    if spelling.plain(gold) == spelling.plain(answer):
+    if spelling.plain_text(gold) == spelling.plain_text(answer):
         return True
     if "ldots" in gold + answer or not answer:
         return False

@@ -90,6 +90,6 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)
 
 
-def plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Squeezed, with the contents of every `\\text{...}` in its place."""
     return squeezed(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text))

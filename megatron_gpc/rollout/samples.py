@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from megatron_gpc.config import RolloutConfig
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import replacing
 from megatron_gpc.types import Prompt, Sample
 
 FOLDER = "samples"
@@ -96,9 +97,8 @@ def write_samples(run_dir: Path, step: int, saved: SavedStep) -> Path:
     ]
     file = samples_file(run_dir, step)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd")
-    part.replace(file)
+    with replacing(file) as part:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd")
     return file
 
 

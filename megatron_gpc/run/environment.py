@@ -13,7 +13,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 
-class Place(NamedTuple):
+class ProcessRank(NamedTuple):
     """Which of how many processes this is."""
 
     rank: int
@@ -41,7 +41,7 @@ def number(name: str, low: int, high: int, default: int | None = None) -> int:
     return int(text)
 
 
-def place(names: tuple[str, str, str]) -> Place:
+def place(names: tuple[str, str, str]) -> ProcessRank:
     """This process among those that torchrun (TORCHRUN) or srun (SRUN) has started.
 
     Raises:
@@ -50,7 +50,7 @@ def place(names: tuple[str, str, str]) -> Place:
     rank, world, local = names
     processes = number(world, 1, MOST_PROCESSES)
     found = number(rank, 0, processes - 1)
-    return Place(found, processes, number(local, 0, processes - 1))
+    return ProcessRank(found, processes, number(local, 0, processes - 1))
 
 
 def step() -> tuple[int, int]:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +77,25 @@ def step_of_name(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write `FILE.part`, UTF-8, then rename it: no reader, and no crash, sees half of it.
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """`FILE.part`, to be written; then it is renamed: no reader, and no crash, sees half of it.
 
-    Raises:
-        OSError: it cannot be written; the old file is as it was.
+    If the block fails, the old file is as it was.
     """
     part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    yield part
     part.replace(file)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """`replacing`, with UTF-8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def sha256(file: Path) -> str:

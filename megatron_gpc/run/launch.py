@@ -34,6 +34,7 @@ STACKS_SIGNAL = signal.SIGUSR2
 """Has a rank write the stacks of its threads to its `stacks_file` and go on."""
 CHILD_POLL_S = 0.02
 LOG_LINES = 20
+"""Of the end of a log, in an error about who wrote it."""
 
 MAIN_RANK_FAILED = "the main rank failed"
 """What the others say then (mcore/main_rank.py)."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import os
 import signal
 import socket
@@ -33,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 import megatron_gpc
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import decoder, eos_tokens, load_tokenizer
+from megatron_gpc.run.launch import die_with_parent
 from megatron_gpc.server import loading, sequence
 from megatron_gpc.server.gate import Gate, TimedProtocol
 from megatron_gpc.server.generate import MOST_CHARACTERS, answer, parse
@@ -402,8 +402,7 @@ def _first_problem(error: RequestValidationError) -> str:
 
 def _die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent has ended, in whatever way."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent:  # it was gone before the line above
         sys.exit(f"parent process {parent} has ended")
 

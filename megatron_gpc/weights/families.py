@@ -153,7 +153,7 @@ class Family:
             "num_query_groups": sizes["groups"],
             "kv_channels": sizes["head_dim"],
             "normalization": "RMSNorm",
-            "layernorm_epsilon": fields.number(config, "rms_norm_eps"),
+            "layernorm_epsilon": fields.positive_number(config, "rms_norm_eps"),
             "gated_linear_unit": True,
             "activation_func": "silu",
             "add_bias_linear": False,

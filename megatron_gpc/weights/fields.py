@@ -190,7 +190,7 @@ def whole_number(config: Mapping[str, Any], key: str) -> int:
     return _positive(config, key, int, "whole number")
 
 
-def number(config: Mapping[str, Any], key: str) -> float:
+def positive_number(config: Mapping[str, Any], key: str) -> float:
     """A positive finite number of config.json.
 
     Raises:
@@ -275,7 +275,7 @@ def rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: a rope type or setting that megatron-core computes otherwise, or not at all.
     """
     settings = rope_settings(config)
-    theta = number(settings, "rope_theta")
+    theta = positive_number(settings, "rope_theta")
     kind = settings["rope_type"]
     if kind not in _ROPE_KEYS:
         raise UserError(
@@ -290,7 +290,7 @@ def rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     gpt = {"position_embedding_type": "rope", "rotary_base": theta, "rotary_percent": 1.0}
     if kind == "linear":
-        gpt["seq_len_interpolation_factor"] = number(settings, "factor")
+        gpt["seq_len_interpolation_factor"] = positive_number(settings, "factor")
     if kind == "yarn":
         gpt["position_embedding_type"] = "yarn"
         return gpt, _yarn(settings)
@@ -304,14 +304,14 @@ def _yarn(settings: Mapping[str, Any]) -> dict[str, Any]:
     m(1) if those are unset.  transformers alone takes that ratio as `attention_factor`; m solved
     for x says the same to megatron-core.
     """
-    factor = number(settings, "factor")
+    factor = positive_number(settings, "factor")
     mscale, mscale_all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
     if not (mscale and mscale_all_dim):
         mscale = mscale_all_dim = None
     if "attention_factor" in settings:
         if factor <= 1:
             raise UserError("config.json: rope setting attention_factor needs factor > 1")
-        mscale = (number(settings, "attention_factor") - 1) / (0.1 * math.log(factor))
+        mscale = (positive_number(settings, "attention_factor") - 1) / (0.1 * math.log(factor))
         mscale_all_dim = 0.0
     return {
         "yarn_rotary_scaling_factor": factor,

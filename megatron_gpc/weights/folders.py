@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,11 @@ def carry_over(source: Path, folder: Path, dtype: torch.dtype | None = None) -> 
         if any(config.get(key) != name for key in said):
             text = json.dumps({**config, **said}, indent=2)
             (folder / "config.json").write_text(text + "\n")
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def is_converted(folder: Path) -> bool:

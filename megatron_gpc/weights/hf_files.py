@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import check_regular, parse_json, read_json
-from megatron_gpc.weights.folders import carry_over, new_folder
+from megatron_gpc.weights.folders import carry_over, first_few, new_folder
 from megatron_gpc.weights.table import Param
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,7 +118,7 @@ class HFReader:
             f"{name} (for {expected[name][1]})" for name in expected if name not in self.entries
         ]
         if missing:
-            raise UserError(f"{self.folder} lacks {_some(missing)}")
+            raise UserError(f"{self.folder} lacks {first_few(missing)}")
         surplus = [
             f"{name} in {entry.file.name}"
             for name, entry in self.entries.items()
@@ -127,7 +127,7 @@ class HFReader:
         if surplus:
             raise UserError(
                 f"{self.folder} has tensors that its config.json leaves no place for: "
-                f"{_some(surplus)}"
+                f"{first_few(surplus)}"
             )
         for name, (shape, _) in expected.items():
             entry = self.entries[name]
@@ -386,16 +386,12 @@ def _compare_with_index(file: Path, found: Mapping[str, Entry], where: Mapping[s
     absent = [name for name, shard in where.items() if shard == file.name and name not in found]
     if absent:
         raise UserError(
-            f"{file.parent / INDEX} says that {file.name} holds {_some(absent)}, which it does not"
+            f"{file.parent / INDEX} says that {file.name} holds {first_few(absent)}, which it does "
+            "not"
         )
     elsewhere = [name for name in found if where.get(name) != file.name]
     if elsewhere:
-        raise UserError(f"{file} holds {_some(elsewhere)}, which {INDEX} does not place there")
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise UserError(f"{file} holds {first_few(elsewhere)}, which {INDEX} does not place there")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import read_json
-from megatron_gpc.weights.folders import COMMON, FORMAT
+from megatron_gpc.weights.folders import COMMON, FORMAT, first_few
 from megatron_gpc.weights.places import Place
 
 METADATA = ".metadata"
@@ -112,12 +112,12 @@ class MegatronReader:
             if place.key not in self._tensors
         ]
         if missing:
-            raise UserError(f"{self.folder} lacks {_some(missing)}")
+            raise UserError(f"{self.folder} lacks {first_few(missing)}")
         surplus = sorted(set(self._tensors) - {place.key for place in places})
         if surplus:
             raise UserError(
                 f"{self.folder} has tensors that the model's config.json leaves no place for: "
-                f"{_some(surplus)}"
+                f"{first_few(surplus)}"
             )
         sizes = {file.name: file.stat().st_size for file in self.folder.glob("*.distcp")}
         for place in places:
@@ -362,8 +362,3 @@ def _check_format(folder: Path) -> None:
         raise UserError(f"{file}: not a checkpoint's ({error!r})") from None
     if backend != _FORMAT["sharded_backend"]:
         raise UserError(f"{file}: format {backend!r} is not supported, only torch_dist")
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
