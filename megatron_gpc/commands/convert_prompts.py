@@ -89,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     lines = [
         line for _, line in sorted(found for labels in kept.values() for found in labels.values())
     ]
+    if arguments.out.exists() and not arguments.out.is_file():
+        raise UserError(f"{arguments.out}: is no regular file; name one to write")
     try:
         replace_text(arguments.out, "".join(f"{line}\n" for line in lines))
     except OSError as error:
@@ -138,6 +140,8 @@ def parquet_rows(file: Path, drop: Sequence[str]) -> Iterator[dict[str, Any]]:
         for name, values in zip(names, batch.columns, strict=True):
             if name in drop:
                 continue
+            if pyarrow.types.is_float32(values.type) or pyarrow.types.is_float16(values.type):
+                values = values.cast(pyarrow.string()).cast(pyarrow.float64())  # 0.1 stays 0.1
             try:
                 columns[name] = values.to_pylist(maps_as_pydicts="strict")
             except (ValueError, KeyError) as error:

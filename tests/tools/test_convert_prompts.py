@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -240,3 +241,19 @@ def test_a_column_that_would_take_the_prompts_place_is_refused(tmp_path: Path, c
     assert call(*command) == 2
     assert "--drop prompt" in capsys.readouterr().err
     assert call(*command, "--drop", "prompt") == 0
+
+
+def test_a_float32_label_is_the_decimal_that_was_meant(tmp_path: Path) -> None:
+    columns = {"prompt": ["a"], "label": pyarrow.array([0.1], pyarrow.float32())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    out = tmp_path / "p.jsonl"
+    asked = ("--data", tmp_path / "p.parquet", "--label", "label")
+    assert call("convert_prompts", *asked, "--out", out) == 0
+    assert json.loads(out.read_text())["label"] == 0.1
+
+
+def test_what_is_no_regular_file_is_not_replaced_by_one(parquet: Path, tmp_path, capsys) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert call("convert_prompts", "--data", parquet, "--out", pipe) == 2
+    assert "no regular file" in capsys.readouterr().err and pipe.is_fifo()

@@ -254,3 +254,27 @@ def test_reference_log_probs_are_there_if_the_run_has_a_reference(tmp_path):
     objective(tmp_path, name, "kl.coef=0.1")
     with pytest.raises(UserError, match="NoneType"):
         objective(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["clip", "gspo", "cispo", "clip-cov"])
+@pytest.mark.parametrize("impossible", ["logp", "old_logp"])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_a_token_without_probability_spoils_neither_the_loss_nor_other_sequences(
+    tmp_path, name, impossible, advantage
+):
+    example = made_up(reference=False)
+    logp_T, old_logp_T = example.logp_T.detach().clone(), example.streams.old_logp_T.clone()
+    (logp_T if impossible == "logp" else old_logp_T)[3] = -torch.inf
+    advantages_T = torch.where(example.streams.sample_T == 0, advantage, example.advantages_T)
+    streams = replace(example.streams, old_logp_T=old_logp_T, advantages_T=advantages_T)
+    loss = objective(tmp_path, f"train.loss={name}")
+    if loss.prepares:
+        scored = TokenStats(logp_T, *example.entropy_T.expand(3, -1))
+        streams = loss.prepare(streams, scored, 1, 0)
+    logp_T.requires_grad_()
+    inputs = replace(example, logp_T=logp_T, advantages_T=advantages_T, streams=streams)
+    outputs = loss(inputs)
+    (grad_T,) = torch.autograd.grad(outputs.loss_sum, logp_T)
+    assert outputs.loss_sum.isfinite() and grad_T.isfinite().all()
+    assert outputs.ratio_T.isfinite().all()
+    assert (grad_T[streams.sample_T == 1] != 0).all(), "other sequences are trained on"

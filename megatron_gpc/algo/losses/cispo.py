@@ -28,8 +28,10 @@ class CISPO:
             upper_T = torch.full_like(upper_T, 1 + self.eps_high)
         lower = 0.0 if self.eps_low is None else 1 - self.eps_low
         weight_T = ratio_T.clamp(min=lower).minimum(upper_T)
+        # ln 0 = -inf times the weight 0 would be no number
+        logp_or_lowest_T = inputs.logp_T.clamp(min=torch.finfo(inputs.logp_T.dtype).min)
         return LossOutputs(
-            loss_sum=-(weight_T * inputs.advantages_T * inputs.logp_T).sum(),
+            loss_sum=-(weight_T * inputs.advantages_T * logp_or_lowest_T).sum(),
             ratio_T=ratio_T,
             clipped_low_T=ratio_T < lower,
             clipped_high_T=ratio_T > upper_T,
