@@ -64,7 +64,7 @@ setup(
         ],
         "dev": [
             "ruff==0.17.6",  # lint, format, import order
-            "pyright==1.1.414",  # types
+            "pyright[nodejs]==1.1.414",  # types
         ],
     },
 )
