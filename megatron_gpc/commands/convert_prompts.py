@@ -259,7 +259,7 @@ def as_json(value: Any, where: str) -> Any:
         return value.isoformat()
     if isinstance(value, UUID):
         return str(value)
-    if type(value) in (list, tuple):
+    if type(value) is list or type(value) is tuple:
         return [as_json(item, where) for item in value]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return {
