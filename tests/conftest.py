@@ -22,6 +22,8 @@ import warm
 from commands import ROOT
 from pool import Pools
 
+# A shell's background jobs ignore Ctrl-C, and the tests may be one; what they start must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 warm.install()
 BUILD = ROOT / "examples" / "arithmetic" / "build.py"
 

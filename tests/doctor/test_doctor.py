@@ -38,6 +38,16 @@ def start(rank: int, world: int, port: int, *arguments: str) -> subprocess.Popen
 
 
 @pytest.fixture
+def packages(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder whose packages can be imported; what was imported from it is forgotten."""
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(f"{tmp_path}/"):
+            del sys.modules[name]
+
+
+@pytest.fixture
 def busy_port() -> Iterator[int]:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -155,25 +165,23 @@ class Driver:
         return 0
 
 
-def test_a_transformer_engine_outside_megatron_cores_range_is_told(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    package = tmp_path / "transformer_engine" / "pytorch"
+def test_a_transformer_engine_outside_megatron_cores_range_is_told(packages, monkeypatch):
+    package = packages / "transformer_engine" / "pytorch"
     package.mkdir(parents=True)
     for folder in (package, package.parent):
         (folder / "__init__.py").touch()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     for version, status in (("2.11.0", "ok"), ("2.20.2", "note")):
-        install("transformer-engine", version, tmp_path)
+        install("transformer-engine", version, packages)
         found = {finding.check: finding for finding in software(None)}["transformer-engine"]
         assert (found.status, found.found) == (status, version)
-        shutil.rmtree(tmp_path / f"transformer_engine-{version}.dist-info")
+        shutil.rmtree(packages / f"transformer_engine-{version}.dist-info")
     assert "<2.12" in found.advice
 
 
-def test_another_projects_apex_and_an_sglang_that_is_not_there_are_told(tmp_path, monkeypatch):
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = {finding.check: finding for finding in software(tmp_path / "python")}
+def test_another_projects_apex_and_an_sglang_that_is_not_there_are_told(packages):
+    (packages / "apex").mkdir()
+    (packages / "apex" / "__init__.py").write_text("")
+    found = {finding.check: finding for finding in software(packages / "python")}
     assert found["apex"].status == "problem" and "another project" in found["apex"].found
     assert found["SGLang"].status == "problem" and found["SGLang"].advice
