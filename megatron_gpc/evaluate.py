@@ -63,7 +63,7 @@ def evaluate(config: Config, checkpoint: Path | None, out: Path | None) -> tuple
         RolloutError: the engines did not start, or gave no good answers.
     """
     if config.eval.prompts is None:
-        raise UserError("eval.prompts is not set: there is nothing to evaluate on")
+        raise UserError("eval.prompts is not set: name held-out prompts with eval.prompts=FILE")
     source = newest(checkpoint or config.model.hf)
     check_evaluation(config, model_of(source), lambda text: say(f"warning: {text}"))
     ks = pass_ks(config.eval)

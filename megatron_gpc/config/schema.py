@@ -78,7 +78,7 @@ class DataConfig:
     prompts: Path
     """Prompts to train on; shuffled anew every epoch, from the run's seed."""
     verifier: typing.Annotated[str, Part("math", "addition")]
-    """What judges answers: `math` compares final answers (docs/evaluation.md), `addition` is the
+    """What judges answers: `math` compares final answers (docs/mathematics.md), `addition` is the
     example's.  Or a function of your own, as `package.module:name` or `path/to/file.py:name`
     (docs/extend.md)."""
     verifier_arguments: Arguments = dataclasses.field(default_factory=dict)
@@ -219,9 +219,11 @@ class TrainConfig:
     """One training step: a rollout, then mini_batches * epochs updates of the policy."""
 
     steps: PositiveInt = 100
-    """T: training steps of the run; the clip schedule stretches over them."""
+    """T: training steps of the run.  The clip schedule stretches over them, as does a learning rate
+    that decays; both jump if a continued run gets another number."""
     mini_batches: PositiveInt = 4
-    """Updates an epoch: the rollout is cut into so many mini-batches."""
+    """Updates an epoch: the rollout is cut into so many mini-batches, of equal size or one sample
+    more."""
     epochs: PositiveInt = 2
     """Passes over the rollout."""
     micro_batch_size: PositiveInt = 8
@@ -289,9 +291,13 @@ class OptimConfig:
     decay: Literal["constant", "cosine", "linear"] = "constant"
     """Shape of the learning rate over all updates of the run."""
     beta1: typing.Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of its mean of gradients that Adam keeps at an update."""
     beta2: typing.Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Share of its mean of squared gradients that Adam keeps at an update."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of that mean before Adam divides by it."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled (AdamW): lr times this share of a weight is taken off at an update."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 turns clipping of the gradient off."""
     distributed: bool = True
