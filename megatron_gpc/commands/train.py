@@ -52,6 +52,11 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     for warning in warnings(config):
         say(f"warning: {warning}")
     if arguments.dry_run:
+        if not complete:
+            say(
+                f"model.hf: {config.model.hf} is not there yet: layout, context and prompts are "
+                "checked once model.build has made it, at the start of the run"
+            )
         print(dump(config), end="")
         return 0
 

@@ -17,7 +17,8 @@ def test_it_writes_a_run_that_can_be_trained(tmp_path, capsys, monkeypatch):
     assert str(folder / "reward.py") in said and "run of mine/config.yaml'" in said
     monkeypatch.chdir(folder)
     assert main(["train", "config.yaml", "--dry-run"]) == 0
-    assert "reward.py:reward" in capsys.readouterr().out
+    resolved = capsys.readouterr()
+    assert "reward.py:reward" in resolved.out and "model is not there yet" in resolved.err
     assert sorted(file.name for file in folder.iterdir()) == sorted(FILES)
 
 
