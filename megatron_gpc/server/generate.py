@@ -15,7 +15,7 @@ from megatron_gpc.server.sampling import SamplingParams
 
 MOST_CHARACTERS = 64
 """Of a text, for every token of the context: a longer one is not even tokenized."""
-MOST_SAMPLES = 2**16
+MOST_SAMPLES_A_REQUEST = 2**16
 """Of one POST."""
 
 
@@ -56,8 +56,8 @@ def parse(
         sequence.Request(rid or uuid.uuid4().hex, tuple(ids), SamplingParams.parse(values))
         for ids, values, rid in zip(prompts, params, rids, strict=True)
     ]
-    if sum(request.params.n for request in requests) > MOST_SAMPLES:
-        raise UserError(f"n: more than {MOST_SAMPLES} samples of one request.")
+    if sum(request.params.n for request in requests) > MOST_SAMPLES_A_REQUEST:
+        raise UserError(f"n: more than {MOST_SAMPLES_A_REQUEST} samples of one request.")
     return requests, per_prompt("return_logprob", body.return_logprob), single
 
 

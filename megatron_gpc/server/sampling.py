@@ -21,7 +21,7 @@ MOST_TEMPERATURE = 1e6
 """Above it all tokens are equally likely, in fp32."""
 MOST_TOKENS = 2**31 - 1
 """No context and no vocabulary has more."""
-MOST_SAMPLES = 4096
+MOST_SAMPLES_A_PROMPT = 4096
 """Of one prompt."""
 MOST_STOP_TEXTS = 256
 MOST_STOP_LENGTH = 4096
@@ -115,7 +115,7 @@ def _check_values(params: SamplingParams) -> None:
             0 <= params.min_new_tokens <= params.max_new_tokens,
             f"be in [0, max_new_tokens={params.max_new_tokens}]",
         ),
-        ("n", 1 <= params.n <= MOST_SAMPLES, f"be from 1 to {MOST_SAMPLES}"),
+        ("n", 1 <= params.n <= MOST_SAMPLES_A_PROMPT, f"be from 1 to {MOST_SAMPLES_A_PROMPT}"),
         ("sampling_seed", seed is None or 0 <= seed < 2**64, "be in [0, 2**64)"),
     ):
         if not right:
