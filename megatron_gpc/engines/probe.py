@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from megatron_gpc.config import Config
+from megatron_gpc.weights import family_of
 from megatron_gpc.weights.folders import read_hf_config
 
 SAMPLE_TOKENS = 32
@@ -67,4 +68,4 @@ def _both_fp32(config: Config) -> bool:
     if server.kind == "sglang" or server.urls or server.urls_file:
         return asked in ("float32", "float")  # left to itself SGLang takes 16 bits
     hf = read_hf_config(config.model.hf)  # the embedded server computes in the checkpoint's type
-    return (hf.get("dtype") or hf.get("torch_dtype")) == "float32"
+    return family_of(hf).model_fields(hf).dtype == "float32"

@@ -16,6 +16,7 @@ from megatron_gpc.mcore.main_rank import MainRank
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, Policy
 from megatron_gpc.mcore.setup import device
 from megatron_gpc.metrics.reduce import Sums
+from megatron_gpc.run.files import replacing
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TokenStreams
 
 
@@ -162,6 +163,5 @@ def save_mini_batch(
         if getattr(streams, f"{name}_T") is not None:
             content[name] = [getattr(one, f"{name}_T") for one in of_samples]
     file.parent.mkdir(exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    torch.save(content, part)
-    part.replace(file)
+    with replacing(file) as part:
+        torch.save(content, part)

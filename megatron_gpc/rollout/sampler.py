@@ -115,6 +115,7 @@ class TrainingSampler(Sampler):
         self._ahead = Prefetch(fleet, self.collector)
         self._turns = Colocation(fleet)
         self._sync = make_sync(config.rollout.server, fleet, weights)
+        self._tolerance = Tolerance.of(config)
         if self.colocated:  # they start on GPUs that are theirs alone: the policy is not built yet
             fleet.await_started()
             self.rest()
@@ -204,7 +205,7 @@ class TrainingSampler(Sampler):
         """
         if self.config.rollout.server.probe_tokens == 0:
             return bool(self.fleet.ready())
-        return bool(gaps) and self.fleet.check_probe(gaps, Tolerance.of(self.config))
+        return bool(gaps) and self.fleet.check_probe(gaps, self._tolerance)
 
     def give_up(self, version: int) -> None:
         """End the run: engines have not taken the weights.

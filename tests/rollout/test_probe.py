@@ -36,9 +36,12 @@ def test_the_tolerance_follows_from_what_both_sides_compute_in(tmp_path, model_a
     assert Tolerance.of(run_config(tmp_path, model_a, *overrides)).mean == mean
 
 
-def test_a_checkpoint_of_16_bits_makes_an_embedded_server_of_16_bits(tmp_path, model_a):
+@pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
+def test_a_checkpoint_of_16_bits_makes_an_embedded_server_of_16_bits(tmp_path, model_a, spelling):
     hf = tmp_path / "hf"
     hf.mkdir()
     content = json.loads((model_a / "config.json").read_text())
-    (hf / "config.json").write_text(json.dumps({**content, "dtype": "bfloat16"}))
-    assert Tolerance.of(run_config(tmp_path, hf)).mean == 0.1
+    del content["dtype"]
+    for dtype, mean in (("bfloat16", 0.1), ("float32", 1e-3)):
+        (hf / "config.json").write_text(json.dumps({**content, spelling: dtype}))
+        assert Tolerance.of(run_config(tmp_path, hf)).mean == mean
