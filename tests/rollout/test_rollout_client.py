@@ -6,18 +6,17 @@ The scripted server stands for a broken remote server; everything else runs on a
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import torch
+from http_servers import JsonHandler, serving
 from rollout_models import VOCAB, logprobs
 
 from megatron_gpc.engines.answers import MalformedAnswer, RequestRefused, ServerUnavailable
@@ -46,31 +45,14 @@ def scripted(reply: Callable[[int, Any], Reply]) -> Iterator[tuple[str, list[Any
     """A server that answers POST number i = 1, 2, ... by reply(i, body); yields url and bodies."""
     bodies: list[Any] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            bodies.append(body)
-            status, content = reply(len(bodies), body)
-            raw = (content if isinstance(content, str) else json.dumps(content)).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
+            bodies.append(self.body())
+            status, content = reply(len(bodies), bodies[-1])
+            self.answer(content, status)
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.handle_error = lambda *unused: None  # clients that give up leave broken pipes
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", bodies
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as url:
+        yield url, bodies
 
 
 def call(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import torch
+from http_servers import JsonHandler, serving
 from tiny import run_config
 
 from megatron_gpc.engines.fleet import Fleet
@@ -27,36 +24,19 @@ def server_of_ranks(tp_size: int) -> Iterator[tuple[str, list[list[str]]]]:
     parts: list[list[str]] = []
     version = ["0"]
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self) -> None:
             self.answer({"tp_size": tp_size, "weight_version": version[0]})
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.body()
             if self.path == "/update_weights_from_tensor":
                 parts.append([body["serialized_named_tensors"][rank] for rank in range(tp_size)])
                 version[0] = body["weight_version"]
             self.answer({"success": True})
 
-        def answer(self, content: Any) -> None:
-            raw = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", parts
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as url:
+        yield url, parts
 
 
 def test_every_rank_of_every_engine_finds_all_tensors(tmp_path: Path):
