@@ -26,6 +26,7 @@ class Estimate:
     optimizer: float
     activations: float
     logits: float
+    """With their gradient, that of the LM head, and what log-prob and entropy take."""
     engine_weights: float
     kv_token: float
 
@@ -66,8 +67,7 @@ def estimate(config: Config, hf: Mapping[str, Any], world: int) -> Estimate:
         gradients=4 * (dense + expert),
         optimizer=state * (dense / copies[0] + expert / copies[1]),
         activations=activation_bytes(config, sizes),
-        # fp32 logits, their softmax, and the gradient
-        logits=3 * 4 * config.train.logit_chunk_tokens * model.vocab_size / p.tp,
+        logits=head_bytes(config, model.vocab_size, sizes["hidden_size"]),
         engine_weights=size * everything / engine_tp,
         kv_token=2 * size * sizes["num_layers"] * max(1, groups / engine_tp) * head,
     )
@@ -96,6 +96,21 @@ def activation_bytes(config: Config, sizes: Mapping[str, Any]) -> float:
     if config.megatron.transformer.get("recompute_granularity") == "full":
         return p.pp * layers * size * tokens * hidden + layer
     return p.pp * layers * layer
+
+
+def head_bytes(config: Config, vocab: int, hidden: int) -> float:
+    """What the last pipeline stage takes for logits and what is made of them.
+
+    Log-prob and entropy take three fp32 copies of a chunk beside the logits.  On the way back two
+    beside logits and their gradient; then comes the gradient of the LM head.
+    """
+    p, size = config.parallel, 2 if config.model.dtype == "bfloat16" else 4
+    responses = config.train.micro_batch_size * config.rollout.max_response_tokens
+    rows = min(longest_micro_batch(config), responses) / p.cp
+    row = vocab / p.tp
+    chunk = 4 * min(config.train.logit_chunk_tokens, rows) * row
+    logits, weight = size * rows * row, size * hidden * row
+    return max(logits + 3 * chunk, 2 * logits + max(2 * chunk, weight))
 
 
 def longest_micro_batch(config: Config) -> int:
