@@ -44,10 +44,10 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
         from megatron_gpc.doctor.preflight import check_training  # noqa: F401 - for _check
         from megatron_gpc.run.folder import make_model, prepare
         from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
-        from megatron_gpc.run.placement import adopt_rank, my_share
+        from megatron_gpc.run.placement import adopt_rank, gpus_for_ranks, my_share
 
     complete = _check(config)
-    gpus = torch.cuda.device_count()
+    gpus = gpus_for_ranks(config, torch.cuda.device_count())
     share = None if adopt_rank(config.parallel, gpus) else my_share(config.parallel, gpus)
     for warning in warnings(config):
         say(f"warning: {warning}")

@@ -14,6 +14,7 @@ from megatron_gpc.doctor.memory import GIB, estimate
 from megatron_gpc.doctor.preflight import check_training
 from megatron_gpc.errors import UserError
 from megatron_gpc.run import environment
+from megatron_gpc.run.placement import gpus_for_ranks
 from megatron_gpc.weights.folders import read_hf_config
 
 
@@ -37,7 +38,12 @@ def plan(config: Config, whole: bool) -> Iterator[Finding]:
 
 
 def _gpus(config: Config) -> Iterator[Finding]:
-    gpus, (_, nodes) = torch.cuda.device_count(), environment.step()
+    _, nodes = environment.step()
+    try:
+        gpus = gpus_for_ranks(config, torch.cuda.device_count())
+    except UserError as error:
+        yield Finding("ranks", "problem", str(error), "take fewer engines, or another base_gpu_id")
+        return
     world, copy = world_size(config.parallel), model_parallel_size(config.parallel)
     if not gpus:
         cores = len(os.sched_getaffinity(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from megatron_gpc.config import ParallelConfig
+from megatron_gpc.config import Config, ParallelConfig
 from megatron_gpc.config.layout import check_world, model_parallel_size, world_size
 from megatron_gpc.errors import UserError
 from megatron_gpc.run import environment
@@ -25,6 +25,30 @@ class Share:
     def alone(ranks: int) -> Share:
         """All ranks on this machine."""
         return Share(ranks, 0, ranks)
+
+
+def gpus_for_ranks(config: Config, gpus: int) -> int:
+    """How many of a node's GPUs ranks may have: those below sglang.args.base_gpu_id, if that keeps
+    the others for engines.
+
+    Args:
+        gpus: CUDA devices of this node.
+
+    Raises:
+        UserError: the engines need more than there are.
+    """
+    server, args = config.rollout.server, config.sglang.args
+    first = int(args.get("base_gpu_id") or 0)
+    apart = server.kind == "sglang" and args.get("device") != "cpu" and not server.colocated
+    if not gpus or not first or not apart or config.rollout.replay is not None:
+        return gpus
+    wanted = server.engines * int(args.get("tp_size", args.get("tp", 1)))
+    if first + wanted > gpus:
+        raise UserError(
+            f"sglang.args.base_gpu_id={first}: engines need {wanted} GPUs from there on "
+            f"(rollout.server.engines * sglang.args.tp_size), and this node has {gpus}"
+        )
+    return first
 
 
 def adopt_rank(parallel: ParallelConfig, gpus: int) -> bool:
@@ -59,8 +83,8 @@ def my_share(parallel: ParallelConfig, gpus: int) -> Share:
     """What this process, which is no rank, has to start: all ranks, or below srun its node's.
 
     Args:
-        gpus: CUDA devices of this node.  Below srun each gets a rank, so that parallel.dp may be
-            left out.
+        gpus: those of this node that are for ranks.  Below srun each gets one, so that parallel.dp
+            may be left out.
 
     Raises:
         UserError: the layout does not fit the nodes, or the batch script has not said where ranks
