@@ -99,8 +99,13 @@ class Sampler:
 class TrainingSampler(Sampler):
     """Judged samples for training steps and for their evaluations, made by the policy's weights.
 
+    Once it is made all engines are up.
+
     Args:
         weights: folder through which engines get weights with rollout.server.sync=disk.
+
+    Raises:
+        ServerError, RolloutError: an engine did not start or does not answer.
     """
 
     takes_weights = True
@@ -116,8 +121,10 @@ class TrainingSampler(Sampler):
         self._turns = Colocation(fleet)
         self._sync = make_sync(config.rollout.server, fleet, weights)
         self._tolerance = Tolerance.of(config)
-        if self.colocated:  # they start on GPUs that are theirs alone: the policy is not built yet
-            fleet.await_started()
+        # Before the policy is built: engines take their share of what memory a GPU has left, and on
+        # one that the policy takes meanwhile nothing may be left.
+        fleet.await_started()
+        if self.colocated:
             self.rest()
 
     def close(self) -> None:
@@ -127,15 +134,13 @@ class TrainingSampler(Sampler):
     # ---- state ----
 
     def begin(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken (empty: at the first prompt); wait for the engines.
+        """Continue where `state` was taken (empty: at the first prompt).
 
         Raises:
             UserError: the prompts are not those of the run.
-            ServerError, RolloutError: an engine did not start or does not answer.
         """
         if state:
             self._ahead.restore(state)
-        self.fleet.await_started()
 
     def state(self) -> dict[str, Any]:
         """What the next steps' samples depend on; waits for those that are being made."""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from damage import cut
 from tiny import run_config
@@ -52,8 +53,14 @@ def test_damaged_weights_are_named_before_a_server_is_started_on_them(model, con
 
 def test_a_server_that_does_not_start_is_no_error_of_the_user(config):
     slow = config("rollout.server.start_timeout_s=0.1")
-    with sampler_of(slow) as sampler, pytest.raises(RolloutError, match="not up after 0.1 s"):
-        sampler.begin({})
+    with pytest.raises(RolloutError, match="not up after 0.1 s"):
+        sampler_of(slow).__enter__()
+
+
+def test_engines_are_up_once_there_is_a_sampler_for_then_the_policy_takes_its_memory(config):
+    with sampler_of(config("rollout.server.engines=2")) as sampler:
+        for engine in sampler.fleet.engines:
+            assert httpx.get(f"{engine.url}/health", trust_env=False).status_code == 200
 
 
 def test_what_is_cut_is_dropped_and_a_step_of_nothing_else_is_told(config):
