@@ -1,12 +1,20 @@
 """The exceptions that users see: the first two without a traceback, the third with one."""
 
+import re
+
+_CREDENTIALS = re.compile(r"://[^/\s'\"]*@")
+
 
 class UserError(ValueError):
     """Input that a user can mend: a wrong key, a missing file, a contradictory layout.
 
     The message names the field, file or tensor and the way out.  The command line prints it alone
     and exits with code 2; from Python it is an ordinary ValueError.
+    A user's name and password in an address are not shown.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_CREDENTIALS.sub("://...@", str(message)))
 
 
 class RunStopped(RuntimeError):

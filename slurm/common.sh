@@ -98,7 +98,7 @@ begin_attempt() {
   if [[ -d $RUN_DIR/logs ]]; then mv "$RUN_DIR/logs" "$ATTEMPT_DIR/logs_before"; fi
   git -C "$ROOT" rev-parse HEAD >"$ATTEMPT_DIR/commit" 2>/dev/null || echo unknown >"$ATTEMPT_DIR/commit"
   printf '%s\n' "$RESOLVED" >"$ATTEMPT_DIR/config.yaml"
-  (umask 077 && env -0 | grep -zEiv '^[^=]*(key|token|secret|passw|credential)[^=]*=' | sort -z | tr '\0' '\n' >"$ATTEMPT_DIR/environment")
+  (umask 077 && env -0 | grep -zEiv '^[^=]*(key|token|secret|pass|credential|cookie)[^=]*=|^[^=]*=[^=]*://[^/]*@' | sort -z | tr '\0' '\n' >"$ATTEMPT_DIR/environment")
   say "job $SLURM_JOB_ID, attempt $ATTEMPT, from step $step, run $RUN_DIR"
 }
 

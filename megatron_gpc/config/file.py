@@ -242,6 +242,13 @@ def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
         for parent in parents:
             here = here.setdefault(parent, {})
         here[name] = value
+    arguments = nested.get("sglang", {}).get("args")
+    for name in arguments if isinstance(arguments, dict) else ():
+        if str(name).replace("-", "_") in ("api_key", "admin_api_key"):
+            raise UserError(
+                f"{file}: sglang.args.{name}: a command line shows it to every user of the node; "
+                "name a file with the key in rollout.server.api_key_file"
+            )
     try:
         return TypeAdapter(Config).validate_python(nested)
     except ValidationError as error:

@@ -42,6 +42,11 @@ TopK = typing.Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_not_zero)]
 def _http_url(value: str) -> str:
     parts = urllib.parse.urlsplit(value)
     plain = not set(value) & set(" ,\t\n") and parts.scheme in ("http", "https")
+    if "@" in value:
+        raise ValueError(
+            "an address has no user name and no password; name the key's file in "
+            "rollout.server.api_key_file"
+        )
     if not (plain and parts.hostname and (parts.port is None or parts.port > 0)):
         raise ValueError("expected an address such as http://127.0.0.1:30000")
     return value.rstrip("/")

@@ -92,9 +92,11 @@ def _digest_so_far(run_dir: Path) -> str | None:
     for folder in reversed(checkpoints(run_dir)):
         try:
             common = torch.load(folder / COMMON, weights_only=True)
+            return common["train_state"]["sampling"].get("prompts")
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
             continue
-        return common["train_state"]["sampling"].get("prompts")
+        except (LookupError, TypeError, AttributeError):  # it is a pickle, but not ours
+            continue
     return None
 
 

@@ -58,7 +58,9 @@ def serve(config: Config, stop: StopRequest) -> None:
     if not _await_file(model, server.start_timeout_s, "model.hf", stop):
         return
     log_dir = config.run_dir / "logs" / f"serve_{number}"
-    starter = Starter(started_here, config.sglang, config.model.hf, log_dir, host=_address(nodes))
+    starter = Starter(
+        started_here, config.sglang, config.model.hf, log_dir, _address(nodes), with_key=False
+    )
     say(starter.what_happens())
     with Fleet(starter) as fleet:
         try:

@@ -15,6 +15,7 @@ import yaml
 
 from megatron_gpc.config import ServerConfig, SGLangConfig
 from megatron_gpc.engines.client import SGLangClient
+from megatron_gpc.engines.keys import new_key, read_key, write_secret
 from megatron_gpc.engines.process import (
     EmbeddedServer,
     ServerProcess,
@@ -39,6 +40,7 @@ class Starter:
         model_path: Hugging Face folder that engines start from.
         log_dir: where started engines log.
         host: this machine's address that they listen on.
+        with_key: make a key if none is configured; False: others, who cannot know it, use them.
     """
 
     def __init__(
@@ -48,10 +50,13 @@ class Starter:
         model_path: Path,
         log_dir: Path,
         host: str = "127.0.0.1",
+        with_key: bool = True,
     ):
-        self.config, self.sglang = config, sglang
+        self.config, self.sglang, self.with_key = config, sglang, with_key
         self.model_path, self.log_dir, self.host = model_path, log_dir, host
         self.python = sglang.python or Path(sys.executable)
+        self._own_key: Path | None = None
+        self._own_key_lock = threading.Lock()
         self.given_up = threading.Event()
         """Once set, starts that are under way are not waited for."""
         self.tp_size = 1
@@ -88,7 +93,7 @@ class Starter:
                 log,
                 host=self.host,
                 port=port,
-                api_key_file=self.config.api_key_file,
+                api_key_file=self.key_file(),
                 start_timeout_s=timeout_s,
                 given_up=self.given_up,
             )
@@ -142,17 +147,33 @@ class Starter:
             batched=not router,
         )
 
+    def key_file(self) -> Path | None:
+        """With the key that engines ask for: the configured one, or a new one for embedded servers
+        that are started for this run alone.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        config = self.config
+        others = config.urls or config.urls_file or config.router or config.kind != "embedded"
+        if config.api_key_file is not None or others or not self.with_key:
+            return config.api_key_file
+        with self._own_key_lock:  # engines start side by side
+            if self._own_key is None:
+                try:
+                    self._own_key = new_key(self.log_dir / "api_key")
+                except OSError as error:
+                    raise UserError(f"{self.log_dir}/api_key: {error.strerror}") from None
+        return self._own_key
+
     def _api_key(self) -> str | None:
-        file = self.config.api_key_file
-        return None if file is None else _read(file, "api_key_file").strip()
+        file = self.key_file()
+        return None if file is None else read_key(file)
 
     def _secrets(self) -> Path:
         """Arguments of SGLang that no process list may show, in a file only the user can read."""
-        file = self.log_dir / "sglang_secrets.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(yaml.safe_dump({"api-key": self._api_key()}))
-        return file
+        text = yaml.safe_dump({"api-key": self._api_key()})
+        return write_secret(self.log_dir / "sglang_secrets.yaml", text)
 
     async def running_urls(self) -> Sequence[str]:
         """Engines that others have started, or will have; empty if they are started here.
@@ -172,6 +193,11 @@ class Starter:
                 )
             await asyncio.sleep(URLS_POLL_S)
         urls = _read(file, "urls_file").split()
+        if any("@" in url for url in urls):
+            raise UserError(
+                f"rollout.server.urls_file: {file}: an address has no password; name the key's "
+                "file in rollout.server.api_key_file"
+            )
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise UserError(
                 f"rollout.server.urls_file: {file}: expected one address a line, such as "
@@ -188,11 +214,11 @@ def check_start(config: ServerConfig, sglang: SGLangConfig, host: str = "127.0.0
         host: this machine's address that they are to listen on.
 
     Raises:
-        UserError: a key file that cannot be read or is empty, urls_file is a folder, a port is in
-            use, or SGLang is not installed where sglang.python says.
+        UserError: a key file that has no key or that others can read, urls_file is a folder, a
+            port is in use, or SGLang is not installed where sglang.python says.
     """
-    if config.api_key_file is not None and not _read(config.api_key_file, "api_key_file").strip():
-        raise UserError(f"rollout.server.api_key_file: {config.api_key_file} is empty")
+    if config.api_key_file is not None:
+        read_key(config.api_key_file)
     if config.urls_file is not None and config.urls_file.is_dir():
         raise UserError(f"rollout.server.urls_file: {config.urls_file} is a folder; name a file")
     if not (config.urls or config.urls_file):

@@ -117,7 +117,9 @@ def problems(folder: Path, share: int, shares: int) -> list[str]:
         return [f"{SUMS} cannot be read: {error}"]
     if not lines or lines[-1][-1] != LAST or any(len(line) != 2 for line in lines):
         return [f"{SUMS} is cut short or overwritten"]
-    found = []
+    read = {path.name for path in folder.glob("*.distcp")} | {".metadata", "common.pt"}
+    unlisted = sorted(read - {name for _, name in lines})
+    found = [f"{SUMS} does not list {name}" for name in unlisted if (folder / name).exists()]
     for digest, name in lines[share::shares]:
         try:
             if sha256(folder / name) != digest:

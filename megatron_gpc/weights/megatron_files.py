@@ -45,6 +45,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import read_json
 from megatron_gpc.weights.folders import COMMON, FORMAT, first_few
+from megatron_gpc.weights.metadata_file import read_metadata
 from megatron_gpc.weights.places import Place
 
 METADATA = ".metadata"
@@ -67,8 +68,8 @@ _MODEL = ("embedding.", "decoder.", "output_layer.")
 class MegatronReader:
     """The model's tensors of a checkpoint, whoever saved it and at whatever layout.
 
-    Opening reads the description only.  It is a pickle, as megatron-core's always is: open only
-    checkpoints whose origin you trust.
+    Opening reads the description only: a pickle, as megatron-core's always is, which may have
+    nothing but the classes of a description.
 
     Raises:
         UserError: no such folder, not a distributed checkpoint, or an unreadable description.
@@ -79,12 +80,7 @@ class MegatronReader:
         _check_format(self.folder)
         self._reader = FileSystemReader(self.folder)
         file = self.folder / METADATA
-        try:
-            metadata = self._reader.read_metadata()
-        except FileNotFoundError:
-            raise UserError(f"{file} is absent: the checkpoint is not complete") from None
-        except _UNREADABLE as error:
-            raise UserError(f"{file}: not a checkpoint's description ({error!r})") from None
+        metadata = read_metadata(file)
         if not isinstance(metadata, Metadata) or not metadata.storage_data:
             raise UserError(f"{file}: not a checkpoint's description")
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)

@@ -161,8 +161,10 @@ def test_runs_that_share_a_server_have_ids_of_their_own(start):
     """The same step of the same configuration, twice at once; one of them ends its requests."""
     rig = start("rollout.max_response_tokens=400")
     engine = rig.engines.engines[0]
-    server = dataclasses.replace(rig.config.rollout.server, urls=(engine.url,))
     starter = rig.engines.starter
+    server = dataclasses.replace(
+        rig.config.rollout.server, urls=(engine.url,), api_key_file=starter.key_file()
+    )
     with Fleet(Starter(server, starter.sglang, starter.model_path, starter.log_dir)) as engines:
         engines.await_started()
         engines.confirm(engines.engines, "0")

@@ -28,6 +28,11 @@ def cut_sums(folder: Path, keep: int) -> None:
     (folder / "SHA256SUMS").write_text("".join(lines[:keep]))
 
 
+def drop_line(folder: Path, name: str) -> None:
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if name not in line))
+
+
 @pytest.mark.parametrize("shares", [1, 2, 3, 8])
 def test_a_sound_checkpoint_has_no_problem_and_every_file_is_in_one_share(tmp_path, shares):
     folder = write(tmp_path, 1)
@@ -46,6 +51,8 @@ def test_a_sound_checkpoint_has_no_problem_and_every_file_is_in_one_share(tmp_pa
         (lambda f: (f / "SHA256SUMS").unlink(), ["SHA256SUMS is missing"]),
         (lambda f: (f / "SHA256SUMS").write_text(""), ["SHA256SUMS is cut short"]),
         (lambda f: cut_sums(f, 4), ["SHA256SUMS is cut short"]),
+        (lambda f: drop_line(f, "__1_0.distcp"), ["SHA256SUMS does not list __1_0.distcp"]),
+        (lambda f: drop_line(f, "common.pt"), ["SHA256SUMS does not list common.pt"]),
         (lambda f: (f / "SHA256SUMS").write_bytes(b"\xff" * 99), ["SHA256SUMS cannot be read"]),
         (
             lambda f: ((f / "common.pt").unlink(), (f / "common.pt").mkdir()),

@@ -23,6 +23,7 @@ from tools.tool_scripts import call
 from megatron_gpc.cli import main
 from megatron_gpc.config.file import load
 from megatron_gpc.doctor.plan import plan
+from megatron_gpc.engines.keys import write_secret
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.prompt_reader import PromptReader, context_length
 from megatron_gpc.rollout.prompts import PromptSource
@@ -272,7 +273,7 @@ WITHOUT_PROMPTS: dict[str, tuple[Callable[[Job], object], str]] = {
     ),
     "api key: empty": (
         lambda j: (
-            (j.folder / "key").write_text("\n"),
+            write_secret(j.folder / "key", "\n"),
             j.overrides.append(f"rollout.server.api_key_file={j.folder / 'key'}"),
         ),
         "is empty",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +27,11 @@ from megatron_gpc.mcore.setup import is_main, seed_generators
 from megatron_gpc.types import TrainState
 from megatron_gpc.weights import Place
 from megatron_gpc.weights.megatron_files import MegatronReader
+from megatron_gpc.weights.metadata_file import read_metadata
 
 _LOAD_ERRORS = (
     *(OSError, RuntimeError, dist_checkpointing.core.CheckpointingException),
+    *(pickle.UnpicklingError, EOFError, ValueError),  # of common.pt
     CheckpointException,  # a BaseException, in which torch wraps what any rank met
 )
 
@@ -107,6 +110,7 @@ def load_weights(folder: Path, models: Sequence[PolicyModel], places: Sequence[P
 
 
 def _load(wanted: dict[str, Any], folder: Path, way_out: str = "") -> dict[str, Any]:
+    read_metadata(folder / ".metadata")  # megatron-core unpickles whatever it finds there
     try:
         loaded: Any = dist_checkpointing.load(wanted, str(folder))
         return loaded

@@ -1,0 +1,70 @@
+"""The key that engines ask for: read, made, and kept where nobody else can read it.
+
+No error shows what is in a key file.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from megatron_gpc.errors import UserError
+
+MOST_BYTES = 4096
+WAY_OUT = "make one with: (umask 077 && head -c 24 /dev/urandom | base64 >FILE)"
+
+
+def read_key(file: Path, name: str = "rollout.server.api_key_file") -> str:
+    """The key, one line of visible ASCII.
+
+    Args:
+        name: what the user calls the file, for errors.
+
+    Raises:
+        UserError: the file is absent, no plain file, readable by others, empty, or has anything but
+            one such line.
+    """
+    try:
+        # not blocking, or a FIFO would be waited for
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: {file}: cannot be read: {reason}; {WAY_OUT}") from None
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{name}: {file}: cannot be read: it is no plain file; {WAY_OUT}")
+        if found.st_mode & 0o077:
+            raise UserError(
+                f"{name}: {file} has mode {stat.S_IMODE(found.st_mode):04o}: others can read or "
+                "change it; chmod 600 it, and take another key if others may know this one"
+            )
+        content = os.read(descriptor, MOST_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    key = content.strip(b" \t\r\n")
+    if not key:
+        raise UserError(f"{name}: {file} is empty; {WAY_OUT}")
+    if len(content) > MOST_BYTES or not all(0x21 <= byte <= 0x7E for byte in key):
+        raise UserError(
+            f"{name}: {file} must have one line of visible ASCII characters, at most "
+            f"{MOST_BYTES} bytes; {WAY_OUT}"
+        )
+    return key.decode("ascii")
+
+
+def new_key(file: Path) -> Path:
+    """A file with a random key; what had the name before is gone."""
+    return write_secret(file, secrets.token_urlsafe(32) + "\n")
+
+
+def write_secret(file: Path, text: str) -> Path:
+    """A new file that only the user can read; no link is followed, no old mode is kept."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(file, flags, 0o600), "w") as stream:
+        stream.write(text)
+    return file

@@ -1,0 +1,104 @@
+"""Keys, and passwords in addresses: read once, kept apart, shown nowhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from rollout_models import build_model
+
+from megatron_gpc.config import ServerConfig, SGLangConfig
+from megatron_gpc.config.file import load
+from megatron_gpc.engines.fleet import Fleet
+from megatron_gpc.engines.keys import new_key, read_key, write_secret
+from megatron_gpc.engines.starter import Starter, check_start
+from megatron_gpc.errors import UserError
+
+MINIMAL = "run_dir: runs/x\nmodel: {hf: start}\ndata: {prompts: p.jsonl, verifier: addition}\n"
+SECRET = b"hunter2"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "says"),
+    [
+        (SECRET, 0o644, "mode 0644"),
+        (SECRET, 0o620, "mode 0620"),
+        (SECRET, 0o601, "mode 0601"),
+        (b"", 0o600, "is empty"),
+        (b" \n\n", 0o600, "is empty"),
+        (SECRET + b"\nsecond", 0o600, "one line"),
+        (SECRET + b"\rsecond", 0o600, "one line"),
+        (SECRET + b" two", 0o600, "one line"),
+        (SECRET + b"\0", 0o600, "one line"),
+        (b"\xef\xbb\xbf" + SECRET, 0o600, "one line"),
+        (SECRET + "ü".encode(), 0o600, "one line"),
+        (SECRET + b"\xff\xfe", 0o600, "one line"),
+        (SECRET * 1000, 0o600, "at most 4096 bytes"),
+    ],
+)
+def test_a_key_file_that_cannot_be_is_refused_without_its_content(tmp_path, content, mode, says):
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    file.chmod(mode)
+    with pytest.raises(UserError) as refused:
+        check_start(ServerConfig(api_key_file=file), SGLangConfig())
+    message = str(refused.value)
+    assert "api_key_file" in message and says in message and "hunter" not in message
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    begun = time.monotonic()
+    for name in ("none", ".", "fifo", "a" * 300, "a\0b"):
+        with pytest.raises(UserError, match="api_key_file: .*cannot be read"):
+            read_key(tmp_path / name)
+    assert time.monotonic() - begun < 5
+
+
+def test_secrets_are_new_files_that_only_the_user_reads(tmp_path):
+    aim, file = tmp_path / "aim", tmp_path / "logs" / "secret"
+    aim.write_text("as it was")
+    file.parent.mkdir()
+    file.symlink_to(aim)
+    write_secret(file, "x")
+    assert aim.read_text() == "as it was" and not file.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o666)
+    first = read_key(new_key(file))
+    assert file.stat().st_mode & 0o777 == 0o600 and len(first) >= 32
+    assert read_key(new_key(file)) != first
+
+
+def test_an_embedded_server_of_a_run_has_a_key_of_its_own(tmp_path: Path):
+    model = build_model(tmp_path / "model", seed=0)
+    with Fleet(Starter(ServerConfig(), SGLangConfig(), model, tmp_path / "logs")) as fleet:
+        assert fleet.await_started()
+        (engine,) = fleet.engines
+        stranger = httpx.post(f"{engine.url}/pause_generation", json={}, trust_env=False)
+        assert stranger.status_code == 401
+        assert fleet.run(engine.client.model_info())["weight_version"] == "default"
+    assert (tmp_path / "logs" / "api_key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "rollout.server.urls=http://me:hunter2@host:1",
+        "rollout.server.urls=[http://a, 'https://hunter2@host']",
+        "rollout.server.urls=ftp://me:hunter2@host",
+        "rollout.server.url=http://me:hunter2@host:1",
+        "model.dtype=http://me:hunter2@host:1",
+        "sglang.args.api_key=hunter2",
+        "sglang.args={api-key: hunter2}",
+        "sglang.args.admin_api_key=hunter2",
+    ],
+)
+def test_no_error_shows_a_password(tmp_path, given):
+    file = tmp_path / "config.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(UserError) as refused:
+        load(file, [given])
+    assert "hunter2" not in str(refused.value)
