@@ -100,10 +100,16 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
             "from there on, and the last is 65535"
         )
     precision_aware = config.megatron.optimizer.get("use_precision_aware_optimizer")
-    if config.diagnostics.entropy_change and precision_aware:
+    for key in ("entropy_change", "signal"):
+        if precision_aware and getattr(config.diagnostics, key):
+            raise UserError(
+                f"diagnostics.{key} needs fp32 gradients and weights in the optimizer; leave "
+                "megatron.optimizer.use_precision_aware_optimizer out"
+            )
+    if config.diagnostics.signal and r.prompts_per_step < 2:
         raise UserError(
-            "diagnostics.entropy_change=true needs fp32 gradients and weights in the optimizer; "
-            "leave megatron.optimizer.use_precision_aware_optimizer out"
+            "diagnostics.signal compares two halves of a step's prompts, and "
+            "rollout.prompts_per_step=1; set it to 2 or more, or diagnostics.signal to 0"
         )
     check_batch(config, p.dp or 1)
     if hf is not None:

@@ -360,6 +360,10 @@ class DiagnosticsConfig:
     and its exact directional derivative along the way the weights went (`dh_directional`).  One
     forward and backward pass before the updates, one forward pass after them, and memory for one
     more fp32 gradient."""
+    signal: NonNegativeInt = 0
+    """At the first step and every so many after it, how much of the gradient is signal
+    (`signal_share`): the cosine of the gradients of two halves of the step's prompts, before the
+    updates.  One forward and backward pass, and memory for two more fp32 gradients; 0: never."""
 
 
 @section

@@ -11,13 +11,8 @@ the gradient, of which the logit-space prediction (algo/regions.py) knows nothin
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
-
+from megatron_gpc.mcore.gradients import gradient, inner_product, weights
 from megatron_gpc.mcore.policy import Policy
-from megatron_gpc.mcore.setup import device
 from megatron_gpc.types import RolloutBatch, TokenStats
 
 
@@ -35,11 +30,7 @@ class EntropyChange:
     def __init__(self, policy: Policy, batch: RolloutBatch, scored: TokenStats):
         self.policy, self.batch, self.scored = policy, batch, scored
         policy.entropy_gradient(batch)
-        policy.optimizer.prepare_grads()
-        self.gradient = [
-            [p.grad.clone() for p in params if p.grad is not None]
-            for params in self._own_parameters()
-        ]
+        self.gradient = gradient(policy)
         self.before = self._along_gradient()
 
     def metrics(self) -> dict[str, float]:
@@ -51,33 +42,5 @@ class EntropyChange:
         }
 
     def _along_gradient(self) -> float:
-        """<gradient, weights> over all ranks.
-
-        float64, so that the difference of two of them is exact enough: it saves a copy of the
-        weights.
-        """
-        total = 0.0
-        for optimizer, params, gradients in zip(
-            self.policy.optimizer.chained_optimizers,
-            self._own_parameters(),
-            self.gradient,
-            strict=True,
-        ):
-            found = torch.zeros((), dtype=torch.float64, device=device())
-            for param, gradient in zip(params, gradients, strict=True):
-                found += torch.dot(gradient.flatten().double(), param.detach().flatten().double())
-            dist.all_reduce(found, group=optimizer.get_grad_stats_parallel_group())
-            total += float(found)
-        return total
-
-    def _own_parameters(self) -> list[list[torch.Tensor]]:
-        """Of each optimizer the parameters (or this rank's parts of them) that no other rank of its
-        group holds as well: those that megatron-core counts in the gradient's norm."""
-        return [
-            [
-                param
-                for param in optimizer.get_parameters()
-                if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)
-            ]
-            for optimizer in self.policy.optimizer.chained_optimizers
-        ]
+        """<gradient, weights>: the difference of two of them saves a copy of the weights."""
+        return inner_product(self.policy, self.gradient, weights(self.policy))

@@ -15,6 +15,7 @@ from megatron_gpc.mcore.entropy_change import EntropyChange
 from megatron_gpc.mcore.main_rank import MainRank
 from megatron_gpc.mcore.policy import UPDATE_MAXIMA, Policy
 from megatron_gpc.mcore.setup import device
+from megatron_gpc.mcore.signal_share import signal_share
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.run.files import replacing
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TokenStreams
@@ -65,6 +66,12 @@ class Updates:
         """
         policy, config = self.policy, self.policy.config
         sums = Sums((*policy.update_means, "grad_norm"), UPDATE_MAXIMA, device())
+        every = config.diagnostics.signal
+        signal = (
+            signal_share(policy, batch, streams, bounds)
+            if every and not (step - 1) % every
+            else None
+        )
         change = EntropyChange(policy, batch, scored) if config.diagnostics.entropy_change else None
         updates = mini_batches(
             batch.num_samples, config.train.mini_batches, config.train.epochs, config.seed, step
@@ -84,6 +91,7 @@ class Updates:
         return {
             **sums.reduce(),
             **(change.metrics() if change else {}),
+            **({} if signal is None else {"signal_share": signal}),
             "learning_rate": learning_rate,
             "updates": made,
             "skipped_updates": len(self.skipped.names),

@@ -94,6 +94,8 @@ def _whole_run(run: Run) -> dict[str, str]:
         f"clipped at {side} bound, %": _text(100 * run.series(f"clip_fraction_{name}").mean(), 2)
         for name, side in (("low", "lower"), ("high", "upper"))
     }
+    if len(run.series("signal_share")):
+        rows["signal share of the gradient"] = _text(run.series("signal_share").mean(), 2)
     if len(run.series("entropy_target")):
         rows |= _tracking(run)
     rows["tokens a second"] = _text(tokens / seconds if seconds else math.nan, 0)

@@ -94,7 +94,7 @@ def test_schedules_are_compared_and_one_that_steers_goes_on_bit_for_bit(start, t
         [
             *(sys.executable, str(EXAMPLE / "compare.py"), "--arms", "static", "target"),
             *("--seeds", "0", "--out", str(tmp_path / "runs")),
-            *small(start, "train.steps=4", *given),
+            *small(start, "train.steps=4", "diagnostics.signal=2", *given),
         ],
         capture_output=True,
         text=True,
@@ -109,6 +109,7 @@ def test_schedules_are_compared_and_one_that_steers_goes_on_bit_for_bit(start, t
     assert target[0]["entropy_target"] == target[0]["entropy"] == static[0]["entropy"]
     assert target[2]["entropy_target"] == pytest.approx(1.12 * target[0]["entropy"])
     assert all(-1 <= step["clip_lambda"] <= 1 for step in target)
+    assert [-1 <= step.get("signal_share", 2) <= 1 for step in target] == [True, False] * 2
 
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "runs" / "target-0", again)

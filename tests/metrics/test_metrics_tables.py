@@ -81,6 +81,17 @@ def test_the_comparison_of_single_runs_has_no_spread(write_run, capsys):
     assert rows["static"][-1] == "30.000" and "id - static" not in rows
 
 
+def test_the_summary_has_the_share_of_signal_once_it_was_measured(write_run, capsys):
+    folder = write_run("a", steps=3)
+    row = "signal share of the gradient"
+    assert row not in _rows(summary_table(folder), capsys)
+    first, *rest = (folder / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(rest.pop()) | {"signal_share": 0.4}
+    lines = [json.dumps(json.loads(first) | {"signal_share": 0.1}), *rest, json.dumps(last)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert _rows(summary_table(folder), capsys)[row] == ["0.25"]
+
+
 def test_the_summary_of_a_steered_run_says_how_well_it_followed(write_run, capsys):
     folder = write_run("a", "target", target=1.0)  # entropy stays at 1.5
     rows = _rows(summary_table(folder), capsys)

@@ -153,16 +153,19 @@ def entropy_change(
     """EntropyChange's metrics over two updates, and (on rank 0) Hugging Face weights around them.
 
     Args:
-        measured: False: the same updates without it.
+        measured: False: the same updates without it, and without the signal's share before them.
     """
     from megatron_gpc.mcore.entropy_change import EntropyChange
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
+    from megatron_gpc.mcore.signal_share import signal_share
     from megatron_gpc.mcore.weights import Exporter
     from megatron_gpc.metrics.reduce import Sums
 
     with policy_of(config) as (policy, params):
         scored = policy.score(batch)
         before = {n: t.clone() for n, t in Exporter(policy.models, params).tensors()}
+        if measured:
+            signal_share(policy, batch, plain_streams(batch), bounds)
         change = EntropyChange(policy, batch, scored) if measured else None
         half = batch.num_samples // 2
         for samples in (list(range(half)), list(range(half, batch.num_samples))):
@@ -179,6 +182,23 @@ def entropy_change(
             "after": after,
             "metrics": change.metrics() if change else {},
         }
+
+
+def signal(
+    config: Config,
+    problems: dict[str, tuple[Path, RolloutBatch]],
+    bounds: Bounds,
+    samples: list[int] | None,
+) -> dict[str, float]:
+    """Name -> signal_share; arguments as of `score_and_update`, `samples` unused."""
+    from megatron_gpc.mcore.signal_share import signal_share
+
+    with groups(config):
+        found = {}
+        for name, (hf, batch) in problems.items():
+            policy, _ = start(replace(config, model=replace(config.model, hf=hf)))
+            found[name] = signal_share(policy, batch, plain_streams(batch), bounds)
+        return found
 
 
 def count_attention(policy: Any) -> list[None]:

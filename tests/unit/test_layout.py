@@ -115,14 +115,18 @@ def test_accepted(tmp_path):
     check_layout(fp8, MODEL, cuda=True)
 
 
-def test_the_change_of_entropy_needs_an_optimizer_in_fp32(tmp_path):
-    given = (
-        "diagnostics.entropy_change=true",
-        "megatron.optimizer.use_precision_aware_optimizer=true",
-    )
+@pytest.mark.parametrize("diagnosis", ["diagnostics.entropy_change=true", "diagnostics.signal=5"])
+def test_what_reads_the_optimizers_weights_needs_them_in_fp32(tmp_path, diagnosis):
+    given = (diagnosis, "megatron.optimizer.use_precision_aware_optimizer=true")
     check_layout(run_config(tmp_path, tmp_path, given[1]), MODEL, cuda=True)
     with pytest.raises(UserError, match="leave megatron.optimizer.use_precision_aware_optimizer"):
         check_layout(run_config(tmp_path, tmp_path, *given), MODEL, cuda=True)
+
+
+def test_one_prompt_has_no_halves(tmp_path):
+    given = ("diagnostics.signal=1", "rollout.prompts_per_step=1")
+    with pytest.raises(UserError, match=r"rollout\.prompts_per_step=1; set it to 2 or more"):
+        check_layout(run_config(tmp_path, tmp_path, *given), MODEL, cuda=False)
 
 
 def test_the_number_of_started_processes_must_fit(tmp_path):
