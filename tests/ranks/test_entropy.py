@@ -144,9 +144,7 @@ def test_the_change_of_entropy_is_that_of_float64_and_of_finite_differences(
     assert all(other["metrics"] == first["metrics"] for other in others)
 
 
-def test_measuring_signal_and_change_of_entropy_changes_no_bit_of_training(
-    problems, pool, tmp_path
-):
+def test_measuring_signal_and_entropy_changes_no_bit_of_training(problems, pool, tmp_path):
     problem = problems["dense"]
     config = run_config(tmp_path, problem.hf, DP2)
     with_it, without = (
