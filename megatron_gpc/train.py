@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_gpc.algo.advantages import group_advantages
-from megatron_gpc.algo.correction import batch_correction
+from megatron_gpc.algo.correction import correction_weights
 from megatron_gpc.algo.schedules import CheckedSchedule
 from megatron_gpc.batching import pack, token_streams
 from megatron_gpc.config import Config
@@ -61,7 +61,7 @@ def train(config: Config, stop: StopRequest) -> bool:
 
             scored = policy.score(batch)
             old_logp_T = policy.old_logp(batch, scored)
-            weights_T = batch_correction(batch, old_logp_T, config.train)
+            weights_T = correction_weights(batch, old_logp_T, config.train)
             reference_logp_T = reference.score(batch) if reference else None
             streams = token_streams(batch, old_logp_T, weights_T, reference_logp_T)
             streams = policy.prepare(streams, scored, step)

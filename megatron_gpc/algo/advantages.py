@@ -32,19 +32,16 @@ def group_advantages(
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
     rewards_N = rewards_N.double()
-    groups = int(group_N.max()) + 1
-    count_P = torch.zeros(groups, dtype=torch.float64).index_add_(
-        0, group_N, torch.ones_like(rewards_N)
-    )
-    sum_P = torch.zeros(groups, dtype=torch.float64).index_add_(0, group_N, rewards_N)
-    centred_N = rewards_N - (sum_P / count_P)[group_N]
+    zeros_P = torch.zeros(int(group_N.max()) + 1, dtype=torch.float64)
+
+    def over_group(values_N: torch.Tensor, how: Literal["sum", "amin", "amax"]) -> torch.Tensor:
+        return zeros_P.scatter_reduce(0, group_N, values_N, how, include_self=False)[group_N]
+
+    count_N = over_group(torch.ones_like(rewards_N), "sum")
+    advantages_N = rewards_N - over_group(rewards_N, "sum") / count_N
     if normalize == "std":
-        square_P = torch.zeros(groups, dtype=torch.float64).index_add_(0, group_N, centred_N**2)
-        std_P = (square_P / (count_P - 1).clamp(min=1)).sqrt()
-        centred_N = centred_N / (std_P[group_N] + STD_EPSILON)
+        squares_N = over_group(advantages_N**2, "sum")
+        advantages_N /= (squares_N / (count_N - 1).clamp(min=1)).sqrt() + STD_EPSILON
     # The mean of equal rewards can be off by an ulp; "nothing to learn" must be exact.
-    low_P = torch.full((groups,), float("inf"), dtype=torch.float64)
-    low_P.scatter_reduce_(0, group_N, rewards_N, "amin")
-    high_P = torch.full((groups,), float("-inf"), dtype=torch.float64)
-    high_P.scatter_reduce_(0, group_N, rewards_N, "amax")
-    return centred_N.masked_fill((low_P == high_P)[group_N], 0.0).float()
+    equal_N = over_group(rewards_N, "amin") == over_group(rewards_N, "amax")
+    return advantages_N.masked_fill(equal_N, 0.0).float()

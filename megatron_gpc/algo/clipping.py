@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_gpc.config import ClipConfig
 from megatron_gpc.types import Bounds
 
 Line = tuple[float, float]  # (slope, intercept) of a threshold over p
@@ -26,6 +27,18 @@ def mix(weight: float, a: Line, b: Line) -> Line:
     if weight == 0.0:
         return b
     return (weight * a[0] + (1.0 - weight) * b[0], weight * a[1] + (1.0 - weight) * b[1])
+
+
+def opened_bounds(clip: ClipConfig, hi: float = 0.0, lo: float = 0.0) -> Bounds:
+    """Thresholds on their way from the standard ones to Hi(p) and Lo(p).
+
+    Args:
+        hi, lo: how far the upper and the lower one have gone; 0: standard, 1: Hi(p), Lo(p).
+    """
+    return affine_bounds(
+        mix(hi, (clip.hi_slope, clip.hi_intercept), (0.0, clip.eps_high)),
+        mix(lo, (clip.lo_slope, clip.lo_intercept), (0.0, clip.eps_low)),
+    )
 
 
 def affine_bounds(eps_high: Line, eps_low: Line) -> Bounds:

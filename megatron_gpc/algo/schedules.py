@@ -33,7 +33,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_gpc.algo.clipping import Line, affine_bounds, mix
+from megatron_gpc.algo.clipping import opened_bounds
 from megatron_gpc.algo.target import TargetSchedule
 from megatron_gpc.config import ClipConfig, parts
 from megatron_gpc.errors import PartError, UserError
@@ -73,13 +73,8 @@ class PhaseSchedule:
     """static, Hi, Lo, ID and DID: functions of the step alone."""
 
     def __init__(self, clip: ClipConfig, steps: int):
-        self.kind = clip.schedule
+        self.clip, self.steps = clip, steps
         self.boundary = clip.phase_split * steps
-        self.steps = steps
-        self.std_high: Line = (0.0, clip.eps_high)
-        self.std_low: Line = (0.0, clip.eps_low)
-        self.hi: Line = (clip.hi_slope, clip.hi_intercept)
-        self.lo: Line = (clip.lo_slope, clip.lo_intercept)
 
     def phase_lambda(self, k: int) -> float:
         """lambda(k), each phase stretched to its own length."""
@@ -89,17 +84,15 @@ class PhaseSchedule:
 
     def bounds(self, k: int, entropy: float) -> Bounds:
         lam = self.phase_lambda(k)
-        first = k <= self.boundary
-        if self.kind in ("static", "hi", "lo"):
-            high = self.hi if self.kind == "hi" else self.std_high
-            low = self.lo if self.kind == "lo" else self.std_low
-        elif self.kind == "id":
-            high = mix(lam, self.hi, self.std_high) if first else self.std_high
-            low = self.std_low if first else mix(1.0 + lam, self.lo, self.std_low)
-        else:
-            high = mix(lam, self.std_high, self.hi) if first else self.hi
-            low = self.std_low if first else mix(1.0 + lam, self.lo, self.std_low)
-        return affine_bounds(high, low)
+        first, second = (lam, 0.0) if k <= self.boundary else (0.0, 1.0 + lam)
+        hi, lo = {
+            "static": (0.0, 0.0),
+            "hi": (1.0, 0.0),
+            "lo": (0.0, 1.0),
+            "id": (first, second),
+            "did": (1.0 - first, second),
+        }[self.clip.schedule]
+        return opened_bounds(self.clip, hi, lo)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -119,8 +112,7 @@ class OscillatorySchedule:
     def __init__(self, clip: ClipConfig, steps: int):
         self.steps = steps
         self.floor = clip.od_floor
-        self.raising = affine_bounds((clip.hi_slope, clip.hi_intercept), (0.0, clip.eps_low))
-        self.lowering = affine_bounds((0.0, clip.eps_high), (clip.lo_slope, clip.lo_intercept))
+        self.raising, self.lowering = opened_bounds(clip, hi=1.0), opened_bounds(clip, lo=1.0)
         self.initial_entropy: float | None = None
         self.s = 0
 

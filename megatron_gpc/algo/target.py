@@ -21,7 +21,7 @@ import itertools
 import math
 from typing import Any
 
-from megatron_gpc.algo.clipping import affine_bounds, mix
+from megatron_gpc.algo.clipping import opened_bounds
 from megatron_gpc.config import ClipConfig
 from megatron_gpc.config.types import EntropyTarget
 from megatron_gpc.types import Bounds
@@ -69,13 +69,7 @@ class TargetSchedule:
 
     def mixed(self, clip_lambda: float) -> Bounds:
         """The thresholds at a lambda."""
-        clip = self.clip
-        high, low = (0.0, clip.eps_high), (0.0, clip.eps_low)
-        if clip_lambda > 0:
-            high = mix(clip_lambda, (clip.hi_slope, clip.hi_intercept), high)
-        else:
-            low = mix(-clip_lambda, (clip.lo_slope, clip.lo_intercept), low)
-        return affine_bounds(high, low)
+        return opened_bounds(self.clip, hi=max(clip_lambda, 0.0), lo=max(-clip_lambda, 0.0))
 
     def _steer(self, k: int, entropy: float) -> None:
         if self.first is None:

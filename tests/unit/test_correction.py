@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gpc.algo.correction import correction_weights
+from megatron_gpc.config import TrainConfig
+from megatron_gpc.types import RolloutBatch
 
 OLD_T = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.0])
 ROLLOUT_T = torch.tensor([-1.0, -3.5, -0.7, -1.0, -1.2])
@@ -17,8 +19,15 @@ LENGTHS_N = torch.tensor([2, 3])
 RATIOS = [math.exp(d) for d in (0.0, 1.5, 0.2, -2.0, 0.2)]
 
 
+def weights_of(old_T, rollout_T, lengths_N, kind, level, cap):
+    none_N = torch.empty(0)
+    batch = RolloutBatch(none_N, none_N, none_N, lengths_N, rollout_T, none_N, none_N)
+    settings = TrainConfig(correction=kind, correction_level=level, correction_cap=cap)
+    return correction_weights(batch, old_T, settings)
+
+
 def weights(kind: str, level: str, cap: float = 2.0) -> list[float]:
-    return correction_weights(OLD_T, ROLLOUT_T, LENGTHS_N, kind, level, cap).tolist()
+    return weights_of(OLD_T, ROLLOUT_T, LENGTHS_N, kind, level, cap).tolist()
 
 
 def test_without_correction_every_weight_is_one():
@@ -41,7 +50,7 @@ def test_sequence_weights_are_the_product_over_a_response():
 
 def test_no_gradient_flows_through_a_weight():
     old_T = OLD_T.clone().requires_grad_()
-    made_T = correction_weights(old_T, ROLLOUT_T, LENGTHS_N, "truncate", "token", 2.0)
+    made_T = weights_of(old_T, ROLLOUT_T, LENGTHS_N, "truncate", "token", 2.0)
     assert not made_T.requires_grad
 
 
@@ -52,7 +61,7 @@ def test_weighted_means_under_the_rollout_are_means_under_the_old_policy(level):
     q_V, mu_V = torch.rand(5, generator=draw).softmax(0), torch.rand(5, generator=draw).softmax(0)
     tokens_T = torch.multinomial(mu_V, 200_000, replacement=True, generator=draw)
     f_V = torch.arange(5.0)
-    w_T = correction_weights(
+    w_T = weights_of(
         q_V.log()[tokens_T], mu_V.log()[tokens_T], torch.ones_like(tokens_T), "truncate", level, 50
     )
     assert (w_T * f_V[tokens_T]).mean() == pytest.approx(float((q_V * f_V).sum()), rel=0.01)
@@ -85,7 +94,7 @@ def test_weights_are_finite_and_right_whatever_the_log_probs(responses, kind, le
     ]
     old_T, rollout_T = torch.tensor([pair for response in responses for pair in response]).T
     lengths_N = torch.tensor([len(response) for response in responses])
-    got_T = correction_weights(old_T, rollout_T, lengths_N, kind, level, cap)
+    got_T = weights_of(old_T, rollout_T, lengths_N, kind, level, cap)
     borders = [abs(math.log(w) - b) < 1e-3 for w in want if w for b in (-math.log(2), math.log(2))]
     assert got_T.isfinite().all()
     if kind == "truncate" or not any(borders):  # on the border rounding decides
