@@ -145,8 +145,8 @@ def measure(
         return Parity(**json.loads((work / "parity.json").read_text()))
 
 
-def prompts(hf: Path, texts: Sequence[str] = TEXTS) -> list[list[int]]:
-    """Token ids of some texts; of random tokens if the folder has no tokenizer.
+def prompts(hf: Path) -> list[list[int]]:
+    """Token ids of TEXTS; of random tokens if the folder has no tokenizer.
 
     Raises:
         UserError: the tokenizer cannot be loaded.
@@ -157,7 +157,7 @@ def prompts(hf: Path, texts: Sequence[str] = TEXTS) -> list[list[int]]:
         shape = (RANDOM_SEQUENCES, RANDOM_LENGTH)
         return torch.randint(vocab, shape, generator=draw).tolist()
     tokenizer = load_tokenizer(hf)
-    return [ids for text in texts if (ids := tokenizer(text)["input_ids"])]
+    return [ids for text in TEXTS if (ids := tokenizer(text)["input_ids"])]
 
 
 @torch.no_grad()

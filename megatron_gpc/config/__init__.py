@@ -24,23 +24,3 @@ from megatron_gpc.config.schema import (
     SGLangConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "CheckpointConfig",
-    "ClipConfig",
-    "Config",
-    "DataConfig",
-    "DiagnosticsConfig",
-    "EvalConfig",
-    "GuardConfig",
-    "LogConfig",
-    "KLConfig",
-    "MegatronConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "RolloutConfig",
-    "SGLangConfig",
-    "ServerConfig",
-    "TrainConfig",
-]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_gpc.config import ClipConfig, Config
-from megatron_gpc.config.file import flatten
+from megatron_gpc.config.file import flatten, plain
 
 CONSEQUENCES = {
     "seed": "the rest of this epoch comes in another order, so that some prompts come twice in it "
@@ -38,7 +39,13 @@ CONSEQUENCES = {
         "evaluations before and after cannot be compared",
     ),
 }  # fmt: skip
-"""Key -> what its change means in mid-run.  Thresholds and learning rate: `consequences`."""
+"""Key -> what its change means in mid-run."""
+_MOVES_THRESHOLDS = re.compile(r"clip\.(?!regions$)|train\.steps$")
+_MOVES_RATE = (
+    *("optim.lr", "optim.min_lr", "optim.warmup_updates", "optim.decay"),
+    *("train.steps", "train.mini_batches", "train.epochs"),
+)
+"""Keys that decide a step's thresholds, and its learning rate; they jump only at some steps."""
 
 
 def consequences(old: Mapping[str, Any], config: Config, step: int) -> list[str]:
@@ -49,9 +56,7 @@ def consequences(old: Mapping[str, Any], config: Config, step: int) -> list[str]
         config: the one that it goes on with.
         step: finished training steps.
     """
-    new = TypeAdapter(Config).dump_python(config, mode="json")
-    before, after = flatten(old), flatten(new)
-    changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
+    changed = _changed(old, plain(config))
     found = [f"{key}: {CONSEQUENCES[key]}" for key in changed if key in CONSEQUENCES]
     try:
         was = TypeAdapter(Config).validate_python(old)
@@ -59,11 +64,22 @@ def consequences(old: Mapping[str, Any], config: Config, step: int) -> list[str]
         return found
     if step >= config.train.steps:
         return [f"train.steps: {step} steps are done, so there is nothing left to do", *found]
-    return [*_thresholds(was, config, step), *_learning_rate(was, config, step), *found]
+    changed = _changed(plain(was), plain(config))
+    thresholds = [key for key in changed if _MOVES_THRESHOLDS.match(key)]
+    rate = [key for key in changed if key in _MOVES_RATE]
+    return [
+        *_thresholds(", ".join(thresholds), was, config, step),
+        *_learning_rate(", ".join(rate), was, config, step),
+        *found,
+    ]
 
 
-def _thresholds(was: Config, config: Config, step: int) -> list[str]:
-    why = _keys(was, config, "clip.", "train.steps")
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    before, after = flatten(old), flatten(new)
+    return [key for key in {**after, **before} if before.get(key) != after.get(key)]
+
+
+def _thresholds(why: str, was: Config, config: Config, step: int) -> list[str]:
     if not why:
         return []
     builtin = {"static", "hi", "lo", "id", "did"}
@@ -109,9 +125,7 @@ def _turning_point(clip: ClipConfig, done: float) -> float:
     return clip.od_floor + (1 - clip.od_floor) * (1 - done)
 
 
-def _learning_rate(was: Config, config: Config, step: int) -> list[str]:
-    why = _keys(was, config, "optim.lr", "optim.min_lr", "optim.warmup_updates", "optim.decay",
-                "train.steps", "train.mini_batches", "train.epochs")  # fmt: skip
+def _learning_rate(why: str, was: Config, config: Config, step: int) -> list[str]:
     updates = step * was.train.mini_batches * was.train.epochs
     old, new = learning_rate(was, updates), learning_rate(config, updates)
     if not why or math.isclose(old, new, rel_tol=1e-9):
@@ -130,17 +144,3 @@ def learning_rate(config: Config, updates: int) -> float:
     done = min((updates - o.warmup_updates) / (end - o.warmup_updates), 1.0)
     left = 1 - done if o.decay == "linear" else 0.5 * (math.cos(math.pi * done) + 1)
     return o.min_lr + left * (o.lr - o.min_lr)
-
-
-def _keys(was: Config, config: Config, *names: str) -> str:
-    """The changed keys among these; one that ends in a dot stands for its section."""
-    before, after = (
-        flatten(TypeAdapter(Config).dump_python(one, mode="json")) for one in (was, config)
-    )
-    return ", ".join(
-        key
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-        and any(key == name or (name[-1] == "." and key.startswith(name)) for name in names)
-        and key != "clip.regions"
-    )

@@ -105,9 +105,9 @@ def interface(peer: str) -> Finding:
     return Finding("interface", "ok", f"{name} ({own}) leads to {peer}")
 
 
-def _infiniband(sysfs: Path = Path("/sys/class/infiniband")) -> Finding:
+def _infiniband() -> Finding:
     active, down = [], []
-    for state in sorted(sysfs.glob("*/ports/*/state")):
+    for state in sorted(Path("/sys/class/infiniband").glob("*/ports/*/state")):
         port = state.parent
         if "ACTIVE" in state.read_text():
             active.append(f"{port.parents[1].name} {(port / 'rate').read_text().strip()}")

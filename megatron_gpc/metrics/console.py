@@ -95,10 +95,6 @@ class Console:
             line = f"step {step:{width}}/{self._total}  {status}  {self._bar()}"
             self._print(Text(line.rstrip()))
 
-    def note(self, text: str) -> None:
-        """A line that stays: what the run is doing, where something was written."""
-        self._print(Text(text))
-
     def warn(self, text: str) -> None:
         """A line that stays and stands out."""
         self._print(Text.assemble(("warning: ", "bold yellow"), text))
@@ -107,12 +103,6 @@ class Console:
         """Leave the progress line as it is and give the terminal back; twice does no harm."""
         if self._progress:
             self._progress.stop()
-
-    def __enter__(self) -> Console:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _bar(self) -> str:
         """The last entropy, BAR_WIDTH characters long at one and a half times the first."""

@@ -29,7 +29,7 @@ class Sums:
     Args:
         mean_names: metrics that are numerator / denominator.
         max_names: metrics that are maxima.
-        device: where sums are kept; one that the process group of `reduce` can communicate from.
+        device: where sums are kept; one that the default process group can communicate from.
 
     Names and their order must be the same on every rank.
     """
@@ -76,10 +76,10 @@ class Sums:
         value = torch.as_tensor(_detached(value), dtype=torch.float64, device=self._maxima.device)
         self._maxima[row] = torch.maximum(self._maxima[row], value)
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Every mean and maximum over the ranks of `group` (None: all ranks), equal on all of them.
+    def reduce(self) -> dict[str, float]:
+        """Every mean and maximum over all ranks, equal on all of them.
 
-        Two collectives, however many names there are, and every rank of the group must enter them.
+        Two collectives, however many names there are, and every rank must enter them.
         Ranks that see no logits (pipeline stages before the last) have added nothing: zeros, and
         -inf for maxima.  Ranks that hold copies of the same tokens (tensor parallel) may all have
         added them: numerator and denominator are then multiplied alike.
@@ -87,8 +87,8 @@ class Sums:
         What was added stays as it is.  A metric to which no rank added anything is nan.
         """
         pairs, maxima = self._pairs.clone(), self._maxima.clone()
-        dist.all_reduce(pairs, op=dist.ReduceOp.SUM, group=group)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(pairs, op=dist.ReduceOp.SUM)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         means = (pairs[:, 0] / pairs[:, 1]).tolist()  # 0 / 0 is nan
         maxima = torch.where(maxima == -torch.inf, torch.nan, maxima).tolist()
         return dict(zip(self._mean_row, means, strict=True)) | dict(

@@ -81,20 +81,16 @@ class Reporter:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Training step `step` has ended."""
-        for sink in self._direct:
+        for sink in (*self._direct, *self._behind):
             sink.write(step, values)
-        for behind in self._behind:
-            behind.write(step, values)
         self._console.step(step, values)
         if trouble := self._reach.step(step, values):
             self.warn(trouble)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """The policy has been evaluated after `step` finished steps."""
-        for sink in self._direct:
+        for sink in (*self._direct, *self._behind):
             sink.write_evaluation(step, values)
-        for behind in self._behind:
-            behind.write_evaluation(step, values)
 
     def warn(self, text: str) -> None:
         """A line that stays and stands out."""

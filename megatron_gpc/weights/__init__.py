@@ -19,11 +19,3 @@ from megatron_gpc.weights.table import (
     to_megatron,
     unshard,
 )
-
-# fmt: off
-__all__ = [
-    "FAMILIES", "Family", "HFReader", "ModelFields", "Param", "Place", "carry_over",
-    "check_reference", "check_weights", "family_of", "padded_vocab_size", "places_of", "shard",
-    "to_hf", "to_megatron", "unshard", "write_hf", "write_single",
-]
-# fmt: on

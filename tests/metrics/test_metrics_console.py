@@ -31,11 +31,11 @@ def clock(monkeypatch):
 def _log(total, start=0, width=20, seconds=1.0, clock=None):
     """What a run of `total` steps writes into a log."""
     output = io.StringIO()
-    with Console(total, start, rich.console.Console(file=output, width=width)) as console:
-        for step in range(start + 1, total + 1):
-            if clock:
-                clock[0] += seconds
-            console.step(step, VALUES)
+    console = Console(total, start, rich.console.Console(file=output, width=width))
+    for step in range(start + 1, total + 1):
+        if clock:
+            clock[0] += seconds
+        console.step(step, VALUES)
     return output.getvalue().splitlines()
 
 
@@ -47,8 +47,7 @@ def test_a_pipe_gets_plain_lines():
     program = (
         "from megatron_gpc.metrics.console import Console\n"
         "console = Console(2, 0)\n"
-        "console.note('server [ready] at http://localhost:1')\n"
-        "console.warn('the clip can never act')\n"
+        "console.warn('server [ready] at http://localhost:1')\n"
         f"console.step(1, {VALUES})\n"
         "console.step(2, {})\n"
         "console.close()\n"
@@ -56,9 +55,8 @@ def test_a_pipe_gets_plain_lines():
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    note, warning, first, last = done.stdout.splitlines()
-    assert note == "server [ready] at http://localhost:1"
-    assert warning == "warning: the clip can never act"
+    warning, first, last = done.stdout.splitlines()
+    assert warning == "warning: server [ready] at http://localhost:1"
     assert (
         first == "step 1/2  reward  0.500  entropy  1.250  clip  2.1/3.4 %    1,234 tok/s  "
         "0:00:00 left  ████████████████████"
@@ -120,7 +118,7 @@ def test_a_terminal_gets_one_line_that_changes_in_place():
     console = Console(30, 10, terminal)
     for step in range(11, 31):
         console.step(step, VALUES)
-    console.note("a line that stays")
+    console.warn("a line that stays")
     console.close()
     console.close()
     text = output.getvalue()

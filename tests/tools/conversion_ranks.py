@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import groups
 from tiny import plain_streams
 
 from megatron_gpc.config import Config
 from megatron_gpc.types import Bounds, RolloutBatch, TrainState
-
-
-@contextmanager
-def groups(config: Config) -> Iterator[None]:
-    """megatron-core's groups of a layout, left again at the end."""
-    from megatron.core import parallel_state
-
-    from megatron_gpc.mcore.setup import initialize_model_parallel
-
-    initialize_model_parallel(config)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def logits_of(

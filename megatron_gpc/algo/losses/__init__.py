@@ -23,8 +23,6 @@ from megatron_gpc.config import Config, parts
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.types import TokenStats, TokenStreams
 
-__all__ = ["Loss", "LossInputs", "LossOutputs", "Objective", "PreparedLoss"]
-
 LOSSES: dict[str, Any] = {
     "clip": clip,
     "gspo": GSPO,
