@@ -262,7 +262,8 @@ class TrainConfig:
     entropy_coef: FiniteFloat = 0.0
     """Weight of an entropy bonus in the objective; 0 keeps no state for its gradient."""
     logit_chunk_tokens: PositiveInt = 1024
-    """Tokens whose fp32 logits exist at the same time in log-prob and entropy."""
+    """Most tokens whose fp32 logits exist at the same time in log-prob and entropy; on a CPU fewer,
+    so that they fit its cache."""
 
 
 @section

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import ranks
 import torch
 from pool import Pool
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_gpc.kernels.vocab_parallel import token_stats
 
 VOCAB = 151  # real tokens; padded to 160, so that at TP 4 the last rank holds padding
 PADDED = 160
+
+
+class Exponentials(TorchDispatchMode):
+    """Of how many rows of a vocabulary's logits at once the exponential is taken, as a list."""
+
+    def __init__(self, vocab: int):
+        super().__init__()
+        self.vocab, self.rows = vocab, []
+
+    def __enter__(self) -> list[int]:
+        super().__enter__()
+        return self.rows
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.exp.default and args[0].shape[-1] == self.vocab:
+            self.rows.append(len(args[0]))
+        return function(*args, **(kwargs or {}))
 
 
 def problem(dtype: torch.dtype, tokens: int = 23, scale: float = 4.0, seed: int = 0):
@@ -98,6 +120,16 @@ def test_chunk_size_and_temperature_change_no_more_than_rounding(pool):
     ((whole, _),) = pool(1).run(ranks.token_stats_of, given, VOCAB, 0.7, 1000, False)
     ((pieces, _),) = pool(1).run(ranks.token_stats_of, given, VOCAB, 0.7, 1, False)
     assert torch.equal(whole, pieces)
+
+
+@pytest.mark.parametrize("vocab", [12, 40_000, 530_000])
+def test_on_a_cpu_logits_in_fp32_fit_its_cache_and_a_small_vocabulary_is_not_cut(vocab):
+    tokens = 30
+    logits_TV = torch.zeros(tokens, vocab, dtype=torch.bfloat16)
+    with Exponentials(vocab) as rows:
+        stats = token_stats(logits_TV, torch.arange(tokens) % vocab, vocab_size=vocab)
+    torch.testing.assert_close(stats.entropy_T, torch.full((tokens,), math.log(vocab)))
+    assert rows == {12: [30], 40_000: [13, 13, 4], 530_000: [1] * 30}[vocab]
 
 
 def test_a_rank_without_tokens_enters_the_collective_and_gets_empty_gradients(pool):
