@@ -48,13 +48,9 @@ class Generation:
     finish_reason: Literal["stop", "length", "abort"]
     weight_versions: tuple[tuple[str, int, int], ...]
     """(version, start, end): which weights made the tokens start <= i < end."""
-    weight_version: str
-    """Version when the sample ended."""
 
 
-def read_generation(
-    answer: Any, rid: str, sampling_params: dict[str, Any], vocab_size: int | None
-) -> Generation:
+def read_generation(answer: Any, rid: str, sampling_params: dict[str, Any]) -> Generation:
     """One answer of /generate, checked.
 
     Raises:
@@ -87,10 +83,7 @@ def read_generation(
     limit = sampling_params.get("max_new_tokens")
     require(limit is None or len(ids) <= limit, f"{len(ids)} tokens, more than the {limit} allowed")
     for token, logprob in zip(ids, logprobs, strict=True):
-        require(
-            type(token) is int and token >= 0 and (vocab_size is None or token < vocab_size),
-            f"token {token!r} is not in the vocabulary",
-        )
+        require(type(token) is int and token >= 0, f"token {token!r} is not in the vocabulary")
         require(
             isinstance(logprob, float | int)
             and math.isfinite(logprob)
@@ -102,7 +95,7 @@ def read_generation(
         [start for _, start, _ in spans] == bounds[:-1] and bounds[-1] == len(ids),
         f"weight versions {spans} do not cover {len(ids)} tokens",
     )
-    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans, version)
+    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans)
 
 
 def answer_json(response: httpx.Response) -> Any:

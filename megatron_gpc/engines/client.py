@@ -10,10 +10,10 @@ import base64
 import pickle
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 from tenacity import (
@@ -32,14 +32,13 @@ from megatron_gpc.engines.answers import (
     error_message,
     read_generation,
 )
-from megatron_gpc.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
 HEALTH_TIMEOUT_S = 30.0
 """SGLang's /health takes 20 s to say no."""
+HEALTH_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,18 @@ class SampleRequest:
 
 
 class SGLangClient:
-    """Asynchronous client; belongs to one event loop.  Use as `async with SGLangClient(...)`.
+    """Asynchronous client; belongs to one event loop; `close` it there.
 
-    Every call may raise:
-        ServerUnavailable: no good answer in `retries + 1` attempts.
-        RequestRefused: 4xx, at the first attempt.
+    A call asks once; `retrying` asks again.  Every call may raise:
+        ServerUnavailable: no connection, no answer in time, or 5xx.
+        RequestRefused: 4xx.
+        MalformedAnswer: an answer that cannot be true.
 
     Args:
         base_url: such as http://127.0.0.1:30000.
-        timeout_s: deadline of one attempt, from sending to the last byte of the answer [s].
-        retries: further attempts after a lost connection, a missed deadline, 5xx or a malformed
-            answer, with growing and jittered pauses.
+        timeout_s: deadline of one call, from sending to the last byte of the answer [s].
         max_in_flight: samples that are asked for at the same time.
         api_key: sent as bearer token.
-        vocab_size: token ids from this on are refused as malformed.
         batched: whether a POST may ask for several samples; sglang-router takes one.
     """
 
@@ -74,22 +71,18 @@ class SGLangClient:
         base_url: str,
         *,
         timeout_s: float,
-        retries: int,
         max_in_flight: int,
         api_key: str | None = None,
-        vocab_size: int | None = None,
         batched: bool = True,
     ):
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
-        self._attempts = retries + 1
         self._max_in_flight = max_in_flight
-        self._vocab_size = vocab_size
         self._batched = batched
         self._in_flight = 0
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
-        # No proxies from the environment; deadlines are kept by _attempt, for the whole exchange.
+        # No proxies from the environment; deadlines are kept by _request, for the whole exchange.
         self._http = httpx.AsyncClient(
             base_url=self._base_url,
             headers=headers,
@@ -98,40 +91,17 @@ class SGLangClient:
             limits=httpx.Limits(max_connections=None),
         )
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.close()
-
     async def close(self) -> None:
         await self._http.aclose()
 
     # ---- generation ----
 
-    async def generate(
-        self, input_ids: Sequence[int], sampling_params: dict[str, Any], rid: str | None = None
-    ) -> Generation:
-        """One sample; see generate_many."""
-        return (await self.generate_many([SampleRequest(input_ids, sampling_params, rid)]))[0]
-
-    async def generate_many(
-        self, requests: Sequence[SampleRequest], attempts: int | None = None
-    ) -> list[Generation]:
+    async def generate(self, requests: Sequence[SampleRequest]) -> list[Generation]:
         """One sample a request, in the requests' order, in few HTTP posts if `batched`.
 
-        Args:
-            attempts: instead of the client's `retries + 1`.
-
         Raises:
-            MalformedAnswer: an answer was malformed at every attempt; names the request's rid.
-            UserError: a request asks for n > 1.
+            MalformedAnswer: names the request's rid.
         """
-        for request in requests:
-            if request.sampling_params.get("n", 1) != 1:
-                raise UserError("sampling_params: n > 1; send one request a sample instead")
-        if not requests:
-            return []
         # All at once if allowed; else in parts, so that new ones can start when some end.
         size = self._max_in_flight
         if len(requests) > size:
@@ -141,38 +111,31 @@ class SGLangClient:
         parts = [requests[i : i + size] for i in range(0, len(requests), size)]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._generate_part(part, attempts)) for part in parts]
+                tasks = [group.create_task(self._generate_part(part)) for part in parts]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [generation for task in tasks for generation in task.result()]
 
-    async def _generate_part(
-        self, requests: Sequence[SampleRequest], attempts: int | None
-    ) -> list[Generation]:
+    async def _generate_part(self, requests: Sequence[SampleRequest]) -> list[Generation]:
         rids = [request.rid or uuid.uuid4().hex for request in requests]
-
-        def body(attempt: int) -> dict[str, Any]:
-            lists = {
-                "input_ids": [list(request.input_ids) for request in requests],
-                "sampling_params": [request.sampling_params for request in requests],
-                "rid": [attempt_rid(rid, attempt) for rid in rids],
-            }
-            given = lists if self._batched else {name: one for name, (one,) in lists.items()}
-            return {**given, "return_logprob": True}
-
-        def read(response: httpx.Response) -> list[Generation]:
-            answers = answer_json(response) if self._batched else [answer_json(response)]
-            if not isinstance(answers, list) or len(answers) != len(requests):
-                raise MalformedAnswer(
-                    f"requests {rids[0]} and following: expected {len(requests)} answers"
-                )
-            return [
-                read_generation(answer, rid, request.sampling_params, self._vocab_size)
-                for answer, rid, request in zip(answers, rids, requests, strict=True)
-            ]
-
+        lists = {
+            "input_ids": [list(request.input_ids) for request in requests],
+            "sampling_params": [request.sampling_params for request in requests],
+            "rid": rids,
+        }
+        given = lists if self._batched else {name: one for name, (one,) in lists.items()}
         async with self._reserved(len(requests)):
-            return await self._request("POST", "/generate", body, read, attempts)
+            body = {**given, "return_logprob": True}
+            found = answer_json(await self._request("POST", "/generate", body))
+        answers = found if self._batched else [found]
+        if not isinstance(answers, list) or len(answers) != len(requests):
+            raise MalformedAnswer(
+                f"requests {rids[0]} and following: expected {len(requests)} answers"
+            )
+        return [
+            read_generation(answer, rid, request.sampling_params)
+            for answer, rid, request in zip(answers, rids, requests, strict=True)
+        ]
 
     @asynccontextmanager
     async def _reserved(self, count: int) -> AsyncIterator[None]:
@@ -201,19 +164,19 @@ class SGLangClient:
     # ---- state ----
 
     async def health(self) -> bool:
-        """Whether the server answers and is not paused; asks once."""
+        """Whether the server answers and is not paused."""
         try:
             async with asyncio.timeout(min(self._timeout_s, HEALTH_TIMEOUT_S)):
                 return (await self._http.get("/health")).status_code == 200
         except (httpx.TransportError, TimeoutError):
             return False
 
-    async def wait_until_healthy(self, timeout_s: float, pause_s: float = 0.5) -> None:
+    async def wait_until_healthy(self, timeout_s: float) -> None:
         """Raises ServerUnavailable if `health` is not True within `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not await self.health():
-                    await asyncio.sleep(pause_s)
+                    await asyncio.sleep(HEALTH_POLL_S)
         except TimeoutError:
             raise ServerUnavailable(
                 f"{self._base_url}: not healthy after {timeout_s:g} s; is a server running there, "
@@ -222,25 +185,17 @@ class SGLangClient:
 
     async def model_info(self) -> dict[str, Any]:
         """What the server says of its model, `weight_version` among it."""
-        return await self._request("GET", "/model_info", None, answer_json)
+        return answer_json(await self._request("GET", "/model_info"))
 
     async def server_info(self) -> dict[str, Any]:
         """What the server says of itself, `tp_size` among it."""
-        return await self._request("GET", "/server_info", None, answer_json)
+        return answer_json(await self._request("GET", "/server_info"))
 
     # ---- control ----
 
     async def flush_cache(self) -> None:
         """Forget cached prefixes.  RequestRefused while sequences are in flight."""
         await self._post("/flush_cache", {})
-
-    async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
-        """Stop generation; see SGLang's /pause_generation for what each mode does to sequences."""
-        await self._post("/pause_generation", {"mode": mode})
-
-    async def continue_(self) -> None:
-        """Go on after `pause`."""
-        await self._post("/continue_generation", {})
 
     async def abort(self, rid: str | None = None) -> None:
         """End the requests whose id starts with `rid`; None: all."""
@@ -270,17 +225,12 @@ class SGLangClient:
         """Close an update with tensors.  False: an older server, which needs no such call."""
         return await self._post_if_known("/end_weight_update")
 
-    async def update_weights_from_disk(
-        self, path: str, version: str, *, flush_cache: bool = True
-    ) -> None:
-        """Have the server read a checkpoint folder, which it must see under the same path.
-
-        With `flush_cache` (not during an in_place pause) nothing computed with old weights is used
-        any more.
-        """
+    async def update_weights_from_disk(self, path: str, version: str) -> None:
+        """Have the server read a checkpoint folder, which it must see under the same path; nothing
+        computed with old weights is used any more."""
         await self._post(
             "/update_weights_from_disk",
-            {"model_path": path, "weight_version": version, "flush_cache": flush_cache},
+            {"model_path": path, "weight_version": version, "flush_cache": True},
         )
 
     async def update_weights_from_tensor(
@@ -349,13 +299,11 @@ class SGLangClient:
     # ---- transport ----
 
     async def _post(self, path: str, body: dict[str, Any]) -> None:
-        def read(response: httpx.Response) -> None:
-            is_json = response.headers.get("content-type", "").startswith("application/json")
-            content = answer_json(response) if is_json else None
-            if isinstance(content, dict) and content.get("success") is False:
-                raise RequestRefused(response.status_code, f"{path}: {content.get('message')}")
-
-        await self._request("POST", path, lambda attempt: body, read)
+        response = await self._request("POST", path, body)
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        content = answer_json(response) if is_json else None
+        if isinstance(content, dict) and content.get("success") is False:
+            raise RequestRefused(response.status_code, f"{path}: {content.get('message')}")
 
     async def _post_if_known(self, path: str) -> bool:
         try:
@@ -367,30 +315,9 @@ class SGLangClient:
         return True
 
     async def _request(
-        self,
-        method: str,
-        path: str,
-        body: Callable[[int], Any] | None,
-        read: Callable[[httpx.Response], T],
-        attempts: int | None = None,
-    ) -> T:
-        async for attempt in AsyncRetrying(
-            stop=stop_after_attempt(attempts or self._attempts),
-            wait=wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2),
-            retry=retry_if_exception_type((ServerUnavailable, MalformedAnswer)),
-            reraise=True,
-        ):
-            with attempt:
-                number = attempt.retry_state.attempt_number
-                return await self._attempt(
-                    method, path, None if body is None else body(number), read, number
-                )
-        raise AssertionError("tenacity ends by returning or raising")
-
-    async def _attempt(
-        self, method: str, path: str, body: Any, read: Callable[[httpx.Response], T], number: int
-    ) -> T:
-        what = f"{method} {self._base_url}{path} (attempt {number} of {self._attempts})"
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> httpx.Response:
+        what = f"{method} {self._base_url}{path}"
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._http.request(method, path, json=body)
@@ -404,7 +331,25 @@ class SGLangClient:
             raise RequestRefused(
                 response.status_code, f"{what}: {response.status_code} {error_message(response)}"
             )
-        return read(response)
+        return response
+
+
+def retrying(retries: int) -> AsyncRetrying:
+    """Asks again what may have failed for a moment, with growing and jittered pauses.
+
+    >>> async for attempt in retrying(3):
+    ...     with attempt:
+    ...         return await client.model_info()
+
+    Args:
+        retries: further attempts after ServerUnavailable or MalformedAnswer.
+    """
+    return AsyncRetrying(
+        stop=stop_after_attempt(retries + 1),
+        wait=wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2),
+        retry=retry_if_exception_type((ServerUnavailable, MalformedAnswer)),
+        reraise=True,
+    )
 
 
 def pack_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> str:
@@ -421,11 +366,3 @@ def pack_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> str:
 
     content = pickle.dumps([(name, compact(tensor)) for name, tensor in named])
     return base64.b64encode(content).decode("ascii")
-
-
-def attempt_rid(rid: str, attempt: int) -> str:
-    """The id that attempt 1, 2, ... at a request is sent under.
-
-    A server may still hold an attempt that was given up, and refuses its rid twice.
-    """
-    return rid if attempt == 1 else f"{rid}~{attempt}"

@@ -30,7 +30,7 @@ from megatron_gpc.engines.answers import (
     RolloutError,
     ServerUnavailable,
 )
-from megatron_gpc.engines.client import SampleRequest, SGLangClient
+from megatron_gpc.engines.client import SampleRequest, SGLangClient, retrying
 from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.process import ServerError, ServerProcess, SGLangServer
 from megatron_gpc.engines.starter import Starter
@@ -162,7 +162,8 @@ class Fleet:
             timeout_s = self.config.start_timeout_s
             await asyncio.gather(*(e.client.wait_until_healthy(timeout_s) for e in self.engines))
             for engine in self.engines:
-                engine.tp_size = int((await engine.client.server_info()).get("tp_size", 1))
+                info = await self._insist(engine.client.server_info)
+                engine.tp_size = int(info.get("tp_size", 1))
         else:
             starts = [
                 self._launch(starter.engine, i, starter.port(i)) for i in range(self.config.engines)
@@ -229,7 +230,7 @@ class Fleet:
         if self.current is not None:
             folder, version = self.current
             with _failing(engine):
-                await engine.client.update_weights_from_disk(folder, version)
+                await self._insist(engine.client.update_weights_from_disk, folder, version)
                 if (folder, version) == self.current:
                     engine.state = "ready"
         self._changed.set()
@@ -271,7 +272,7 @@ class Fleet:
         async def one(engine: Engine) -> None:
             with _failing(engine):
                 async with asyncio.timeout(self.config.sync_timeout_s):
-                    await call(engine)
+                    await self._insist(call, engine)
 
         async def every() -> None:
             await asyncio.gather(*(one(e) for e in engines if e.state != "down"))
@@ -292,7 +293,7 @@ class Fleet:
         async def ask(engine: Engine) -> None:
             found = (await engine.client.model_info())["weight_version"]
             if found != version:
-                raise MalformedAnswer(f"reports weight version {found!r} after {version!r}")
+                raise RolloutError(f"reports weight version {found!r} after {version!r}")
             engine.state = "ready"
 
         self.each(engines, ask)
@@ -309,27 +310,35 @@ class Fleet:
             ServerUnavailable, MalformedAnswer: no good answer in `retries + 1` attempts.
             RequestRefused: 4xx.
         """
-        for attempt in range(1, self.config.retries + 2):
-            engine = await self._pick()
-            engine.in_flight += len(requests)
-            client = self._router_client or engine.client
-            try:
-                made = await client.generate_many(
-                    [self._with_own_rid(request) for request in requests], attempts=1
-                )
-                self._check_versions(engine, made)
-                return made
-            except (ServerUnavailable, MalformedAnswer) as error:
-                malformed = isinstance(error, MalformedAnswer)
-                self.counts["faults_malformed" if malformed else "faults_retries"] += 1
-                if not malformed and not await engine.client.health():
-                    engine.fail(error)
-                if attempt > self.config.retries:
-                    raise
-                await asyncio.sleep(min(0.05 * 2**attempt, 5.0))
-            finally:
-                engine.in_flight -= len(requests)
-        raise AssertionError("the loop ends by returning or raising")
+        async for attempt in retrying(self.config.retries):
+            engine = await self._pick()  # its errors are final: it has waited
+            with attempt:
+                return await self._generate_at(engine, requests)
+        raise AssertionError("tenacity ends by returning or raising")
+
+    async def _generate_at(
+        self, engine: Engine, requests: Sequence[SampleRequest]
+    ) -> list[Generation]:
+        engine.in_flight += len(requests)
+        try:
+            made = await self._asked_of(self._router_client or engine.client, requests)
+            self._check_versions(engine, made)
+            return made
+        except MalformedAnswer:
+            self.counts["faults_malformed"] += 1
+            raise
+        except ServerUnavailable as error:
+            self.counts["faults_retries"] += 1
+            if not await engine.client.health():
+                engine.fail(error)
+            raise
+        finally:
+            engine.in_flight -= len(requests)
+
+    async def _asked_of(
+        self, client: SGLangClient, requests: Sequence[SampleRequest]
+    ) -> list[Generation]:
+        return await client.generate([self._with_own_rid(request) for request in requests])
 
     def _with_own_rid(self, request: SampleRequest) -> SampleRequest:
         """The request under an id that no server has seen: `PREFIX-step-12-40-3-907`.
@@ -342,10 +351,19 @@ class Fleet:
         )
         return dataclasses.replace(request, rid=named)
 
+    async def _insist(self, call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """`call(*arguments)`, asked again as rollout.server.retries says."""
+        async for attempt in retrying(self.config.retries):
+            with attempt:
+                return await call(*arguments)
+        raise AssertionError("tenacity ends by returning or raising")
+
     async def abort(self, rid: str) -> None:
         """End those of this run's requests whose ids began with `rid`; on the engines' loop."""
         begins = f"{self._rid_prefix}-{rid}"
-        await asyncio.gather(*(engine.client.abort(begins) for engine in self.ready()))
+        await asyncio.gather(
+            *(self._insist(engine.client.abort, begins) for engine in self.ready())
+        )
 
     def _check_versions(self, engine: Engine, made: Sequence[Generation]) -> None:
         """Weights do not change while samples are made, so only one version can be right."""
@@ -363,9 +381,7 @@ class Fleet:
         found: list[Generation] = []
         for engine in self.ready():
             with _failing(engine):
-                found += await engine.client.generate_many(
-                    [self._with_own_rid(request) for request in requests]
-                )
+                found += await self._insist(self._asked_of, engine.client, requests)
                 self._asked.append(engine)
         return found
 

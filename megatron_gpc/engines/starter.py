@@ -141,7 +141,6 @@ class Starter:
         return SGLangClient(
             url,
             timeout_s=self.config.request_timeout_s,
-            retries=self.config.retries,
             max_in_flight=self.config.max_in_flight,
             api_key=self._api_key(),
             batched=not router,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from rollout_models import build_model
 
@@ -18,14 +19,15 @@ pytestmark = pytest.mark.timeout(120)
 
 def test_an_engine_that_lives_and_is_not_healthy_is_started_again(tmp_path: Path):
     model = build_model(tmp_path / "model", seed=0)
-    starter = Starter(ServerConfig(), SGLangConfig(), model, tmp_path / "logs")
+    starter = Starter(ServerConfig(), SGLangConfig(), model, tmp_path / "logs", with_key=False)
     with Fleet(starter) as fleet:
         assert fleet.await_started()
         (engine,) = fleet.engines
         first = engine.process
         assert first is not None
         fleet.current = (str(model), "7")
-        fleet.run(engine.client.pause("abort"))  # what answers, and is not healthy
+        paused = httpx.post(f"{engine.url}/pause_generation", json={"mode": "abort"})
+        assert paused.is_success  # it answers, and is not healthy
         engine.fail(RolloutError("it did not answer"))
         deadline = time.monotonic() + 60
         while engine.state != "ready":

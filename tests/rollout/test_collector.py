@@ -18,6 +18,7 @@ from tiny import run_config
 
 from megatron_gpc.config import RolloutConfig
 from megatron_gpc.engines.answers import Generation, RequestRefused
+from megatron_gpc.engines.client import SampleRequest
 from megatron_gpc.engines.colocation import Colocation
 from megatron_gpc.engines.fleet import WATCH_S, Engine, Fleet, WeightsNeeded
 from megatron_gpc.engines.probe import Tolerance
@@ -328,7 +329,7 @@ def test_engines_take_turns_with_the_policy_and_none_starts_in_its_turn(start, m
     assert engines.run(ended(straggler)) == "abort", "what nobody waits for is ended first"
     assert all(engine.released == {"weights", "kv_cache"} for engine in engines.engines)
     with pytest.raises(RequestRefused, match="resume"):
-        engines.run(engines.engines[1].client.generate([5], {"max_new_tokens": 2}))
+        engines.run(engines.engines[1].client.generate([SampleRequest([5], {"max_new_tokens": 2})]))
     os.kill(engines.engines[0].process.pid, signal.SIGKILL)
     time.sleep(2.5 * WATCH_S)
     assert [engine.state for engine in engines.engines] == ["down", "stale"]
@@ -345,10 +346,10 @@ def test_engines_take_turns_with_the_policy_and_none_starts_in_its_turn(start, m
     assert not any(engine.state == "ready" and engine.released for engine in engines.engines)
 
 
-async def late_request(engine: Engine) -> asyncio.Task[Generation]:
+async def late_request(engine: Engine) -> asyncio.Task[list[Generation]]:
     """A generation that is under way, of 900 tokens."""
-    asked = {"max_new_tokens": 900, "ignore_eos": True}
-    task = asyncio.create_task(engine.client.generate([5], asked))
+    asked = SampleRequest([5], {"max_new_tokens": 900, "ignore_eos": True})
+    task = asyncio.create_task(engine.client.generate([asked]))
     await in_decode(engine, task)
     return task
 
@@ -359,8 +360,8 @@ async def in_decode(engine: Engine, made: asyncio.Future | Future) -> None:
         assert not made.done()
 
 
-async def ended(task: asyncio.Task[Generation]) -> str:
-    return (await task).finish_reason
+async def ended(task: asyncio.Task[list[Generation]]) -> str:
+    return (await task)[0].finish_reason
 
 
 def test_a_server_that_someone_else_gives_weights_is_not_trained_on(start):
