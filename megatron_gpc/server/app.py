@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -53,11 +53,20 @@ from megatron_gpc.server.sampling import SamplingParams
 from megatron_gpc.server.sequence import RequestFailed
 from megatron_gpc.server.weight_receiver import WeightReceiver
 
+T = TypeVar("T")
 MOST_BYTES = 32 * 2**20
 """Of a body, for a model of no size."""
 COMMAND_TIMEOUT_S = 600.0
 """How long a pause, a weight update and the like may take; a large checkpoint takes longest."""
 PROBE_TIMEOUT_S = 20.0
+OF_WEIGHTS: dict[str, dict[str, Any]] = {
+    "/update_weights_from_disk": {"num_paused_requests": 0},
+    "/update_weights_from_tensor": {},
+    "/update_weights_from_distributed": {},
+    "/init_weights_update_group": {},
+    "/destroy_weights_update_group": {},
+}
+"""Paths that say whether it went well in the body, and what else stands there."""
 FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. (When there are running "
     "or waiting requests, the operation will not be performed.)\n"
@@ -110,26 +119,19 @@ class Server:
     # ---- state ----
 
     async def health(self) -> Response:
-        if self.generator.paused:
-            return Response(status_code=503)
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(self.generator.load()), PROBE_TIMEOUT_S)
-        except (GeneratorEnded, TimeoutError):
-            return Response(status_code=503)
-        return Response()
+        return await self._healthy(self.generator.load)
 
     async def health_generate(self) -> Response:
+        params = SamplingParams(max_new_tokens=1, temperature=0.0)
+        probe = sequence.Request("HEALTH_CHECK_" + uuid.uuid4().hex, (0,), params)
+        return await self._healthy(lambda: self.generator.submit([probe]))
+
+    async def _healthy(self, work: Callable[[], Future]) -> Response:
+        """200 if the generator does some work in time."""
         if self.generator.paused:
             return Response(status_code=503)
-        probe = sequence.Request(
-            "HEALTH_CHECK_" + uuid.uuid4().hex,
-            (0,),
-            SamplingParams(max_new_tokens=1, temperature=0.0),
-        )
         try:
-            await asyncio.wait_for(
-                asyncio.wrap_future(self.generator.submit([probe])), PROBE_TIMEOUT_S
-            )
+            await asyncio.wait_for(asyncio.wrap_future(work()), PROBE_TIMEOUT_S)
         except (GeneratorEnded, RequestFailed, FloatingPointError, TimeoutError):
             return Response(status_code=503)
         return Response()
@@ -205,110 +207,76 @@ class Server:
     async def update_from_disk(self, body: DiskBody) -> Response:
         if body.abort_all_requests:
             await self._command(self.generator.abort(None))
-        update = self.generator.update_from_folder(Path(body.model_path), body.weight_version)
-        return await self._updated(
-            update,
-            body.weight_version,
-            "Succeeded to update model weights.",
-            {"num_paused_requests": 0},
-        )
+        folder, version = Path(body.model_path), body.weight_version
+        await self._command(self.generator.update_from_folder(folder, version))
+        return _updated("Succeeded to update model weights.", version, num_paused_requests=0)
 
     async def update_from_tensor(self, body: TensorBody) -> Response:
-        if not self.in_update:
-            return _failed(
-                "update_weights_from_tensor must run between begin_weight_update() and "
-                "end_weight_update()"
-            )
+        self._check_in_update("update_weights_from_tensor")
         if body.load_format is not None:
-            return _failed(
+            raise UserError(
                 f"The embedded server has no load_format={body.load_format!r}; send a "
                 "pickled list of (name, tensor)"
             )
         if not body.serialized_named_tensors:
-            return _failed("serialized_named_tensors must have one entry")
-        try:
-            named = await asyncio.to_thread(
-                loading.unpack_tensors, body.serialized_named_tensors[0]
-            )
-        except UserError as error:
-            return _failed(str(error))
-        update = self.generator.update_from_tensors(named, body.weight_version)
-        return await self._updated(update, body.weight_version, "Success", {})
-
-    async def join_group(self, body: GroupBody) -> Response:
-        return await self._of_group(
-            lambda: self.receiver.join(
-                body.master_address,
-                body.master_port,
-                body.rank_offset,
-                body.world_size,
-                body.group_name,
-                body.backend,
-            ),
-            "Succeeded to initialize custom process group.",
-        )
-
-    async def leave_group(self, body: GroupNameBody) -> Response:
-        return await self._of_group(
-            lambda: self.receiver.leave(body.group_name),
-            "Succeeded to destroy custom process group.",
-        )
-
-    async def _of_group(self, work: Callable[[], None], message: str) -> Response:
-        try:
-            await asyncio.get_running_loop().run_in_executor(self.receiver.threads, work)
-        except UserError as error:
-            return _failed(str(error))
-        return JSONResponse({"success": True, "message": message})
+            raise UserError("serialized_named_tensors must have one entry")
+        named = await asyncio.to_thread(loading.unpack_tensors, body.serialized_named_tensors[0])
+        await self._command(self.generator.update_from_tensors(named, body.weight_version))
+        return _updated("Success", body.weight_version)
 
     async def update_from_distributed(self, body: DistributedBody) -> Response:
+        self._check_in_update("update_weights_from_distributed")
+        described = body.names, body.dtypes, body.shapes
+        named = await self._in_group(self.receiver.receive, body.group_name, *described)
+        await self._command(self.generator.update_from_tensors(named, body.weight_version))
+        return _updated("Succeeded to update parameter online.", body.weight_version)
+
+    def _check_in_update(self, path: str) -> None:
         if not self.in_update:
-            return _failed(
-                "update_weights_from_distributed must run between "
-                "begin_weight_update() and end_weight_update()"
+            raise UserError(
+                f"{path} must run between begin_weight_update() and end_weight_update()"
             )
-        try:
-            named = await asyncio.get_running_loop().run_in_executor(
-                self.receiver.threads,
-                *(self.receiver.receive, body.group_name, body.names, body.dtypes, body.shapes),
-            )
-        except UserError as error:
-            return _failed(str(error))
-        update = self.generator.update_from_tensors(named, body.weight_version)
-        return await self._updated(
-            update, body.weight_version, "Succeeded to update parameter online.", {}
-        )
-
-    async def _updated(
-        self, update: Future[None], version: str | None, message: str, extra: dict[str, Any]
-    ) -> Response:
-        try:
-            await self._command(update)
-        except UserError as error:
-            return _failed(str(error), **extra)
-        if version is not None:
-            message += f" Weight version updated to {version}."
-        return JSONResponse({"success": True, "message": message, **extra})
-
-    async def release(self, body: MemoryBody) -> Response:
-        tags = _tags(body)
-        await self._command(self.generator.release(tags))
-        print("released", *sorted(tags), flush=True)
-        return JSONResponse(None)
-
-    async def restore(self, body: MemoryBody) -> Response:
-        tags = _tags(body)
-        await self._command(self.generator.restore(tags))
-        print("resumed", *sorted(tags), flush=True)
-        return JSONResponse(None)
 
     async def begin_update(self) -> Response:
         self.in_update = True
-        return JSONResponse({"success": True, "message": "Success"})
+        return _updated("Success")
 
     async def end_update(self) -> Response:
         self.in_update = False
-        return JSONResponse({"success": True, "message": "Success"})
+        return _updated("Success")
+
+    async def join_group(self, body: GroupBody) -> Response:
+        await self._in_group(
+            self.receiver.join,
+            *(body.master_address, body.master_port, body.rank_offset, body.world_size),
+            *(body.group_name, body.backend),
+        )
+        return _updated("Succeeded to initialize custom process group.")
+
+    async def leave_group(self, body: GroupNameBody) -> Response:
+        await self._in_group(self.receiver.leave, body.group_name)
+        return _updated("Succeeded to destroy custom process group.")
+
+    async def _in_group(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What waits for other processes, in a thread of the groups'."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.receiver.threads, work, *arguments)
+
+    async def release(self, body: MemoryBody) -> Response:
+        return await self._of_memory(self.generator.release, body, "released")
+
+    async def restore(self, body: MemoryBody) -> Response:
+        return await self._of_memory(self.generator.restore, body, "resumed")
+
+    async def _of_memory(
+        self, work: Callable[[set[str]], Future], body: MemoryBody, done: str
+    ) -> Response:
+        tags = MEMORY if body.tags is None else set(body.tags)
+        if not tags or tags - MEMORY:
+            raise UserError(f"tags must name {' or '.join(sorted(MEMORY))}; leave it out for both.")
+        await self._command(work(tags))
+        print(done, *sorted(tags), flush=True)
+        return JSONResponse(None)
 
     async def update_version(self, body: VersionBody) -> Response:
         if body.abort_all_requests:
@@ -358,7 +326,7 @@ class Server:
             "/update_weight_version": self.update_version,
         }.items():
             app.post(path)(handler)
-        app.exception_handler(UserError)(lambda http, error: _refused(str(error), 400))
+        app.exception_handler(UserError)(_refused_as)
         app.exception_handler(RequestValidationError)(
             lambda http, error: _refused(_first_problem(error), 400)
         )
@@ -379,20 +347,21 @@ class Server:
         self.generator.close()
 
 
-def _tags(body: MemoryBody) -> set[str]:
-    """What to release or to resume.  Raises UserError for an empty list, or what nobody has."""
-    tags = MEMORY if body.tags is None else set(body.tags)
-    if not tags or tags - MEMORY:
-        raise UserError(f"tags must name {' or '.join(sorted(MEMORY))}; leave it out for both.")
-    return set(tags)
-
-
 def _refused(message: str, status: int) -> Response:
     return JSONResponse({"error": {"message": message}}, status_code=status)
 
 
-def _failed(message: str, **extra: Any) -> Response:
-    return JSONResponse({"success": False, "message": message, **extra}, status_code=400)
+def _refused_as(http: Request, error: Exception) -> Response:
+    """What the user has got wrong, in the shape that SGLang has for this path."""
+    if (more := OF_WEIGHTS.get(http.url.path)) is None:
+        return _refused(str(error), 400)
+    return JSONResponse({"success": False, "message": str(error), **more}, status_code=400)
+
+
+def _updated(message: str, version: str | None = None, **more: Any) -> Response:
+    if version is not None:
+        message += f" Weight version updated to {version}."
+    return JSONResponse({"success": True, "message": message, **more})
 
 
 def _first_problem(error: RequestValidationError) -> str:
