@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,16 +19,14 @@ from megatron_gpc.metrics.jsonl import FILE_NAME
 from megatron_gpc.metrics.plots import plot_runs
 from megatron_gpc.metrics.runs import load_run
 from megatron_gpc.metrics.tables import compare_table, print_table
+from megatron_gpc.run.child import Child
 from megatron_gpc.run.folder import make_model
-from megatron_gpc.run.launch import die_with_parent
 
 POLL_S = 0.5
 NO_MATTER = (
     *("run_dir", "resume", "timeout_s", "plots", "rollout.server.", "checkpoint.", "guard."),
 )
 """Keys and sections that may differ between a run that is there and the one that is asked for."""
-LAST_WORDS = 3000
-"""Characters of a failed run's console that are shown."""
 
 
 def compare(config: Path, out: Path, runs: Mapping[str, Sequence[str]]) -> int:
@@ -70,27 +67,24 @@ def run_side_by_side(
     configs = {name: load(config, given) for name, given in arguments.items()}
     waiting = [name for name, one in configs.items() if not _is_finished(one)]
     progress = _Progress({name: configs[name] for name in waiting}, len(runs))
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    said_before: dict[str, int] = {}
+    running: dict[str, Child] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                log = out / f"{name}.log"
-                said_before[name] = log.stat().st_size if log.exists() else 0
-                running[name] = _start(config, out / f"{name}.log", arguments[name])
+                command = [sys.executable, "-m", "megatron_gpc", "train", str(config)]
+                running[name] = Child([*command, *arguments[name]], log=out / f"{name}.log")
             time.sleep(POLL_S)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                if running.pop(name).returncode:
-                    log = out / f"{name}.log"
-                    said = log.read_bytes()[said_before[name] :].decode(errors="replace")
-                    raise RunStopped(f"{name} failed; {log} ends with\n{said[-LAST_WORDS:]}")
+            for name in [name for name, run in running.items() if not run.alive()]:
+                run = running.pop(name)
+                if run.process.returncode:
+                    raise RunStopped(f"{name} failed; {run.log} ends with\n{run.last_words()}")
                 progress.done(name)
     finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
+        for run in running.values():
+            run.process.terminate()
+        for run in running.values():
+            run.process.wait()
     return list(folders.values())
 
 
@@ -117,17 +111,6 @@ def _experiment(text: str) -> dict[str, Any]:
     """What of a resolved configuration decides a run's numbers."""
     flat = flatten(yaml.safe_load(text))
     return {key: value for key, value in flat.items() if not key.startswith(NO_MATTER)}
-
-
-def _start(config: Path, log: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    with log.open("ab") as console:
-        return subprocess.Popen(
-            [sys.executable, "-m", "megatron_gpc", "train", str(config), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=console,
-            preexec_fn=die_with_parent,
-        )
 
 
 class _Progress:

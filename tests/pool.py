@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from megatron_gpc.run.launch import die_with_parent
+from megatron_gpc.run.child import die_with_parent
 
 START_TIMEOUT_S = 120.0
 MAX_TASKS = 40

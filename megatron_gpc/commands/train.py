@@ -12,9 +12,11 @@ from typing import TextIO
 
 from megatron_gpc.commands.arguments import add_configuration
 from megatron_gpc.commands.rank import train_rank
-from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, load, warnings
+from megatron_gpc.run import environment
+from megatron_gpc.run.child import die_with_parent
 from megatron_gpc.run.imports import many_imports
+from megatron_gpc.run.launch import STACKS_SIGNAL, run_ranks
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import AT_ONCE, BATCH_SIGNALS, INTERRUPTED, STOP_SIGNALS, held
 
@@ -27,8 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from megatron_gpc.run.launch import STACKS_SIGNAL
-
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there are ranks that have stacks
     # Until there are ranks that can hear of them.  Ctrl-C ends it at once: nothing is lost yet.
     with held(BATCH_SIGNALS):
@@ -41,12 +41,17 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
         import torch
 
         from megatron_gpc.doctor.continued import consequences
-        from megatron_gpc.doctor.preflight import check_training  # noqa: F401 - for _check
+        from megatron_gpc.doctor.preflight import check_training
         from megatron_gpc.run.folder import make_model, prepare
-        from megatron_gpc.run.launch import STACKS_SIGNAL, die_with_parent, run_ranks
         from megatron_gpc.run.placement import adopt_rank, gpus_for_ranks, my_share
 
-    complete = _check(config)
+    def check() -> bool:
+        """Refuse what cannot work; one of several processes reads it all.  False if model.build has
+        yet to make the model, and not all could be looked at."""
+        whole = environment.is_first()
+        return check_training(config, lambda text: say(f"warning: {text}"), whole)
+
+    complete = check()
     gpus = gpus_for_ranks(config, torch.cuda.device_count())
     share = None if adopt_rank(config.parallel, gpus) else my_share(config.parallel, gpus)
     for warning in warnings(config):
@@ -63,13 +68,13 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     def ready() -> TextIO:
         if not complete:
             make_model(config)
-            _check(config)
+            check()
         return prepare(config, consequences)
 
     if share is None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()  # torchrun itself leaves its ranks behind at a second Ctrl-C
-        if os.environ["RANK"] == "0":
+        if environment.is_first():
             lock = ready()  # noqa: F841 - until this process ends
         return train_rank(config)
     command = ["train", str(arguments.config), *arguments.overrides]  # rank 0 prepares
@@ -83,15 +88,3 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # the second; the first was passed on
         say(AT_ONCE)
         return INTERRUPTED
-
-
-def _check(config: Config) -> bool:
-    """Refuse what cannot work before any process starts; one of several processes reads it all.
-
-    Returns:
-        Whether that was all of it: model.build may have yet to make the model.
-    """
-    from megatron_gpc.doctor.preflight import check_training
-
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    return check_training(config, lambda text: say(f"warning: {text}"), whole=first)

@@ -34,7 +34,7 @@ from megatron_gpc.engines.client import SampleRequest, SGLangClient, retrying
 from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.process import ServerError, ServerProcess, SGLangServer
 from megatron_gpc.engines.starter import Starter
-from megatron_gpc.run.launch import own_address
+from megatron_gpc.run.network import own_address
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ServerProcess)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
 from megatron_gpc.engines.answers import RolloutError
-from megatron_gpc.run.launch import (
-    LOG_LINES,
-    STACKS_SIGNAL,
-    die_with_parent,
-    free_port,
-    own_search_path,
-)
+from megatron_gpc.run.child import Child, die_with_parent, own_search_path
+from megatron_gpc.run.launch import STACKS_SIGNAL
+from megatron_gpc.run.network import free_port
 
 STOP_TIMEOUT_S = 5.0
 """How long a server may take to end by itself before it is killed."""
-KILL_TIMEOUT_S = 60.0
-"""How long a busy machine may take to be rid of one that was killed."""
 START_POLL_S = 0.2
 """How often a server that starts is looked at [s]."""
 
@@ -47,17 +38,14 @@ def _before_it_runs(deaf_to: Collection[int]) -> None:
         signal.signal(one, signal.SIG_IGN)
 
 
-class ServerProcess:
+class ServerProcess(Child):
     """A server for the time of a `with` block.
-
-    It also ends when the thread that started it ends, in whatever way (the kernel sees to that), so
-    start it from a thread that lives long enough.
 
     Args:
         name: for messages.
         command: what to run.
         environment: all of its environment.
-        log_file: file that the server's output is appended to.
+        log: file that its output is appended to.
         pass_fds: file descriptors that it inherits.
         given_up: once set, a start is not waited for any longer.
     """
@@ -73,70 +61,42 @@ class ServerProcess:
         name: str,
         command: Sequence[str],
         environment: Mapping[str, str],
-        log_file: Path,
+        log: Path,
         pass_fds: Sequence[int] = (),
         given_up: threading.Event | None = None,
     ):
         self.name = name
         self._given_up = given_up or threading.Event()
-        self._log = Path(log_file)
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as output:
-            self._log_begin = output.tell()  # before it stands what earlier servers said
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=pass_fds,
-                preexec_fn=partial(_before_it_runs, self.deaf_to),
-                start_new_session=True,  # for `stop`
-            )
+        log.parent.mkdir(parents=True, exist_ok=True)
+        begin = partial(_before_it_runs, self.deaf_to)
+        super().__init__(command, environment, log, session=True, begin=begin, pass_fds=pass_fds)
 
     def failure(self, what: str) -> ServerError:
         """An error about this server that ends with what it logged last."""
-        with self._log.open("rb") as log:
-            log.seek(self._log_begin)
-            lines = log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
-        return ServerError(f"{self.name} {what}; last lines of {self._log}:\n" + "\n".join(lines))
+        return ServerError(f"{self.name} {what}; last lines of {self.log}:\n{self.last_words()}")
 
     def ended(self) -> ServerError:
         """The error for a server that ended while starting; waits for its end."""
         self.stop()
-        return self.failure(f"ended while starting (exit code {self._process.returncode})")
+        return self.failure(f"ended while starting (exit code {self.process.returncode})")
 
     def _check_wanted(self) -> None:
         if self._given_up.is_set():
-            self._process.kill()  # it has nothing to finish, and may not listen to signals yet
+            self.process.kill()  # it has nothing to finish, and may not listen to signals yet
             raise ServerError(f"{self.name}: nobody waits for it any longer")
 
     @property
     def pid(self) -> int:
-        return self._process.pid
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
+        return self.process.pid
 
     def stop(self) -> None:
         """End the server; killed if it does not end in time.  Does nothing the second time."""
-        if self.alive():
-            self._process.send_signal(self.end_signal)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):  # its own processes too: SGLang has several
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(KILL_TIMEOUT_S)
+        self.end(self.end_signal, STOP_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 
@@ -150,9 +110,6 @@ class EmbeddedServer(ServerProcess):
         port: 0 takes any that is free.
         api_key_file: file with the key that it asks for.
         start_timeout_s: how long it may take until it answers [s].
-        dtype: of weights and activations; "auto" takes the checkpoint's.
-        threads: CPU threads of the engine.
-        max_running: sequences decoded at the same time.
         given_up: see `ServerProcess`.
 
     Raises:
@@ -173,9 +130,6 @@ class EmbeddedServer(ServerProcess):
         port: int = 0,
         api_key_file: Path | None = None,
         start_timeout_s: float = 180.0,
-        dtype: str = "auto",
-        threads: int = 1,
-        max_running: int = 256,
         given_up: threading.Event | None = None,
     ):
         receiver, sender = os.pipe()
@@ -184,15 +138,13 @@ class EmbeddedServer(ServerProcess):
                 "the embedded server",
                 [
                     *(sys.executable, "-P", "-m", "megatron_gpc.server"),
-                    *("--model-path", str(model_path), "--dtype", dtype),
+                    *("--model-path", str(model_path), "--parent", str(os.getpid())),
                     *("--host", host, "--port", str(port), "--port-fd", str(sender)),
                     *(("--api-key-file", str(api_key_file)) if api_key_file else ()),
-                    *("--parent", str(os.getpid()), "--threads", str(threads)),
-                    *("--max-running-requests", str(max_running)),
                 ],
                 {
                     **os.environ,
-                    "OMP_NUM_THREADS": str(threads),
+                    "OMP_NUM_THREADS": "1",
                     "PYTHONPATH": own_search_path(),
                     "PYTHONUNBUFFERED": "1",
                     "HF_HUB_OFFLINE": "1",

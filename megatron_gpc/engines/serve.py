@@ -15,14 +15,12 @@ from megatron_gpc.engines.starter import Starter, check_start
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.run import environment
 from megatron_gpc.run.files import replace_text
-from megatron_gpc.run.launch import own_address
+from megatron_gpc.run.network import own_address
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import StopRequest
 from megatron_gpc.weights.folders import hf_folder
 
 FLEET_POLL_S = 0.5
-IN_STEP = "SLURM_STEP_ID"
-"""Set below srun."""
 
 
 def serve(config: Config, stop: StopRequest) -> None:
@@ -40,7 +38,7 @@ def serve(config: Config, stop: StopRequest) -> None:
         RunStopped: an engine did not start, or none is left.
     """
     stop.doing = "the engines end"
-    if IN_STEP in os.environ:
+    if environment.in_step():
         stop.doing = "the engines answer until the batch script ends them"
     server = config.rollout.server
     urls_file = server.urls_file
@@ -86,7 +84,7 @@ def _over(stop: StopRequest) -> bool:
     Slurm sends a signal to every process of a job that is to end.  The trainer then saves, and
     needs samples to come to the end of its step; the batch script ends us afterwards.
     """
-    return stop.received is not None and IN_STEP not in os.environ
+    return stop.received is not None and not environment.in_step()
 
 
 def _address(nodes: int) -> str:

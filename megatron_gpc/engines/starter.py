@@ -23,7 +23,7 @@ from megatron_gpc.engines.process import (
     server_environment,
 )
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.launch import free_port
+from megatron_gpc.run.network import free_port
 
 CHECK_TIMEOUT_S = 60.0
 """How long the interpreter of SGLang's environment may take to say whether SGLang is there [s]."""

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rewards.extraction import final_answer, said
-from megatron_gpc.run.launch import own_search_path
+from megatron_gpc.run.child import own_search_path
 
 DEADLINE_S = 2.0
 """How long one comparison may compute [s of CPU], so that a busy machine makes none wrong."""

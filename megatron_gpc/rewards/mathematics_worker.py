@@ -23,7 +23,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Eq, Expr, FiniteSet, Float, Interval, MatrixBase, Rational, Tuple
 
 from megatron_gpc.rewards import literals, spelling
-from megatron_gpc.run.launch import die_with_parent
+from megatron_gpc.run.child import die_with_parent
 
 PRACTICE = (
     (r"\frac{1}{2}", r"\dfrac{2}{4}"),

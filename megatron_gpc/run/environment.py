@@ -63,6 +63,16 @@ def step() -> tuple[int, int]:
     return tasks, number("SLURM_STEP_NUM_NODES", 1, tasks, default=1)
 
 
+def in_step() -> bool:
+    """Whether srun has started this process."""
+    return "SLURM_STEP_ID" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this is the first, or the only one, of the processes that were started together."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def master() -> tuple[str, int]:
     """Address and port where all processes meet.
 

@@ -12,8 +12,6 @@ stopped.json     the run was asked to end, and did
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,8 +23,9 @@ import yaml
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, flatten
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.child import Child
 from megatron_gpc.run.files import replace_text, step_of_name
-from megatron_gpc.run.launch import CHILD_POLL_S, die_with_parent
+from megatron_gpc.run.launch import CHILD_POLL_S
 from megatron_gpc.run.lock import PREPARING, take
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import marker
@@ -130,19 +129,13 @@ def make_model(config: Config) -> None:
     # The script has the machine to itself: a thread limit that was meant for ranks is not for it.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     say(f"making the model with {model.build}, once: {model.hf}")
-    building = subprocess.Popen(
-        [sys.executable, str(model.build), str(model.hf)],
-        env=environment,
-        preexec_fn=die_with_parent,
-        start_new_session=True,  # a terminal's Ctrl-C is for this process, which ends all of it
-    )
+    building = Child([sys.executable, str(model.build), str(model.hf)], environment, session=True)
     try:
         # Not wait(): a signal that reaches another thread, or comes just before, does not end it.
-        while (exit_code := building.poll()) is None:
+        while (exit_code := building.process.poll()) is None:
             time.sleep(CHILD_POLL_S)
     except BaseException:
-        os.killpg(building.pid, signal.SIGKILL)
-        building.wait()
+        building.end()
         raise
     if exit_code or not (model.hf / "config.json").is_file():
         raise UserError(

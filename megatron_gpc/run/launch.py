@@ -1,25 +1,22 @@
-"""Start the ranks of a run on this machine and watch them; recognise ranks that others started."""
+"""Start the ranks of a run on this machine and watch them."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import random
 import re
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-import megatron_gpc
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.child import Child, own_search_path
 from megatron_gpc.run.files import read_json
+from megatron_gpc.run.network import free_port
 from megatron_gpc.run.placement import Share
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import SAVED, held
@@ -33,8 +30,6 @@ QUIET_S = 0.5
 STACKS_SIGNAL = signal.SIGUSR2
 """Has a rank write the stacks of its threads to its `stacks_file` and go on."""
 CHILD_POLL_S = 0.02
-LOG_LINES = 20
-"""Of the end of a log, in an error about who wrote it."""
 
 MAIN_RANK_FAILED = "the main rank failed"
 """What the others say then (mcore/main_rank.py)."""
@@ -121,46 +116,7 @@ def _noted_interrupts(pass_on: Sequence[signal.Signals]) -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def own_search_path() -> str:
-    """PYTHONPATH for a child that is to run this copy of the package, wherever it is started from.
-
-    Such a child is started with `python -P -m`: `-m` alone would look in the current folder first,
-    and one of the package's name may lie there.
-    """
-    root = str(Path(megatron_gpc.__file__).parent.parent)
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port of this machine's address `host` that nobody listens on at this moment.
-
-    Not one of those that the kernel gives to outgoing connections (32,768 and above on Linux): a
-    connection might have it before whoever it is for listens.  Nor one that a run's seed decides.
-    """
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((host, port))
-            return port
-    raise OSError(f"{host}: none of 100 ports from 20,000 on can be listened on")
-
-
-def own_address() -> str:
-    """Where other hosts find this one: at the interface that GLOO_SOCKET_IFNAME names, as its ranks
-    are, or else at what its name stands for."""
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
-    for address in psutil.net_if_addrs().get(interface, ()):
-        if address.family == socket.AF_INET:
-            return address.address
-    return socket.gethostbyname(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
-
-
-def die_with_parent() -> None:
-    """Called in a child before it runs: the kernel kills it when its parent ends in any way."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-class Rank:
+class Rank(Child):
     """One process of a run, and what it leaves behind in log_dir."""
 
     def __init__(
@@ -172,17 +128,15 @@ class Rank:
         command: Sequence[str],
     ):
         self.number = number
-        self.log = None if number == 0 else log_dir / f"rank_{number}.log"
         self.error = log_dir / f"rank_{number}.error.json"
         self.stacks = stacks_file(log_dir, number)
         self.failed_at = 0.0
         """When it failed, as far as is known [s since 1970]; 0 if it has not failed."""
         self.state = ""
         """What the kernel said of it before it was ended, if that tells anything."""
-        output = self.log.open("w") if self.log else None
-        self.process = subprocess.Popen(
+        super().__init__(
             [sys.executable, "-P", "-m", *command],  # see own_search_path
-            env={
+            {
                 # One thread a rank: ranks share the cores.
                 "OMP_NUM_THREADS": "1",
                 **os.environ,
@@ -194,12 +148,8 @@ class Rank:
                 "MASTER_PORT": str(master[1]),
                 "TORCHELASTIC_ERROR_FILE": str(self.error),
             },
-            stdout=output,
-            stderr=output,
-            preexec_fn=die_with_parent,
+            log_dir / f"rank_{number}.log" if number > 0 else None,
         )
-        if output:
-            output.close()
 
     def has_failed(self) -> bool:
         """Whether it has ended badly, or has written down that it is about to."""
@@ -215,15 +165,8 @@ class Rank:
         try:
             message = read_json(self.error)["message"]
             return message["message"], message["extraInfo"]["py_callstack"]
-        except (
-            OSError,
-            UserError,
-            LookupError,
-            TypeError,
-        ):  # killed before it wrote, or while it did
-            text = self.log.read_text(errors="replace") if self.log else ""
-            end = "\n".join(text.splitlines()[-LOG_LINES:])
-            return end, end
+        except (OSError, UserError, LookupError, TypeError):  # it was killed before, or meanwhile
+            return self.last_words(), self.last_words()
 
     def innocence(self) -> tuple[int, float]:
         """Orders ranks that failed, the likeliest cause first; among equals by time.

@@ -91,7 +91,7 @@ def my_share(parallel: ParallelConfig, gpus: int) -> Share:
             meet.
     """
     _, nodes = environment.step()
-    in_step = "SLURM_STEP_ID" in os.environ
+    in_step = environment.in_step()
     world = world_size(parallel)
     if in_step and gpus and parallel.dp is None:
         world = nodes * gpus

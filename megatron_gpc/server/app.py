@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 import megatron_gpc
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import decoder, eos_tokens, load_tokenizer
-from megatron_gpc.run.launch import die_with_parent
+from megatron_gpc.run.child import die_with_parent
 from megatron_gpc.server import loading, sequence
 from megatron_gpc.server.gate import Gate, TimedProtocol
 from megatron_gpc.server.generate import MOST_CHARACTERS, answer, parse

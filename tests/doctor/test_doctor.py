@@ -22,7 +22,7 @@ from megatron_gpc.doctor.meeting import Rendezvous
 from megatron_gpc.doctor.report import last_words, with_differences
 from megatron_gpc.doctor.software import software
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.launch import free_port
+from megatron_gpc.run.network import free_port
 
 
 def start(rank: int, world: int, port: int, *arguments: str) -> subprocess.Popen[str]:

@@ -32,7 +32,7 @@ from commands import CONFIG, ROOT, launch, pids_using, rank_process
 from compare_runs import differences
 
 from megatron_gpc.mcore.checkpoint.folder import checkpoints, damaged
-from megatron_gpc.run.launch import die_with_parent
+from megatron_gpc.run.child import die_with_parent
 
 RANKS = 2
 PROMPTS_PER_STEP = 8

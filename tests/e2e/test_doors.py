@@ -10,7 +10,7 @@ import sys
 import pytest
 from commands import ROOT, metrics
 
-from megatron_gpc.run.launch import own_search_path
+from megatron_gpc.run.child import own_search_path
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 

@@ -14,7 +14,7 @@ from commands import CONFIG, ROOT, command_line, launch, metrics
 from compare_runs import untimed
 
 from megatron_gpc.cli import main
-from megatron_gpc.run.launch import free_port
+from megatron_gpc.run.network import free_port
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
 

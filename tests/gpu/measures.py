@@ -238,7 +238,7 @@ def steps() -> dict[str, Any]:
     optimizer, and the optimizer's state for a checkpoint.
     """
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    from megatron_gpc.run.launch import free_port
+    from megatron_gpc.run.network import free_port
 
     os.environ["MASTER_PORT"] = str(free_port())
     from megatron_gpc.mcore import cpu

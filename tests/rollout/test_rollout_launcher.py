@@ -16,7 +16,7 @@ from tiny import run_config
 
 from megatron_gpc.engines.process import EmbeddedServer, server_environment
 from megatron_gpc.engines.starter import Starter
-from megatron_gpc.run.launch import free_port
+from megatron_gpc.run.network import free_port
 
 
 def gone(pid: int, within_s: float) -> bool:

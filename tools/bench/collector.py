@@ -27,7 +27,7 @@ from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.prompts import PromptSource
-from megatron_gpc.run.launch import free_port
+from megatron_gpc.run.network import free_port
 from megatron_gpc.types import Prompt
 
 VERSION = "0"

@@ -30,8 +30,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_gpc.mcore.checkpoint.folder import bring_to_disk
 from megatron_gpc.mcore.setup import is_main
+from megatron_gpc.run.child import die_with_parent
 from megatron_gpc.run.files import sha256
-from megatron_gpc.run.launch import die_with_parent
 from megatron_gpc.run.stop import STOP_SIGNALS
 
 
