@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +34,19 @@ def cut(file: Path, size: int) -> None:
 
 def first_file(folder: Path) -> Path:
     return min(folder.glob("*.safetensors"))
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Files cannot grow beyond `size` bytes: the kernel refuses the write, as it does on a full
+    disk.  Around what is tested and no more: a log that pytest writes may be larger.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 SHARD_1 = "model-00001-of-00004.safetensors"

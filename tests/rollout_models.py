@@ -6,15 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from tiny import byte_tokenizer, tiny_qwen2
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 VOCAB = 264
 EOS = 257
@@ -23,30 +16,20 @@ CONTEXT = 1024
 
 def build_model(folder: Path, seed: int, tied: bool = False) -> Path:
     """A Qwen2 of 2 layers with random weights, and a tokenizer whose tokens are the 256 bytes."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
+    tiny_qwen2(
+        folder,
+        seed,
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=tied,
         initializer_range=0.3,
-        bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=256,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<pad>": 256, "<eos>": EOS}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(folder)
-    return folder
+    return byte_tokenizer(folder, "<pad>", "<eos>", eos_token="<eos>", pad_token="<pad>")
 
 
 def logprobs(

@@ -21,11 +21,11 @@ from megatron_gpc.weights.hf_files import SINGLE
 VOCAB = 100  # no multiple of 128: rows of padding exist at every tp
 
 
-def tiny_qwen2(folder: Path, **settings: Any) -> Path:
+def tiny_qwen2(folder: Path, seed: int = 0, **settings: Any) -> Path:
     """4 layers, hidden 32, 4 heads of which 2 key-value, random weights larger than usual."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
             **{
@@ -48,16 +48,17 @@ def tiny_qwen2(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def byte_tokenizer(folder: Path, **added: Any) -> Path:
-    """One token a byte, numbered 0 to 255 in the order of their characters; `$` ends a text."""
+def byte_tokenizer(folder: Path, *further: str, eos_token: str = "$", **added: Any) -> Path:
+    """One token a byte, numbered 0 to 255 in the order of their characters, then `further` ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokens = (*sorted(pre_tokenizers.ByteLevel.alphabet()), *further)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$", **added)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos_token, **added)
     made.save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""What the fields of config.py are made of: types that check their values, and sections."""
+"""What the fields of schema.py are made of: types that check their values, and sections."""
 
 from __future__ import annotations
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from damage import DAMAGE as HF_DAMAGE
-from damage import cut, rewrite_tensors
+from damage import cut, rewrite_tensors, small_disk
 from tiny import run_config
 from tiny_models import Checkpoints
 from tool_scripts import call
@@ -272,31 +270,17 @@ def test_an_output_that_is_in_the_way_is_left_alone(
     assert says in message and str(out) in message
 
 
-@contextmanager
-def small_disk() -> Iterator[None]:
-    """Files cannot grow beyond 20 kB: the kernel refuses the write, as it does on a full disk.
-
-    Around what is tested and no more: a log that pytest writes may be larger.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_named_with_tensor_and_folder(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--out", tmp_path / "new" / "deeper" / "out")
     single = ("--hf", tmp_path / "single")
-    with small_disk():
+    with small_disk(20_000):
         message = refused(capsys, tmp_path, "convert_hf_to_megatron", *single, *out)
     assert "cannot write embedding.word_embeddings.weight (model.embed_tokens.weight): " in message
     assert "File too large" in message
     checkpoint = ("--checkpoint", converted)
-    with small_disk():
+    with small_disk(20_000):
         message = refused(capsys, tmp_path, "convert_megatron_to_hf", *checkpoint, *out)
     assert "cannot write tensor model.embed_tokens.weight: File too large" in message
 

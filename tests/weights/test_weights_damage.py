@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from damage import DAMAGE, cut
+from damage import DAMAGE, cut, small_disk
 from safetensors.torch import load_file
 from tiny_models import names
 from torch import Tensor
@@ -77,29 +75,15 @@ def test_an_interrupted_weight_sync_keeps_the_old_file(tmp_path: Path) -> None:
     assert not load_file(tmp_path / SINGLE)["a"].any()
 
 
-@contextmanager
-def small_disk() -> Iterator[None]:
-    """Files cannot grow beyond 300 kB: the kernel refuses the write, as it does on a full disk.
-
-    Around what is tested and no more: a log that pytest writes may be larger.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_named_with_tensor_and_file_and_leaves_nothing_behind(single: Path) -> None:
     before = names(single.parent)
     tensors = [("small", torch.ones(10)), ("large", torch.ones(100_000))]
     says = r"out.*partial: cannot write tensor large: File too large"
-    with small_disk(), pytest.raises(UserError, match=says):
+    with small_disk(300_000), pytest.raises(UserError, match=says):
         write_hf(single.parent / "out", tensors, source=single)
     assert names(single.parent) == before
     says = "model.safetensors: cannot be written: File too large"
-    with small_disk(), pytest.raises(UserError, match=says):
+    with small_disk(300_000), pytest.raises(UserError, match=says):
         write_single(single, tensors)
     assert names(single) == {SINGLE, "config.json", "generation_config.json"}
 
