@@ -146,7 +146,7 @@ def test_a_stop_is_a_string_or_a_token(config, bad):
 
 
 def test_training_and_evaluation_ask_for_the_same_ends_and_a_start_names_them(config, capfd):
-    given = config("rollout.stop=[</answer>,<|im_end|>]", "rollout.server.start_timeout_s=0.1")
+    given = config("rollout.stop=[</answer>,<|im_end|>]")
     with sampler_of(given) as sampler:
         for collector in (sampler.collector, sampler.evaluator):
             assert collector.stop_token_ids == [EOS, IM_END]
