@@ -11,11 +11,9 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from random import Random
 
 import torch
-from torch.nn.functional import pad
 
 from megatron_gpc.config import ParallelConfig
 from megatron_gpc.types import MicroBatch, RolloutBatch, Sample, TokenStreams
@@ -157,23 +155,33 @@ def multiples(p: ParallelConfig) -> tuple[int, int]:
 
 
 def join(
-    sequences: list[torch.Tensor], multiple_of: tuple[int, int]
-) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """(tokens_S, lengths_B) of a MicroBatch of these sequences; only padding if there are none.
+    tokens: torch.Tensor, sizes_B: torch.Tensor, multiple_of: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences with the padding they need: tokens_S, and how long each now is.
 
     Args:
-        sequences: tokens, without padding.
+        tokens: the sequences, one after another.
+        sizes_B: how long each is; without any there is one, of padding only.
         multiple_of: as of `multiples`.
     """
     each, total = multiple_of
-    sequences = sequences or [torch.zeros(0, dtype=torch.int64)]
-    lengths = [-(-max(1, len(sequence)) // each) * each for sequence in sequences]
-    lengths[-1] += -sum(lengths) % total
-    padded = [
-        pad(sequence, (0, length - len(sequence)))
-        for sequence, length in zip(sequences, lengths, strict=True)
-    ]
-    return torch.cat(padded), tuple(lengths)
+    if not len(sizes_B):
+        sizes_B = torch.zeros(1, dtype=torch.int64)
+    lengths_B = (sizes_B.clamp(min=1) + each - 1) // each * each
+    lengths_B[-1] += -int(lengths_B.sum()) % total
+    tokens_S = torch.zeros(int(lengths_B.sum()), dtype=torch.int64)
+    tokens_S[ranges(lengths_B.cumsum(0) - lengths_B, sizes_B)] = tokens
+    return tokens_S, lengths_B
+
+
+def ranges(begins: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """As many numbers from each of `begins` on as `sizes` says, all one after another.
+
+    >>> ranges(torch.tensor([3, 10]), torch.tensor([2, 3]))
+    tensor([ 3,  4, 10, 11, 12])
+    """
+    shifts = begins - (sizes.cumsum(0) - sizes)
+    return torch.arange(int(sizes.sum())) + shifts.repeat_interleave(sizes)
 
 
 def chunk_positions(lengths_B: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
@@ -187,9 +195,7 @@ def chunk_positions(lengths_B: Sequence[int], rank: int, ranks: int) -> torch.Te
     sizes = lengths // (2 * ranks)
     chunks = torch.tensor([rank, 2 * ranks - 1 - rank])
     begins = ((lengths.cumsum(0) - lengths)[:, None] + sizes[:, None] * chunks).flatten()
-    sizes = sizes.repeat_interleave(2)
-    shifts = begins - (sizes.cumsum(0) - sizes)  # of the chunks, from where they stand here
-    return torch.arange(int(sizes.sum())) + shifts.repeat_interleave(sizes)
+    return ranges(begins, sizes.repeat_interleave(2))
 
 
 def context_part(micro: MicroBatch, rank: int, ranks: int) -> MicroBatch:
@@ -214,24 +220,18 @@ def context_part(micro: MicroBatch, rank: int, ranks: int) -> MicroBatch:
 def _micro_batch(
     batch: RolloutBatch, samples: list[int], multiple_of: tuple[int, int]
 ) -> MicroBatch:
-    ends_N = batch.starts_N + batch.prompt_lengths_N + batch.response_lengths_N
-    sequences = [batch.tokens[batch.starts_N[n] : ends_N[n]] for n in samples]
-    tokens_S, lengths_B = join(sequences, multiple_of)
-    none = torch.zeros(0, dtype=torch.int64)
-    rows, targets, slots = [none], [none], [none]
-    for n, sequence, begin in zip(
-        samples, sequences, accumulate(lengths_B, initial=0), strict=False
-    ):
-        prompt, response = int(batch.prompt_lengths_N[n]), batch.response_slice(n)
-        # the position before a token predicts it
-        rows.append(torch.arange(begin + prompt - 1, begin + len(sequence) - 1))
-        targets.append(sequence[prompt:])
-        slots.append(torch.arange(response.start, response.stop))
+    chosen_B = torch.tensor(samples, dtype=torch.int64)
+    starts_B, prompts_B = batch.starts_N[chosen_B], batch.prompt_lengths_N[chosen_B]
+    responses_B = batch.response_lengths_N[chosen_B]
+    first_slots_B = (batch.response_lengths_N.cumsum(0) - batch.response_lengths_N)[chosen_B]
+    sizes_B = prompts_B + responses_B
+    tokens_S, lengths_B = join(batch.tokens[ranges(starts_B, sizes_B)], sizes_B, multiple_of)
+    begins_B = (lengths_B.cumsum(0) - lengths_B)[: len(samples)]
     return MicroBatch(
         tokens_S,
-        lengths_B,
-        padding=len(tokens_S) - sum(map(len, sequences)),
-        rows_T=torch.cat(rows),
-        targets_T=torch.cat(targets),
-        slots_T=torch.cat(slots),
+        tuple(lengths_B.tolist()),
+        padding=len(tokens_S) - int(sizes_B.sum()),
+        rows_T=ranges(begins_B + prompts_B - 1, responses_B),  # the position before predicts
+        targets_T=batch.tokens[ranges(starts_B + prompts_B, responses_B)],
+        slots_T=ranges(first_slots_B, responses_B),
     )

@@ -30,8 +30,10 @@ def sequence_logits(
     """
     p, to = config.parallel, device()
     assert p.cp == 1  # no tool offers it
-    tokens_S, lengths_B = join([torch.tensor(sequence) for sequence in sequences], multiples(p))
-    rows_T = torch.arange(sum(map(len, sequences)))
+    sizes_B = torch.tensor([len(sequence) for sequence in sequences])
+    tokens = torch.tensor([token for sequence in sequences for token in sequence])
+    tokens_S, padded_B = join(tokens, sizes_B, multiples(p))
+    lengths_B, rows_T = tuple(padded_B.tolist()), torch.arange(len(tokens))
     targets_T = torch.zeros_like(rows_T)
 
     logits_TV: list[torch.Tensor] = []
