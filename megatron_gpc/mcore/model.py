@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_gpc.batching import chunk_positions, ranges
 from megatron_gpc.config import Config
 from megatron_gpc.kernels.vocab_parallel import token_stats
 from megatron_gpc.mcore.attention import Pack, PackedAttention
@@ -68,8 +69,10 @@ class PolicyModel(GPTModel):
             targets_T: the tokens predicted there.
         """
         self._rows_T, self._targets_T = rows_T, targets_T
-        ends = list(accumulate(lengths_B, initial=0))
-        begins = torch.tensor(ends, dtype=torch.int32, device=tokens_S.device)
+        begins: Any = None
+        if uses_transformer_engine(self.config.params_dtype):
+            ends = list(accumulate(lengths_B, initial=0))
+            begins = torch.tensor(ends, dtype=torch.int32, device=tokens_S.device)
         packed = Pack(
             qkv_format="thd",
             cu_seqlens_q=begins,
@@ -78,10 +81,26 @@ class PolicyModel(GPTModel):
             max_seqlen_kv=max(lengths_B),
             lengths_B=lengths_B,
         )
-        # Rotary embeddings get positions from the beginnings of sequences, so none are given, and
-        # attention is causal inside each sequence without a mask.
+        # Rotary embeddings need the lengths alone, so no positions are given, and attention is
+        # causal inside each sequence without a mask.
         nothing: Any = (None, None)
         return super().forward(tokens_S[None], *nothing, packed_seq_params=packed)
+
+    def _preprocess(self, *args: Any, packed_seq_params: Pack, **given: Any) -> tuple[Any, ...]:
+        """megatron-core's inputs of the layers.
+
+        Its own layers cut a pack into sequences to rotate queries and keys, in every layer again;
+        without `cu_seqlens_q` they take the angles of every position of the pack as they are.
+        """
+        made = super()._preprocess(*args, packed_seq_params=packed_seq_params, **given)
+        if packed_seq_params.cu_seqlens_q is not None:
+            return made
+        hidden, angles_L11D, *others = made
+        lengths_B, cp = torch.tensor(packed_seq_params.lengths_B), self.pg_collection.cp
+        places_S = ranges(torch.zeros_like(lengths_B), lengths_B)
+        if cp.size() > 1:
+            places_S = places_S[chunk_positions(packed_seq_params.lengths_B, cp.rank(), cp.size())]
+        return hidden, angles_L11D[places_S.to(angles_L11D.device), 0], *others
 
     def _postprocess(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is unused
         self, hidden_states: torch.Tensor, **unused: Any
