@@ -18,7 +18,7 @@ help:
 	@echo "make test-slurm  jobs on a real Slurm of four nodes on this host (root, Debian; installs 13 MB)"
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
-	@echo "make bench    measure log-prob + entropy at V = 151,936, checkpoints, clipping, judging"
+	@echo "make bench    measure log-prob + entropy at V = 151,936, checkpoints, clipping, judging, steps"
 	@echo "make layouts  hold every layout to float64 and print the table of docs/layouts.md"
 	@echo "make docs     write docs/config.md from the docstrings of the configuration"
 	@echo "make lint     ruff and pyright"
@@ -70,6 +70,7 @@ bench: .venv/.installed
 	$(BIN)/python tools/bench/token_stats.py
 	$(BIN)/python tools/bench/checkpoint.py
 	$(BIN)/python tools/bench/update.py
+	$(BIN)/python tools/bench/loop.py
 	$(BIN)/python tools/bench/judge.py
 
 layouts: .venv/.installed
