@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import FILE_NAME, read_metrics
 from megatron_gpc.run.files import read_json, step_of_name
-from megatron_gpc.run.lock import life
+from megatron_gpc.run.lock import last_start, life
 from megatron_gpc.run.stop import marker
 
 SPARE_S = 60.0
@@ -29,27 +29,33 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
     Raises:
         UserError: it is no run's folder.
     """
+    file = run_dir / "config.yaml"
+    if not file.exists() and last_start(run_dir):  # the lock is the first thing in a run's folder
+        return [f"{run_dir}: no step yet", life(run_dir)]
     try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+        config = yaml.safe_load(file.read_text())
         steps = int(config["train"]["steps"])
         _ = config["run_dir"], config["model"]["hf"]  # which a resolved configuration has
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(
             f"{run_dir}: not the folder of a run: config.yaml: {type(error).__name__}: {error}"
         ) from None
-    file = run_dir / FILE_NAME
-    records = read_metrics(run_dir) if file.exists() else []
+    metrics = run_dir / FILE_NAME
+    records = read_metrics(run_dir) if metrics.exists() else []
     done = records[-1]["step"] if records else 0
     lines = [f"{run_dir}: step {done} of {steps}"]
     if records:
         seconds = sorted(_seconds(record) for record in records)
         median = seconds[len(seconds) // 2]
-        age = time.time() - file.stat().st_mtime
+        age = time.time() - metrics.stat().st_mtime
         lines[0] += (
             f", {median:.1f} s a step (longest {seconds[-1]:.1f}), "
             f"{(steps - done) * median / 3600:.2f} h to go, last step {age:.0f} s ago"
         )
     lines.append(life(run_dir))
+    error = _first_error(run_dir)
+    if error and error.time >= last_start(run_dir):
+        lines.append(f"ended by an error: {error.words}; --traceback shows where")
     saved = sorted((run_dir / "checkpoints").glob("step_*"))
     whole = [one.name for one in saved if step_of_name(one.name) is not None]
     lines.append(f"newest checkpoint: {whole[-1] if whole else 'none'}")
@@ -67,18 +73,37 @@ def first_traceback(run_dir: Path) -> str:
     Raises:
         UserError: none did.
     """
-    found: list[tuple[float, Path, str]] = []
+    error = _first_error(run_dir)
+    if error is None:
+        raise UserError(f"{run_dir}: no rank left a traceback")
+    return f"{error.file}:\n{error.calls}"
+
+
+class _RankError(NamedTuple):
+    """What a rank wrote down when it failed."""
+
+    time: float
+    """[s since 1970]"""
+    file: Path
+    words: str
+    calls: str
+
+
+def _first_error(run_dir: Path) -> _RankError | None:
+    """The first of the newest attempt that failed; None if none left word."""
+    found: list[_RankError] = []
     for file in run_dir.rglob("rank_*.error.json"):
         try:
-            message = read_json(file)["message"]["extraInfo"]
-            found.append((float(message["timestamp"]), file, str(message["py_callstack"])))
+            message = read_json(file)["message"]
+            more = message["extraInfo"]
+            words = str(message["message"]).partition("\n")[0]
+            found.append(
+                _RankError(float(more["timestamp"]), file, words, str(more["py_callstack"]))
+            )
         except (UserError, LookupError, TypeError, ValueError, OverflowError):
             continue  # the rank was killed while it wrote
-    if not found:
-        raise UserError(f"{run_dir}: no rank left a traceback")
-    newest = max(found, key=lambda one: one[0])[1].parent  # of the newest attempt, the first
-    _, file, calls = min((one for one in found if one[1].parent == newest), key=lambda one: one[0])
-    return f"{file}:\n{calls}"
+    newest = max(found, default=None)
+    return newest and min(one for one in found if one.file.parent == newest.file.parent)
 
 
 def _seconds(record: dict[str, Any]) -> float:

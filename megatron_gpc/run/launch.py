@@ -18,7 +18,7 @@ from megatron_gpc.run.child import Child, own_search_path
 from megatron_gpc.run.files import read_json
 from megatron_gpc.run.network import free_port
 from megatron_gpc.run.placement import Share
-from megatron_gpc.run.say import say
+from megatron_gpc.run.say import say, unheard
 from megatron_gpc.run.stop import SAVED, held
 
 LAST_WORDS_S = 3.0
@@ -229,6 +229,8 @@ def _watch(
             asked.append(one.si_signo)
         while asked:
             number = asked.pop(0)
+            if number == signal.SIGHUP:
+                unheard()
             if interrupted and number == signal.SIGINT:
                 raise KeyboardInterrupt
             interrupted = interrupted or number == signal.SIGINT
@@ -287,8 +289,9 @@ def _report(first: Rank, ranks: Sequence[Rank]) -> None:
         code = first.process.returncode
         how = f", ended by {signal.Signals(-code).name}" if first.was_killed() else ""
         if first.log and traceback:
-            say(f"rank {first.number} failed first{how}; what it said, the end of {first.log}:")
+            say(f"what rank {first.number} said, the end of {first.log}:")
             print(traceback, file=sys.stderr)
-        else:
-            words = "it had said nothing" if first.log else "what it said stands above"
-            say(f"rank {first.number} failed first{how}; {words}")
+        lines = error.strip().splitlines() or [""]
+        reason = lines[0 if first.error.exists() else -1]  # a log ends with what happened last
+        words = reason or ("it had said nothing" if first.log else "what it said stands above")
+        say(f"rank {first.number} failed first{how}: {words}")

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -57,6 +58,15 @@ def take(run_dir: Path, name: str = RUNNING) -> TextIO:
     file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
     file.flush()
     return file
+
+
+def last_start(run_dir: Path) -> float:
+    """When a run last took the folder [s since 1970]; 0 if none did, or no lock says it."""
+    found = [0.0]
+    for name in (RUNNING, PREPARING):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found.append(float(json.loads((run_dir / name).read_text())["since"]))
+    return max(found)
 
 
 def life(run_dir: Path) -> str:

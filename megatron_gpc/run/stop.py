@@ -1,8 +1,9 @@
 """Ending a run early, on request, so that the same command continues it.
 
-SIGUSR1 (Slurm's --signal, ahead of a time limit or of preemption), SIGTERM (scancel) and SIGINT
-(Ctrl-C) ask for it.  All ranks agree before a training step, save, and end with exit code `SAVED`.
-A second Ctrl-C ends everything at once.
+SIGUSR1 (Slurm's --signal, ahead of a time limit or of preemption), SIGTERM (scancel), SIGINT
+(Ctrl-C) and SIGHUP (the terminal was closed; under nohup it is ignored) ask for it.  All ranks
+agree before a training step, save, and end with exit code `SAVED`.  A second Ctrl-C ends everything
+at once.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_gpc.run.files import replace_text
-from megatron_gpc.run.say import say
+from megatron_gpc.run.say import say, unheard
 
 SAVED = 75
 """Exit code of a run that was asked to end and can be continued (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
 """Exit code if Ctrl-C ended the run and nothing was saved; shells use the same."""
-BATCH_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-"""From the batch system."""
+_HANGUP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+BATCH_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, *_HANGUP)
+"""From the batch system, or from a terminal that was closed."""
 STOP_SIGNALS = (*BATCH_SIGNALS, signal.SIGINT)
 AT_ONCE = "interrupted: ended at once; what no checkpoint holds is lost"
 
@@ -81,6 +83,8 @@ class StopRequest:
             if number not in STOP_SIGNALS:
                 continue
             self.received = self.received or signal.Signals(number)
+            if number == signal.SIGHUP:
+                unheard()
             interrupt = number == signal.SIGINT
             if number not in heard and (interrupt or not heard):
                 say(self._answer(interrupt))

@@ -1,4 +1,7 @@
-"""Ctrl-C in a terminal: the first lets a run save, the second ends all of it at once."""
+"""Ctrl-C in a terminal: the first lets a run save, the second ends all of it at once.
+
+A terminal that is closed lets it save too.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,12 @@ class Terminal:
     def interrupt(self) -> None:
         """Press Ctrl-C: the kernel sends SIGINT to every process of the foreground group."""
         os.write(self._master, b"\x03")
+
+    def hang_up(self) -> int:
+        """Close the terminal; the exit code."""
+        master, self._master = self._master, os.open(os.devnull, os.O_RDONLY)
+        os.close(master)
+        return self.process.wait(WITHIN_S)
 
     def await_text(self, wanted: str) -> None:
         self.wait_until(lambda: wanted in self.text)
@@ -145,6 +154,15 @@ def test_the_first_saves_and_says_so_and_the_same_command_says_where_it_continue
     again.process.send_signal(signal.SIGINT)  # to the launcher alone
     assert again.end() == SAVED
     assert "asked to end: " in again.text and "Ctrl-C again ends at once" in again.text
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_lets_it_save(terminal, run):
+    it = terminal("train", "parallel.tp=2")
+    it.wait_until(lambda: _steps(run) >= 2)
+    assert it.hang_up() == SAVED
+    assert marker(run).exists() and len(checkpoints(run)) == 1
+    assert _quiet_server(run) and not list((run / "logs").glob("*.error.json"))
 
 
 @pytest.mark.slow

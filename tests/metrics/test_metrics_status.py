@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.status import first_traceback, status_lines
+from megatron_gpc.run.lock import PREPARING, take
 
 
 def _run(tmp_path, text="run_dir: r\nmodel: {hf: m}\ntrain: {steps: 10}\n"):
@@ -53,3 +56,22 @@ def test_the_first_traceback_of_the_newest_attempt_is_shown(tmp_path):
     assert first_traceback(tmp_path).endswith("rank_1.error.json:\nfirst")
     with pytest.raises(UserError, match="no rank left a traceback"):
         first_traceback(tmp_path / "attempts" / "none")
+
+
+def test_a_run_that_is_starting_has_no_step_yet(tmp_path):
+    with take(tmp_path, PREPARING):
+        said = status_lines(tmp_path, None)
+    assert said[0] == f"{tmp_path}: no step yet"
+    assert said[1].startswith(f"it is starting, or ending: process {os.getpid()} on ")
+    with pytest.raises(UserError, match=r"not the folder of a run: .*config.yaml"):
+        status_lines(tmp_path / "none", None)
+
+
+def test_an_error_is_shown_that_the_newest_attempt_ended_by(tmp_path):
+    run = _run(tmp_path)
+    take(run).close()
+    _error(run / "logs", 1, time.time() - 60, "ValueError: of the attempt before")
+    assert not any(line.startswith("ended by") for line in status_lines(run, None))
+    _error(run / "logs", 1, time.time() + 1, "PartError: my_reward.py: 1/0\nmore\n")
+    (said,) = [one for one in status_lines(run, None) if one.startswith("ended by")]
+    assert said == "ended by an error: PartError: my_reward.py: 1/0; --traceback shows where"
