@@ -16,7 +16,7 @@ from megatron_gpc.mcore.setup import on_any_rank, process_groups
 from megatron_gpc.mcore.updates import Updates
 from megatron_gpc.metrics.reporter import Reporter
 from megatron_gpc.metrics.step import Clock, step_metrics
-from megatron_gpc.rollout.sampler import AnySampler, keep_samples, sampler_of, trained_on
+from megatron_gpc.rollout.sampler import TrainingSampler, keep_samples, sampler_of, trained_on
 from megatron_gpc.run.lock import take
 from megatron_gpc.run.stop import StopRequest
 from megatron_gpc.run.watchdog import Watchdog
@@ -83,7 +83,7 @@ def train(config: Config, stop: StopRequest) -> bool:
 
 
 def _sample(
-    config: Config, sampler: AnySampler, reporter: Reporter, step: int
+    config: Config, sampler: TrainingSampler, reporter: Reporter, step: int
 ) -> tuple[RolloutBatch, dict[str, float]] | None:
     """On the main rank: a step's samples, packed, and what is to be said of them; None: the sampler
     needs the weights first."""

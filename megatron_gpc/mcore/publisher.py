@@ -25,7 +25,8 @@ HAND_OVERS = 3
 
 
 class TakesWeights(Protocol):
-    """A sampler (rollout/sampler.py, rollout/replay.py), as far as it concerns weights."""
+    """A sampler (rollout/sampler.py), as far as it concerns weights.  One that takes none
+    (rollout/replay.py) is only asked to evaluate."""
 
     @property
     def takes_weights(self) -> bool: ...

@@ -1,13 +1,8 @@
-"""From prompts to judged groups: what is asked for, accepted, refilled, aborted and kept.
+"""From prompts to judged groups: what is asked for, refilled, aborted and given back.
 
-A group is the samples of one prompt.  Groups are asked for as others end, so no batch waits for its
-slowest sample before the next is sent.  Which groups a training step gets:
-
-- plainly, the first `prompts_per_step` in prompt order: the same at every repetition;
-- rollout.filter=mixed drops groups that are all right or all wrong (no gradient) and asks for the
-  next prompts instead (DAPO's dynamic sampling), up to rollout.refill_limit times as many;
-- rollout.oversample > 1 asks for more than needed and takes those that end first; stragglers are
-  aborted.  Their prompts come back next, with rollout.partial from where they were.
+Groups are asked for as others end, so no batch waits for its slowest sample before the next is
+sent; rollout/groups.py says which of them a training step gets.  Those that still run then are
+aborted; their prompts come back next, with rollout.partial from where they were.
 """
 
 from __future__ import annotations
@@ -19,9 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.answers import Generation
@@ -30,6 +23,7 @@ from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.probe import probe_size
 from megatron_gpc.rewards.judging import Answer
 from megatron_gpc.rollout.evaluation import score_means
+from megatron_gpc.rollout.groups import Choice, Group, Rollout, blanks, rollout_metrics
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.types import Prompt, Sample, Verdict
 
@@ -49,45 +43,6 @@ def sample_seed(run_seed: int, stream: str, position: int, sample_index: int) ->
     """
     text = f"{run_seed}/{stream}/{position}/{sample_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
-
-
-@dataclasses.dataclass(eq=False)
-class Group:
-    """The samples of one prompt, in the making."""
-
-    position: int
-    """In the prompt source; of a held-out prompt its index."""
-    prompt: Prompt
-    samples: list[Sample]
-    """By sample_index.  `abort` as finish reason: not finished, and may be empty."""
-    ended: bool = False
-
-    @property
-    def verdict(self) -> Literal["mixed", "right", "wrong"]:
-        """Whether all of its answers are right, or wrong; a penalty for length plays no part."""
-        right = {sample.right for sample in self.samples}
-        if len(right) > 1:
-            return "mixed"
-        return "right" if right.pop() else "wrong"
-
-
-@dataclasses.dataclass
-class Rollout:
-    """What one training step is made of."""
-
-    samples: list[Sample]
-    """group_size of every prompt, prompt by prompt."""
-    positions: list[int]
-    """Of the prompts in the source, one a group."""
-    metrics: dict[str, float]
-
-    def rewards(self) -> torch.Tensor:
-        """Of each sample, [N] fp32."""
-        return torch.tensor([sample.reward for sample in self.samples])
-
-    def groups(self) -> torch.Tensor:
-        """Which group each sample is of, counted from 0, [N] int64."""
-        return torch.arange(len(self.samples)) // (len(self.samples) // len(self.positions))
 
 
 class Collector:
@@ -172,79 +127,44 @@ class Collector:
         Raises:
             RolloutError: see Fleet.generate.  Everything taken has been given back by then.
         """
-        rollout, stream = self.config.rollout, f"step {step}"
-        wanted = rollout.prompts_per_step
-        limit = max(wanted, math.floor(wanted * rollout.refill_limit))
+        stream, choice = f"step {step}", Choice(self.config.rollout)
         counts: Counter[str] = Counter()
         groups: list[Group] = []  # in the order in which they were asked for
         ended: list[Group] = []  # in the order in which they ended
         running: dict[asyncio.Task[None], list[Group]] = {}
-
-        def launch(count: int) -> None:
-            count = min(count, math.ceil(max(limit, first)) - len(groups))
-            new = [self._group(position, counts) for position in self.source.take(count)]
-            groups.extend(new)
-            for part in self._parts(new):
-                running[asyncio.create_task(self._fill(part, stream))] = part
-
-        first = math.ceil(wanted * rollout.oversample)
         chosen: list[Group] | None = None
         try:
-            launch(first)
-            while chosen is None and running:
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-                    ended += running.pop(task)
-                dropped = sum(not self._accepts(group) for group in ended)
-                launch(first + dropped - len(groups))
-                chosen = self._choose(groups, ended)
-            if chosen is None:  # the limit of refills: uniform groups fill up the batch
-                by_use = sorted(ended, key=lambda g: (not self._accepts(g), g.position))
-                chosen = sorted(by_use[:wanted], key=lambda g: g.position)
+            while chosen is None:
+                positions = self.source.take(choice.missing(groups, ended))
+                new = [self._group(position, counts) for position in positions]
+                groups += new
+                for part in self._parts(new):
+                    running[asyncio.create_task(self._fill(part, stream))] = part
+                if running:
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()
+                        ended += running.pop(task)
+                    chosen = choice.made(groups, ended)
+                else:  # no more may be asked for
+                    chosen = choice.filled_up(ended)
         except BaseException:
             for task in running:
                 task.cancel()
             self._give_back(groups)
             raise
         await self._end_stragglers(running, stream)
-        counts["samples_aborted"] += sum(
-            sample.finish_reason == "abort"
-            for part in running.values()
-            for group in part
-            for sample in group.samples
-        )
-        self._give_back(self._unused(groups, chosen))
-        return self._rollout(chosen, ended, counts, step)
-
-    def _accepts(self, group: Group) -> bool:
-        return self.config.rollout.filter == "none" or group.verdict == "mixed"
-
-    def _choose(self, groups: Sequence[Group], ended: Sequence[Group]) -> list[Group] | None:
-        """The step's groups, once they are known."""
-        wanted = self.config.rollout.prompts_per_step
-        if self.config.rollout.oversample > 1:
-            accepted = [group for group in ended if self._accepts(group)]
-        else:  # in prompt order, and only as far as all before have ended: timing plays no part
-            accepted = []
-            for group in groups:
-                if not group.ended:
-                    break
-                accepted += [group] if self._accepts(group) else []
-        if len(accepted) < wanted:
-            return None
-        return sorted(accepted[:wanted], key=lambda group: group.position)
-
-    def _unused(self, groups: Sequence[Group], chosen: Sequence[Group]) -> list[Group]:
-        """Those not done with: neither trained on nor dropped for being uniform."""
-        taken = set(chosen)
-        if self.config.rollout.oversample > 1:
-            dropped = {g for g in groups if g.ended and not self._accepts(g)}
-        else:
-            # How much was asked for beyond the last chosen group is chance: it is asked for again.
-            last = max(i for i, group in enumerate(groups) if group in taken)
-            dropped = set(groups[:last])
-        return [group for group in groups if group not in taken | dropped]
+        aborted = sum(len(group.unfinished()) for part in running.values() for group in part)
+        self._give_back(choice.unused(groups, chosen))
+        samples = [sample for group in chosen for sample in group.samples]
+        metrics = {
+            **rollout_metrics(samples, ended, step),
+            "groups_too_old": float(counts["groups_too_old"]),
+            "samples_aborted": float(aborted),
+            **score_means(samples, "reward_"),
+            **{name: float(count) for name, count in self.engines.counts.items()},
+        }
+        return Rollout(samples, [group.position for group in chosen], metrics)
 
     def _group(self, position: int, counts: Counter[str]) -> Group:
         """A group to be asked for: a new one, or one that was aborted and is not too old."""
@@ -254,10 +174,7 @@ class Collector:
             counts["groups_too_old"] += 1
             kept = None
         if kept is None:
-            kept = [
-                Sample(prompt, index, (), (), "", "abort", ())
-                for index in range(self.config.rollout.group_size)
-            ]
+            kept = blanks(prompt, self.config.rollout.group_size)
         return Group(position, prompt, kept)
 
     def _too_old(self, samples: Sequence[Sample]) -> bool:
@@ -283,12 +200,7 @@ class Collector:
 
     async def _fill(self, groups: Sequence[Group], stream: str) -> None:
         """Finish the unfinished samples of some groups, in one request."""
-        owners = [
-            (group, sample)
-            for group in groups
-            for sample in group.samples
-            if sample.finish_reason == "abort"
-        ]
+        owners = [(group, sample) for group in groups for sample in group.unfinished()]
         requests = [self._request(group.position, sample, stream) for group, sample in owners]
         generations = await self.engines.generate(requests)
 
@@ -302,7 +214,7 @@ class Collector:
         for (group, sample), extended in zip(owners, await asyncio.to_thread(judge), strict=True):
             group.samples[sample.sample_index] = extended
         for group in groups:
-            group.ended = all(sample.finish_reason != "abort" for sample in group.samples)
+            group.ended = not group.unfinished()
 
     def _request(self, position: int, sample: Sample, stream: str) -> SampleRequest:
         """For what is still missing of a sample."""
@@ -343,15 +255,18 @@ class Collector:
         """The same samples, with the rewards of those that are finished."""
         finished = [sample for sample in samples if sample.finish_reason != "abort"]
         verdicts = iter(self.judge([(sample.text, sample.prompt) for sample in finished]))
-        judged = []
-        for sample in samples:
-            if sample.finish_reason != "abort":
-                penalty = 0.0
-                if self.config.rollout.overlong == "penalty":
-                    penalty = overlong_penalty(len(sample.token_ids), self.config.rollout)
-                sample = sample.judged(next(verdicts), penalty)
-            judged.append(sample)
-        return judged
+        return [
+            sample
+            if sample.finish_reason == "abort"
+            else sample.judged(next(verdicts), self._penalty(sample))
+            for sample in samples
+        ]
+
+    def _penalty(self, sample: Sample) -> float:
+        rollout = self.config.rollout
+        if rollout.overlong != "penalty":
+            return 0.0
+        return overlong_penalty(len(sample.token_ids), rollout)
 
     async def _end_stragglers(
         self, running: dict[asyncio.Task[None], list[Group]], stream: str
@@ -374,31 +289,6 @@ class Collector:
                 if any(sample.token_ids for sample in group.samples):
                     self.unfinished[group.position] = group.samples
 
-    def _rollout(
-        self, chosen: Sequence[Group], ended: Sequence[Group], counts: Counter[str], step: int
-    ) -> Rollout:
-        samples = [sample for group in chosen for sample in group.samples]
-        tokens_of_age: Counter[int] = Counter()
-        for sample in samples:
-            for version, start, end in sample.weight_versions:
-                tokens_of_age[step - 1 - int(version)] += end - start
-        aged = sum(age * tokens for age, tokens in tokens_of_age.items())
-        verdicts = Counter(group.verdict for group in ended)
-        metrics = {
-            "weight_version": newest_version(samples),
-            "groups_all_right": verdicts["right"] / len(ended),
-            "groups_all_wrong": verdicts["wrong"] / len(ended),
-            "groups_asked": float(len(ended)),
-            "groups_too_old": float(counts["groups_too_old"]),
-            "samples_aborted": float(counts["samples_aborted"]),
-            "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
-            "staleness_mean": aged / tokens_of_age.total(),
-            "staleness_max": float(max(tokens_of_age)),
-            **score_means(samples, "reward_"),
-            **{name: float(count) for name, count in self.engines.counts.items()},
-        }
-        return Rollout(samples, [group.position for group in chosen], metrics)
-
     # ---- an evaluation, a probe ----
 
     async def probe(self) -> list[Sample]:
@@ -408,15 +298,15 @@ class Collector:
         """
         prompt, rollout = self.source.at(0), self.config.rollout
         count, length = probe_size(rollout.server.probe_tokens, rollout.max_response_tokens)
-        blanks = [Sample(prompt, index, (), (), "", "abort", ()) for index in range(count)]
-        requests = [self._request(0, blank, "probe") for blank in blanks]
+        empty = blanks(prompt, count)
+        requests = [self._request(0, sample, "probe") for sample in empty]
         for request in requests:
             request.sampling_params.update(
                 max_new_tokens=length, ignore_eos=True, stop=[], stop_token_ids=[]
             )
         found = await self.engines.ask_each(requests)
         return [
-            self._extended(blanks[number % count], generation)
+            self._extended(empty[number % count], generation)
             for number, generation in enumerate(found)
         ]
 
@@ -426,21 +316,9 @@ class Collector:
         Args:
             prompts: held-out ones, with indices of their own.
         """
-        groups = [
-            Group(
-                prompt.index,
-                prompt,
-                [Sample(prompt, index, (), (), "", "abort", ()) for index in range(count)],
-            )
-            for prompt in prompts
-        ]
+        groups = [Group(prompt.index, prompt, blanks(prompt, count)) for prompt in prompts]
         await asyncio.gather(*(self._fill(part, stream) for part in self._parts(groups)))
         return [sample for group in groups for sample in group.samples]
-
-
-def newest_version(samples: Sequence[Sample]) -> int:
-    """Of the weights that made some token of the samples."""
-    return max(int(v) for s in samples for v, _, _ in s.weight_versions)
 
 
 def overlong_penalty(length: int, rollout: RolloutConfig) -> float:

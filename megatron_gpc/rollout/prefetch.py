@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_gpc.engines.fleet import LONG_S, Fleet, WeightsNeeded
-from megatron_gpc.rollout.collector import Collector, Rollout
+from megatron_gpc.rollout.collector import Collector
+from megatron_gpc.rollout.groups import Rollout
 from megatron_gpc.types import Sample
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_gpc.config import Config
-from megatron_gpc.rollout.collector import Rollout, newest_version
-from megatron_gpc.types import Sample
+from megatron_gpc.rollout.groups import Rollout, newest_version
 
 
 class Replay:
-    """A sampler (rollout/sampler.py) that needs no engines, and so no weights.
+    """A sampler (rollout/sampler.py) that needs no engines, and is never given weights, as
+    `takes_weights` says.
 
     Args:
         config: the run.
@@ -52,17 +49,3 @@ class Replay:
     def evaluate(self, step: int) -> dict[str, float]:
         """Nothing: that would need engines."""
         return {}
-
-    # ---- weights: never asked for, as `takes_weights` says ----
-
-    def take_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
-
-    def probe(self) -> list[Sample]:
-        return []
-
-    def convinced(self, gaps: Sequence[Sequence[float]]) -> bool:
-        return True
-
-    def give_up(self, version: int) -> None: ...
-
-    def rest(self) -> None: ...

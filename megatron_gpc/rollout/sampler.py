@@ -21,8 +21,9 @@ from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync, read_folder
 from megatron_gpc.rewards.judging import Judge
-from megatron_gpc.rollout.collector import Collector, Rollout
+from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.evaluation import as_evaluated, evaluation_metrics, nucleus
+from megatron_gpc.rollout.groups import Rollout
 from megatron_gpc.rollout.prefetch import Prefetch
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource
@@ -238,18 +239,16 @@ def fleet_of(config: Config, model: Path, logs: Path) -> Iterator[Fleet]:
         yield fleet
 
 
-AnySampler = TrainingSampler | Replay
-
-
 @contextmanager
-def sampler_of(config: Config) -> Iterator[AnySampler]:
+def sampler_of(config: Config) -> Iterator[TrainingSampler]:
     """What a run trains on: samples of engines that are started here, or those of an earlier run.
 
     Raises:
         UserError: weights, prompts, tokenizer or verifier cannot be used.
     """
     if config.rollout.replay is not None:
-        yield Replay(config, config.rollout.replay)
+        replay: Any = Replay(config, config.rollout.replay)  # has all but what is about weights
+        yield replay
         return
     folder = config.run_dir / "sync"
     with fleet_of(config, _servable(config.model.hf, folder), config.run_dir / "logs") as fleet:

@@ -25,13 +25,9 @@ from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync
 from megatron_gpc.errors import UserError
-from megatron_gpc.rollout.collector import (
-    Collector,
-    Group,
-    overlong_penalty,
-    sample_seed,
-)
+from megatron_gpc.rollout.collector import Collector, overlong_penalty, sample_seed
 from megatron_gpc.rollout.evaluation import distinct_right
+from megatron_gpc.rollout.groups import Group
 from megatron_gpc.rollout.prefetch import Prefetch
 from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.types import Prompt, Sample, Verdict
