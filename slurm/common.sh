@@ -113,6 +113,10 @@ port_is_free() {
   ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && ! (exec 3<>"/dev/tcp/$MASTER_ADDR/$1") 2>/dev/null
 }
 
+# network interface PEER | network adapters: which interface leads there; which adapters are active.
+# shellcheck disable=SC2086
+network() { $GPC_WRAP "$GPC_VENV/bin/python" -P -m megatron_gpc.run.network "$@"; }
+
 # find_each_other: exports MASTER_ADDR, MASTER_PORT and the interfaces; sets NODES, ENGINE_PORT.
 find_each_other() {
   mapfile -t NODES < <(scontrol show hostnames "${1:-$SLURM_JOB_NODELIST}")
@@ -126,26 +130,16 @@ find_each_other() {
     say "port $MASTER_PORT or $ENGINE_PORT is taken; trying the next block"
   done
   [[ -n $found ]] || die "20 blocks of ports are taken on $(hostname): ss -ltnp names who listens there"
-  local other=${NODES[-1]} address interface
+  local other=${NODES[-1]} interface adapters
   if [[ $other != "$MASTER_ADDR" || -n ${2:-} ]]; then
     other=${2:-$other}
-    interface=${GPC_INTERFACE:-}
-    if [[ -z $interface ]]; then
-      address=$(getent ahostsv4 "$other" | awk '{print $1; exit}' || true)
-      interface=$(ip -o route get "$address" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' || true)
-    fi
-    [[ -n $interface ]] || die "no route to $other (${address:-its name has no address}); set GPC_INTERFACE"
+    interface=${GPC_INTERFACE:-$(network interface "$other" || true)}
+    [[ -n $interface ]] || die "no route to $other; set GPC_INTERFACE"
     export GLOO_SOCKET_IFNAME=$interface
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
   fi
-  local adapter active=()
-  for adapter in /sys/class/infiniband/*; do
-    if grep -qs ACTIVE "$adapter"/ports/*/state; then active+=("$(basename "$adapter")"); fi
-  done
-  if ((${#active[@]})); then
-    NCCL_IB_HCA=${NCCL_IB_HCA:-$(IFS=,; echo "${active[*]}")}
-    export NCCL_IB_HCA
-  fi
+  adapters=$(network adapters || true)
+  if [[ -n $adapters ]]; then export NCCL_IB_HCA=${NCCL_IB_HCA:-$adapters}; fi
   say "ranks meet at $MASTER_ADDR:$MASTER_PORT${interface:+ over $interface}"
 }
 

@@ -14,6 +14,7 @@ import psutil
 
 from megatron_gpc.doctor.finding import Finding
 from megatron_gpc.doctor.memory import GIB
+from megatron_gpc.run.network import infiniband, interface_to
 
 FREE_SHARE = 0.95
 """Of a GPU's memory that must be free before a run."""
@@ -82,23 +83,17 @@ def gpus() -> Finding:
 
 
 def interface(peer: str) -> Finding:
-    """Which interface leads to `peer`; the one that GLOO_SOCKET_IFNAME should name.
-
-    Asks the kernel for the route as `ip route get` does, by a datagram socket that sends nothing.
-    """
+    """Which interface leads to `peer`; the one that GLOO_SOCKET_IFNAME should name."""
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
     addresses = psutil.net_if_addrs()
     if chosen is not None and chosen not in addresses:
         advice = f"one of: {', '.join(addresses)}"
         return Finding("interface", "problem", f"GLOO_SOCKET_IFNAME={chosen}: no such", advice)
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((peer, 9))
-            own = probe.getsockname()[0]
+        name, own = interface_to(peer)
     except OSError as error:
         advice = "see MASTER_ADDR, and the node's network"
         return Finding("interface", "problem", f"no way to {peer}: {error.strerror}", advice)
-    name = next((n for n, all_ in addresses.items() if any(a.address == own for a in all_)), own)
     if chosen not in (None, name):
         advice = f"export GLOO_SOCKET_IFNAME={name}, unless you mean it"
         return Finding("interface", "note", f"{chosen} is set, {name} leads to {peer}", advice)
@@ -106,13 +101,9 @@ def interface(peer: str) -> Finding:
 
 
 def _infiniband() -> Finding:
-    active, down = [], []
-    for state in sorted(Path("/sys/class/infiniband").glob("*/ports/*/state")):
-        port = state.parent
-        if "ACTIVE" in state.read_text():
-            active.append(f"{port.parents[1].name} {(port / 'rate').read_text().strip()}")
-        else:
-            down.append(port.parents[1].name)
+    ports = infiniband()
+    active = [f"{port.adapter} {port.rate}" for port in ports if port.active]
+    down = [port.adapter for port in ports if not port.active]
     if down:
         found = f"not active: {', '.join(down)}; active: {', '.join(active) or 'none'}"
         return Finding("InfiniBand", "note", found, "if training should use them, tell the admins")

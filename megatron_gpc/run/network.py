@@ -1,11 +1,18 @@
-"""Ports and addresses of this machine."""
+"""Ports, addresses, interfaces and adapters of this machine; batch scripts ask as well:
+
+python -m megatron_gpc.run.network interface PEER
+python -m megatron_gpc.run.network adapters
+"""
 
 from __future__ import annotations
 
 import os
 import random
 import socket
+import sys
 from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -31,3 +38,50 @@ def own_address() -> str:
         if address.family == socket.AF_INET:
             return address.address
     return socket.gethostbyname(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
+
+
+def interface_to(peer: str) -> tuple[str, str]:
+    """(interface that leads to a host, this machine's address there).
+
+    Asks the kernel for the route as `ip route get` does, by a datagram socket that sends nothing.
+
+    Raises:
+        OSError: there is no way, or the host's name has no address.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        own = probe.getsockname()[0]
+    found = psutil.net_if_addrs().items()
+    return next((n for n, all_ in found if any(a.address == own for a in all_)), own), own
+
+
+class AdapterPort(NamedTuple):
+    """A port of an InfiniBand adapter."""
+
+    adapter: str
+    rate: str
+    """Such as `200 Gb/sec (4X HDR)`."""
+    active: bool
+
+
+def infiniband(sysfs: Path = Path("/sys/class/infiniband")) -> list[AdapterPort]:
+    """All ports of this machine's adapters."""
+    return [
+        AdapterPort(
+            state.parents[2].name,
+            (state.parent / "rate").read_text().strip(),
+            "ACTIVE" in state.read_text(),
+        )
+        for state in sorted(sysfs.glob("*/ports/*/state"))
+    ]
+
+
+def main(asked: list[str]) -> None:
+    if asked[0] == "interface":
+        print(interface_to(asked[1])[0])
+    else:
+        print(",".join(dict.fromkeys(port.adapter for port in infiniband() if port.active)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
