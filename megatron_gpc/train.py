@@ -70,7 +70,7 @@ def train(config: Config, stop: StopRequest) -> bool:
             updated = updates.make(step, batch, scored, streams, bounds)
             clock.lap("seconds_train")
 
-            state = TrainState(step, {}, main(schedule.state), list(updates.skipped.names))
+            state = TrainState(step, {}, main(schedule.state), list(updates.skipped))
             measured = step_metrics(batch, scored, weights_T, bounds, clock) | saving
             main(reporter.step, step, {**said, **updated, **sampled, **measured})
             saving = checkpoints.after_step(state, lambda: main(sampler.state))

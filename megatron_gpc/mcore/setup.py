@@ -85,11 +85,9 @@ def seed_generators(seed: int) -> None:
 
 def device() -> torch.device:
     """Where this rank computes."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else (torch.device("cpu"))
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def is_main() -> bool:

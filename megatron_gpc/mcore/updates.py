@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from megatron_gpc.batching import mini_batches
-from megatron_gpc.config import Config
 from megatron_gpc.errors import RunStopped
 from megatron_gpc.mcore.entropy_change import EntropyChange
 from megatron_gpc.mcore.main_rank import MainRank
@@ -41,7 +40,8 @@ class Updates:
         alive: Callable[[], None],
     ):
         self.policy, self.main, self.warn, self.alive = policy, main, warn, alive
-        self.skipped = SkippedUpdates(policy.config, skipped)
+        self.skipped = list(skipped)
+        """Names of all updates that the run has left out."""
 
     def make(
         self,
@@ -82,9 +82,10 @@ class Updates:
             self.alive()
             learning_rate = updated["learning_rate"]
             if updated["skipped"]:
-                file = self.skipped.add(step, number)
+                self.skipped.append(f"step_{step:06d}_update_{number}.pt")
+                file = self._folder / self.skipped[-1]
                 self.main(self._keep, file, batch, samples, streams, bounds)
-                self.skipped.check()
+                self._check_skipped()
             elif not updated["empty"]:
                 made += 1
                 sums.add("grad_norm", updated["grad_norm"], 1)
@@ -94,7 +95,7 @@ class Updates:
             **({} if signal is None else {"signal_share": signal}),
             "learning_rate": learning_rate,
             "updates": made,
-            "skipped_updates": len(self.skipped.names),
+            "skipped_updates": len(self.skipped),
         }
 
     def _keep(
@@ -110,37 +111,17 @@ class Updates:
             f"loss or gradient is not finite: the update was left out; its mini-batch: {file}"
         )
 
+    @property
+    def _folder(self) -> Path:
+        return self.policy.config.run_dir / "skipped"
 
-class SkippedUpdates:
-    """Updates that were left out because their loss or gradient was not finite.
-
-    Args:
-        names: of those that a run left out before it was continued, `TrainState.skipped`.
-    """
-
-    def __init__(self, config: Config, names: list[str]):
-        self.folder = config.run_dir / "skipped"
-        self.limit = config.guard.max_skipped_updates
-        self.names = list(names)
-
-    def add(self, step: int, update: int) -> Path:
-        """Count update `update` of training step `step` (both from 1).
-
-        Returns:
-            The file that its mini-batch is to be saved in.
-        """
-        self.names.append(f"step_{step:06d}_update_{update}.pt")
-        return self.folder / self.names[-1]
-
-    def check(self) -> None:
-        """Raises:
-        RunStopped: there are more of them than guard.max_skipped_updates; on every rank.
-        """
-        if len(self.names) > self.limit:
+    def _check_skipped(self) -> None:
+        limit = self.policy.config.guard.max_skipped_updates
+        if len(self.skipped) > limit:
             raise RunStopped(
-                f"loss or gradient was not finite in {len(self.names)} updates "
-                f"(guard.max_skipped_updates={self.limit}); lower optim.lr, or look at their "
-                "mini-batches: " + ", ".join(str(self.folder / name) for name in self.names)
+                f"loss or gradient was not finite in {len(self.skipped)} updates "
+                f"(guard.max_skipped_updates={limit}); lower optim.lr, or look at their "
+                "mini-batches: " + ", ".join(str(self._folder / name) for name in self.skipped)
             )
 
 

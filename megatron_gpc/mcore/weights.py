@@ -105,16 +105,17 @@ class Exporter:
         mine = {name: (part, parts) for name, (_, part, parts) in self.shards.items()}
         everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
-        self.dtype = next(iter(self.shards.values()))[0].dtype
+        some = next(iter(self.shards.values()))[0]
+        self.dtype, self.device = some.dtype, some.device
         self.buckets: list[tuple[tuple[int, ...], list[Param]]] = []
-        self.shard_shapes: dict[str, tuple[int, ...]] = {}
+        self.shard_shapes: dict[str, torch.Size] = {}
         filled = 0
         for param in params:
             holders = _holders(param, everyone)
             shape = list(param.shape)
             if param.split_dim is not None:
                 shape[param.split_dim] //= len(holders)
-            self.shard_shapes[param.megatron] = tuple(shape)
+            self.shard_shapes[param.megatron] = torch.Size(shape)
             size = torch.Size(param.shape).numel() * self.dtype.itemsize
             if not self.buckets or self.buckets[-1][0] != holders or filled + size > bucket_bytes:
                 self.buckets.append((holders, []))
@@ -130,26 +131,24 @@ class Exporter:
                 dist.send(self._flat(params), dst=0)
             if rank != 0:
                 continue
-            parts = []
-            for holder in holders:
-                if holder == 0:
-                    parts.append(self._flat(params))
-                else:
-                    numel = sum(torch.Size(self.shard_shapes[p.megatron]).numel() for p in params)
-                    parts.append(torch.empty(numel, dtype=self.dtype, device=self._device()))
-                    dist.recv(parts[-1], src=holder)
-            sizes = [torch.Size(self.shard_shapes[p.megatron]).numel() for p in params]
+            shapes = [self.shard_shapes[param.megatron] for param in params]
+            sizes = [shape.numel() for shape in shapes]
+            parts = [
+                self._flat(params) if holder == 0 else self._received(sum(sizes), holder)
+                for holder in holders
+            ]
             split = [part.split(sizes) for part in parts]
-            for i, param in enumerate(params):
-                shape = self.shard_shapes[param.megatron]
+            for i, (param, shape) in enumerate(zip(params, shapes, strict=True)):
                 whole = unshard(param, [flat[i].view(shape) for flat in split])
                 yield from zip(param.hf, to_hf(param, whole), strict=True)
 
     def _flat(self, params: Sequence[Param]) -> torch.Tensor:
         return torch.cat([self.shards[p.megatron][0].detach().flatten() for p in params])
 
-    def _device(self) -> torch.device:
-        return next(iter(self.shards.values()))[0].device
+    def _received(self, numel: int, holder: int) -> torch.Tensor:
+        part = torch.empty(numel, dtype=self.dtype, device=self.device)
+        dist.recv(part, src=holder)
+        return part
 
 
 def _holders(param: Param, everyone: Sequence[dict[str, tuple[int, int]]]) -> tuple[int, ...]:

@@ -151,14 +151,6 @@ class Checkpoints:
         if not self.config.checkpoint.asynchronous:
             self.wait()
 
-    def poll(self) -> None:
-        """Complete the checkpoint in the background if all ranks have written; never waits.
-
-        Raises:
-            UserError: it could not be written.
-        """
-        self._look(overdue=False)
-
     def wait(self) -> None:
         """Complete the checkpoint in the background, if there is one.
 
@@ -168,10 +160,15 @@ class Checkpoints:
         deadline = time.monotonic() + self.config.timeout_s
         while self._save is not None:
             time.sleep(WRITER_POLL_S)
-            self._look(overdue=time.monotonic() > deadline)
+            self.poll(overdue=time.monotonic() > deadline)
 
-    def _look(self, overdue: bool) -> None:
-        """Agree on how far the save is, then go on, complete it or give it up."""
+    def poll(self, overdue: bool = False) -> None:
+        """Agree on how far the save in the background is; complete it if all ranks have written,
+        give it up if one has failed or it is overdue.  Never waits.
+
+        Raises:
+            UserError: it was given up.
+        """
         if (save := self._save) is None:
             return
         outcome = save.writer.outcome()
