@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -75,15 +76,31 @@ class ServerProcess(Child):
         """An error about this server that ends with what it logged last."""
         return ServerError(f"{self.name} {what}; last lines of {self.log}:\n{self.last_words()}")
 
-    def ended(self) -> ServerError:
-        """The error for a server that ended while starting; waits for its end."""
-        self.stop()
-        return self.failure(f"ended while starting (exit code {self.process.returncode})")
+    def await_up(self, looks_up: Callable[[], bool], timeout_s: float) -> None:
+        """Look until it is up; if that fails it is ended.
 
-    def _check_wanted(self) -> None:
-        if self._given_up.is_set():
-            self.process.kill()  # it has nothing to finish, and may not listen to signals yet
-            raise ServerError(f"{self.name}: nobody waits for it any longer")
+        Args:
+            looks_up: waits a little by itself if it is not.
+
+        Raises:
+            ServerError: it ended, was not up in time, or nobody waits for it any longer.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                if self._given_up.is_set():
+                    self.process.kill()  # it has nothing to finish, and may not hear signals yet
+                    raise ServerError(f"{self.name}: nobody waits for it any longer")
+                if looks_up():
+                    return
+                if not self.alive():
+                    code = self.process.returncode
+                    raise self.failure(f"ended while starting (exit code {code})")
+                if time.monotonic() > deadline:
+                    raise self.failure(f"was not up after {timeout_s:g} s")
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def pid(self) -> int:
@@ -155,30 +172,18 @@ class EmbeddedServer(ServerProcess):
             )
         finally:
             os.close(sender)  # or the end of the server would never show as the end of the pipe
+        said = bytearray()
+
+        def says_its_port() -> bool:  # once it listens; an ended server closes the pipe
+            if select.select([receiver], [], [], min(START_POLL_S, start_timeout_s))[0]:
+                said.extend(os.read(receiver, 16))
+            return said.endswith(b"\n")
+
         try:
-            self.url = f"http://{host}:{self._await_port(receiver, start_timeout_s)}"
-        except BaseException:
-            self.stop()
-            raise
+            self.await_up(says_its_port, start_timeout_s)
         finally:
             os.close(receiver)
-
-    def _await_port(self, receiver: int, timeout_s: float) -> int:
-        """The port, which the server sends once it listens; an ended server closes the pipe."""
-        deadline = time.monotonic() + timeout_s
-        sent = b""
-        while not sent.endswith(b"\n"):
-            self._check_wanted()
-            left = max(deadline - time.monotonic(), 0.0)
-            if not select.select([receiver], [], [], min(left, START_POLL_S))[0]:
-                if left:
-                    continue
-                raise self.failure(f"was not up after {timeout_s:g} s")
-            piece = os.read(receiver, 16)
-            if not piece:
-                raise self.ended()
-            sent += piece
-        return int(sent)
+        self.url = f"http://{host}:{int(said)}"
 
 
 class SGLangServer(ServerProcess):
@@ -222,26 +227,16 @@ class SGLangServer(ServerProcess):
             log_file,
             given_up=given_up,
         )
-        try:
-            self._await_health(health, start_timeout_s)
-        except BaseException:
-            self.stop()
-            raise
 
-    def _await_health(self, path: str, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+        def is_healthy() -> bool:
+            with suppress(httpx.TransportError):
+                if http.get(health).status_code == 200:
+                    return True
+            time.sleep(START_POLL_S)
+            return False
+
         with httpx.Client(base_url=self.url, trust_env=False, timeout=30.0) as http:
-            while time.monotonic() < deadline:
-                self._check_wanted()
-                if not self.alive():
-                    raise self.ended()
-                try:
-                    if http.get(path).status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass
-                time.sleep(START_POLL_S)
-        raise self.failure(f"was not healthy after {timeout_s:g} s")
+            self.await_up(is_healthy, start_timeout_s)
 
 
 def command_line_arguments(args: Mapping[str, Any]) -> list[str]:
