@@ -32,8 +32,7 @@ class Offload:
         self.policy.optimizer.zero_grad()  # gradients may be copies beside the buffers
         for storage in self._storages():
             content = _bytes(storage)
-            kept = torch.empty(content.shape, dtype=content.dtype, pin_memory=content.is_cuda)
-            self.away.append((storage, kept.copy_(content)))
+            self.away.append((storage, host_copy(content)))
             del content
             storage.resize_(0)
         for chunk in self.policy.chunks:
@@ -66,6 +65,12 @@ class Offload:
                 if tensor.device.type == device().type and storage._cdata not in seen:
                     seen.add(storage._cdata)
                     yield storage
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """In CPU memory, from where it is quickly back."""
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return kept.copy_(tensor)
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:

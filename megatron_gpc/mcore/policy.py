@@ -175,13 +175,9 @@ class Policy:
             was left out because of its numbers, and empty: whether there was nothing to learn from.
         """
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        made = {"grad_norm": 0.0, "learning_rate": learning_rate, "skipped": False, "empty": True}
         if not batch.response_lengths_N[samples].any():  # the same on every rank
-            return {
-                "grad_norm": 0.0,
-                "learning_rate": learning_rate,
-                "skipped": False,
-                "empty": True,
-            }
+            return made
         results = self.gradient(batch, samples, streams, bounds)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -193,12 +189,7 @@ class Policy:
                     _add(sums, micro, loss)
                     _add_regions(sums, micro, regions)
             self._step(grad_norm)
-        return {
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "skipped": skipped,
-            "empty": False,
-        }
+        return made | {"grad_norm": grad_norm, "skipped": skipped, "empty": False}
 
     def _step(self, grad_norm: float) -> None:
         """What follows in megatron-core's `ChainedOptimizer.step` once the norm is known.

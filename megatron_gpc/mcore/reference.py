@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_gpc.mcore.checkpoint.load import load_folder
+from megatron_gpc.mcore.offload import host_copy
 from megatron_gpc.mcore.policy import Policy
 from megatron_gpc.types import RolloutBatch
 
@@ -25,7 +26,7 @@ class Reference:
 
     def __init__(self, policy: Policy, load: Callable[[], None]):
         self.policy = policy
-        self._away = [_on_host(parameter) for parameter in self._parameters()]
+        self._away = [host_copy(parameter.detach()) for parameter in self._parameters()]
         load()
         self._change_places()
 
@@ -54,8 +55,3 @@ class Reference:
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for model in self.policy.models for p in model.parameters()]
-
-
-def _on_host(parameter: torch.nn.Parameter) -> torch.Tensor:
-    kept = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
-    return kept.copy_(parameter.detach())
