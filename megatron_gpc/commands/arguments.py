@@ -19,14 +19,19 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """For argparse's `type`: a number above zero."""
+def number(
+    kind: type[int] | type[float], low: float, high: float = 1e9
+) -> Callable[[str], int | float]:
+    """For argparse's `type`: a number from low to high."""
+    what = f"a {'whole ' * (kind is int)}number from {low:g} to {high:g}"
 
     def parse(text: str) -> int | float:
-        value = kind(text)
-        if not value > 0:
-            raise ValueError(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text[:60]!r}")
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"  # argparse puts it into its message
     return parse

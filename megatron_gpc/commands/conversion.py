@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from rich.console import Console
@@ -25,9 +25,11 @@ def converting() -> Iterator[Callable[[Sequence[Place]], Iterable[Place]]]:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     columns = ("converting", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with ExitStack() as shown:
 
         def track(places: Sequence[Place]) -> Iterator[Place]:
+            # Not before: input that is refused gets its one line alone.
+            bar = shown.enter_context(Progress(*columns, console=Console(stderr=True)))
             sizes = [math.prod(place.param.shape) for place in places]
             task = bar.add_task("converting", total=sum(sizes))
             for place, size in zip(places, sizes, strict=True):

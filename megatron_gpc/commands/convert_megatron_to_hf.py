@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_gpc.commands.arguments import positive
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.commands.conversion import DTYPES, converting
 from megatron_gpc.weights.convert import megatron_to_hf
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; left out: as they are")
     parser.add_argument(
         "--max-shard-gb",
-        type=positive(float),
+        type=number(float, 1e-6),
         default=5.0,
         help="largest safetensors file [GB] (%(default)s)",
     )

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.config.file import load
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.imports import many_imports
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--port",
-        type=int,
+        type=number(int, 1, 65535),
         action="append",
         default=[],
         dest="ports",
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=number(float, 0.1, 1e6),
         default=120.0,
         metavar="S",
         help="how long processes wait for each other (%(default)g s)",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_gpc.commands.arguments import add_configuration, positive
+from megatron_gpc.commands.arguments import add_configuration, number
 from megatron_gpc.config.file import load
 from megatron_gpc.config.layout import check_layout, world_size
 from megatron_gpc.doctor.memory import estimate, lines
@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, help="folder with the model's config.json (default: model.hf)"
     )
     parser.add_argument(
-        "--gpu-gib", type=positive(float), default=79.6, help="of a GPU (%(default)s: H100 80 GB)"
+        "--gpu-gib",
+        type=number(float, 1e-3),
+        default=79.6,
+        help="of a GPU (%(default)s: H100 80 GB)",
     )
 
 

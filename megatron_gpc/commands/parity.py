@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_gpc.commands.arguments import positive
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_gpc.config.file import dump, load
 from megatron_gpc.config.layout import check_layout, world_size
@@ -49,10 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="distributed checkpoint")
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
         parser.add_argument(
-            f"--{name}", type=positive(int), default=1, help=f"{meaning} parallelism"
+            f"--{name}", type=number(int, 1, 1024), default=1, help=f"{meaning} parallelism"
         )
     parser.add_argument(
-        "--tolerance", type=float, default=MOST_DIFFERENCE, help="largest difference (%(default)s)"
+        "--tolerance",
+        type=number(float, 0),
+        default=MOST_DIFFERENCE,
+        help="largest difference (%(default)s)",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.tables import print_table, samples_table
 from megatron_gpc.rollout.samples import read_samples, saved_steps
@@ -12,9 +13,15 @@ from megatron_gpc.rollout.samples import read_samples, saved_steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--step", type=int, help="training step (default: the last saved)")
-    parser.add_argument("--prompt", type=int, help="only this prompt, by its number, from 0")
-    parser.add_argument("--limit", type=int, default=40, help="samples shown at most (40)")
+    parser.add_argument(
+        "--step", type=number(int, 0), help="training step (default: the last saved)"
+    )
+    parser.add_argument(
+        "--prompt", type=number(int, 0), help="only this prompt, by its number, from 0"
+    )
+    parser.add_argument(
+        "--limit", type=number(int, 1), default=40, help="samples shown at most (40)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

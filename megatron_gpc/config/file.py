@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_gpc.config import Config
 from megatron_gpc.config.types import Part
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import check_regular
 
 
 def keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
@@ -77,7 +78,11 @@ class _Loader(yaml.SafeLoader):
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Dotted key -> value of a file, over those of the file that it extends; and key -> file."""
     try:
+        if not path.is_dir():
+            check_regular(path)  # a pipe would be waited for
         text = path.read_bytes().decode()
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -10,6 +10,8 @@ from typing import Any
 from megatron_gpc.config import Config, ParallelConfig
 from megatron_gpc.errors import UserError
 
+MOST_PROCESSES, MOST_STEP_SAMPLES = 2**20, 2**22
+"""Of a run, and of a training step."""
 _NEED_CUDA = {  # fields of megatron-core's dataclasses
     "transformer": (
         *("fp8", "fp4", "tp_comm_overlap", "cpu_offloading", "fine_grained_activation_offloading"),
@@ -73,7 +75,16 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
         _check_cpu(config)
     if p.ep > 1 and (p.dp or 1) * p.cp % p.ep:
         raise UserError(f"parallel.ep={p.ep} must divide parallel.dp * cp = {(p.dp or 1) * p.cp}")
+    if world_size(p) > MOST_PROCESSES:
+        raise UserError(
+            f"parallel.tp * pp * cp * dp = {world_size(p)} processes; {MOST_PROCESSES} are possible"
+        )
     samples = config.rollout.prompts_per_step * config.rollout.group_size
+    if samples > MOST_STEP_SAMPLES:
+        raise UserError(
+            f"rollout.prompts_per_step * group_size = {samples} samples of a step; lower them to "
+            f"{MOST_STEP_SAMPLES} or fewer"
+        )
     if samples < config.train.mini_batches:
         raise UserError(
             f"train.mini_batches={config.train.mini_batches} is more than the samples of a step, "

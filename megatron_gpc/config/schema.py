@@ -13,9 +13,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_gpc.config.types import (
+    MOST,
+    MOST_SAMPLES,
     Arguments,
     Counts,
     EntropyTarget,
+    Factor,
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
@@ -24,7 +27,9 @@ from megatron_gpc.config.types import (
     PositiveInt,
     PositiveShare,
     Regions,
+    Seed,
     Sinks,
+    SmallInt,
     StopList,
     Temperature,
     TopK,
@@ -108,7 +113,7 @@ class ServerConfig:
     kind: Literal["embedded", "sglang"] = "embedded"
     """What is started on this machine if neither urls nor urls_file names running servers: the
     project's own server, or SGLang (see the section `sglang`)."""
-    engines: PositiveInt = 1
+    engines: SmallInt = 1
     """How many are started."""
     port: typing.Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the first that is started, the others follow it; 0: any that are free."""
@@ -126,9 +131,9 @@ class ServerConfig:
     """How long one HTTP request may take [s]."""
     sync_timeout_s: PositiveFloat = 300.0
     """How long one part of a weight update may take [s]."""
-    retries: NonNegativeInt = 4
+    retries: typing.Annotated[int, Field(ge=0, le=100)] = 4
     """How often a failed request is sent again, to another engine if there is one."""
-    max_in_flight: PositiveInt = 256
+    max_in_flight: SmallInt = 256
     """Samples that an engine is asked for at the same time."""
     max_restarts: NonNegativeInt = 20
     """How often engines that died are started again, over a run."""
@@ -139,7 +144,7 @@ class ServerConfig:
     """Engines and policy take turns on the same GPUs: engines give up weights and cache while the
     policy trains, and the policy's optimizer state and gradients wait in CPU memory while they
     generate."""
-    bucket_mb: PositiveInt = 256
+    bucket_mb: SmallInt = 256
     """Most that is gathered and sent at once with `tensor` and `distributed` [MiB]."""
     probe_tokens: NonNegativeInt = 256
     """Tokens that every engine samples after an update, to be held against the trainer's log-probs;
@@ -174,7 +179,7 @@ class RolloutConfig:
 
     prompts_per_step: PositiveInt = 32
     """P: prompts of a training step."""
-    group_size: typing.Annotated[int, Field(ge=2)] = 8
+    group_size: typing.Annotated[int, Field(ge=2, le=MOST_SAMPLES)] = 8
     """G: samples a prompt; their mean reward is the baseline, so at least 2."""
     max_response_tokens: PositiveInt = 256
     """Responses are cut at this length."""
@@ -187,10 +192,10 @@ class RolloutConfig:
     filter: Literal["none", "mixed"] = "none"
     """`mixed`: groups that are all right or all wrong give no gradient; they are dropped and the
     next prompts asked for instead (dynamic sampling, DAPO)."""
-    refill_limit: typing.Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+    refill_limit: Factor = 4.0
     """With filter=mixed at most so many times prompts_per_step are asked for; what is then missing
     is filled with uniform groups."""
-    oversample: typing.Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    oversample: Factor = 1.0
     """Ask for so many times prompts_per_step, train on the groups that end first, abort the rest;
     their prompts come back in the next step."""
     partial: bool = False
@@ -257,7 +262,7 @@ class TrainConfig:
     [1 / correction_cap, correction_cap] and 0 elsewhere."""
     correction_level: Literal["token", "sequence"] = "token"
     """w of each token, or the product over a response, the same for all of its tokens."""
-    correction_cap: typing.Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    correction_cap: typing.Annotated[float, Field(gt=1, le=MOST)] = 2.0
     """Where weights are truncated or masked."""
     entropy_coef: FiniteFloat = 0.0
     """Weight of an entropy bonus in the objective; 0 keeps no state for its gradient."""
@@ -373,7 +378,7 @@ class EvalConfig:
 
     prompts: Path | None = None
     """Held-out prompts, in the format of data.prompts.  Left out, nothing is evaluated."""
-    samples: PositiveInt = 64
+    samples: SmallInt = 64
     """Samples a prompt."""
     every: NonNegativeInt = 0
     """Evaluate every so many steps as well; 0: only before and after."""
@@ -431,7 +436,7 @@ class GuardConfig:
     max_skipped_updates: NonNegativeInt = 3
     """An update whose loss or gradient is not finite is left out and its mini-batch is saved in
     run_dir/skipped; one more of them than this, over the whole run, ends it."""
-    silent_minutes: NonNegativeFloat = 30.0
+    silent_minutes: typing.Annotated[float, Field(ge=0, le=1e6)] = 30.0
     """How long one part of a step (rollout, evaluation, an update, a checkpoint) may take [min].
     A rank that is silent for longer writes the stacks of its threads to run_dir/logs and ends the
     run; 0: never."""
@@ -457,7 +462,7 @@ class Config:
     """Folder of the run: resolved configuration, metrics, plots, checkpoints."""
     model: ModelConfig
     data: DataConfig
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Decides every random choice: prompt order, samples, mini-batches."""
     resume: Literal["auto", "none"] = "auto"
     """`auto`: continue from run_dir's newest checkpoint; `none`: set an old run_dir aside and

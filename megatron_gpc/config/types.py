@@ -20,14 +20,24 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, core_schema
 
-PositiveInt = typing.Annotated[int, Field(ge=1)]
-NonNegativeInt = typing.Annotated[int, Field(ge=0)]
-PositiveFloat = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = typing.Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveShare = typing.Annotated[float, Field(gt=0, lt=1)]
+MOST = 10**9
+"""No number is larger: steps, tokens, seconds.  Beyond it clocks and products overflow."""
+MOST_SAMPLES = 2**16
+"""Of one prompt."""
+LEAST = 1e-30
+"""Smallest positive number: its inverse is finite in fp32 as well."""
+
+PositiveInt = typing.Annotated[int, Field(ge=1, le=MOST)]
+NonNegativeInt = typing.Annotated[int, Field(ge=0, le=MOST)]
+SmallInt = typing.Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Seed = typing.Annotated[int, Field(ge=0, lt=2**63)]
+PositiveFloat = typing.Annotated[float, Field(ge=LEAST, le=MOST, allow_inf_nan=False)]
+NonNegativeFloat = typing.Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
+Factor = typing.Annotated[float, Field(ge=1, le=1000)]
+PositiveShare = typing.Annotated[float, Field(ge=LEAST, lt=1)]
 Temperature = typing.Annotated[float, Field(ge=1e-6, le=1e6)]
 """Below, the embedded server takes the likeliest token; above, all tokens are equally likely."""
-FiniteFloat = typing.Annotated[float, Field(allow_inf_nan=False)]
+FiniteFloat = typing.Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
 
 
 def _not_zero(value: int) -> int:
@@ -39,7 +49,12 @@ def _not_zero(value: int) -> int:
 TopK = typing.Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_not_zero)]
 
 
-def _http_url(value: str) -> str:
+def http_url(value: str) -> str:
+    """The address, if a request can be sent to it.
+
+    Raises:
+        ValueError: it cannot.
+    """
     parts = urllib.parse.urlsplit(value)
     plain = not set(value) & set(" ,\t\n") and parts.scheme in ("http", "https")
     if "@" in value:
@@ -52,7 +67,7 @@ def _http_url(value: str) -> str:
     return value.rstrip("/")
 
 
-Url = typing.Annotated[str, AfterValidator(_http_url)]
+Url = typing.Annotated[str, AfterValidator(http_url)]
 
 
 def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:

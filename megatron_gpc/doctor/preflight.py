@@ -7,9 +7,10 @@ a UserError that names the key and the way out.
 
 from __future__ import annotations
 
+import math
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ from megatron_gpc.engines.starter import check_start
 from megatron_gpc.errors import UserError
 from megatron_gpc.mcore import cpu
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
+from megatron_gpc.metrics.jsonl import EVAL_NAME, FILE_NAME, read_metrics
 from megatron_gpc.metrics.pass_at_k import pass_ks
 from megatron_gpc.metrics.sinks import check_sinks
 from megatron_gpc.rewards.judging import check_verifier
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.run import environment
+from megatron_gpc.run.files import check_regular
 from megatron_gpc.weights import check_reference, check_weights, family_of
 from megatron_gpc.weights.folders import COMMON, is_converted, read_hf_config
 
+CHECKED_BYTES = 2**25
+"""Of saved samples that are to be replayed, from the first step on."""
 Say = Callable[[str], object]
 
 
@@ -47,6 +52,7 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
         Whether the model is there; False: model.build has yet to make it, and is taken on trust.
     """
     check_writable("run_dir", config.run_dir)
+    _check_run_folder(config)
     hf = _model(config)
     check_layout(config, hf, torch.cuda.is_available())
     check_batch(config, _data_parallel_size(config))
@@ -63,7 +69,7 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
 
         check_overrides(config, None if hf is None else family_of(hf).model_fields(hf))
     if config.rollout.replay is not None:
-        _check_replay(config.rollout.replay, config)
+        _check_replay(config.rollout.replay, config, hf)
     else:
         check_file("data.prompts", config.data.prompts, to_be_made=hf is None)
         if config.eval.prompts is not None:
@@ -77,7 +83,7 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
         reader = PromptReader(config, config.model.hf, say)
         training, held_out = reader.training(), reader.held_out()
         for prompts in (training, held_out):
-            check_verifier(config.data, *prompts[:1])
+            check_verifier(config.data, *prompts)
         if config.resume == "auto":
             source = PromptSource(training, config.seed)
             refuse_changed(source, _digest_so_far(config.run_dir), config.data)
@@ -111,7 +117,7 @@ def check_evaluation(config: Config, model: Path, say: Say) -> None:
     check_file("eval.prompts", config.eval.prompts)
     pass_ks(config.eval)
     check_start(config.rollout.server, config.sglang)
-    check_verifier(config.data, PromptReader(config, model, say).held_out()[0])
+    check_verifier(config.data, *PromptReader(config, model, say).held_out())
 
 
 def check_serving(config: Config) -> None:
@@ -200,16 +206,50 @@ def _data_parallel_size(config: Config) -> int:
     return config.parallel.dp or max(1, started // model_parallel_size(config.parallel))
 
 
-def _check_replay(run_dir: Path, config: Config) -> None:
-    from megatron_gpc.rollout.samples import check_groups, read_samples, saved_steps
+def _check_run_folder(config: Config) -> None:
+    """Refuse a run's folder in which a file has the place of a folder, or the other way round."""
+    if config.resume == "none":  # it is set aside
+        return
+    for name in ("checkpoints", "logs", "samples", "skipped", "sync", "tensorboard"):
+        inner = config.run_dir / name
+        if inner.is_symlink() or inner.exists():
+            check_writable("run_dir", inner)
+    for name in ("config.yaml", FILE_NAME, EVAL_NAME, "lock", "launch.lock", "stopped.json"):
+        check_regular(config.run_dir / name)
+    for name in (FILE_NAME, EVAL_NAME):
+        if (config.run_dir / name).exists():
+            read_metrics(config.run_dir, name)
+
+
+def _check_replay(run_dir: Path, config: Config, hf: Mapping[str, Any] | None) -> None:
+    from megatron_gpc.rollout.samples import (
+        check_groups,
+        read_samples,
+        samples_file,
+        saved_steps,
+    )
 
     if not run_dir.is_dir():
         what = "a file" if run_dir.exists() else "not there"
         raise UserError(f"rollout.replay: {run_dir} is {what}; name the folder of a run")
-    absent = sorted({*range(1, config.train.steps + 1)} - {*saved_steps(run_dir)})
+    saved = {*saved_steps(run_dir)}
+    absent = next((k for k in range(1, config.train.steps + 1) if k not in saved), None)
     if absent:
         raise UserError(
-            f"rollout.replay: {run_dir} has no samples of step {absent[0]}, and train.steps="
+            f"rollout.replay: {run_dir} has no samples of step {absent}, and train.steps="
             f"{config.train.steps}; lower train.steps, or name a run with rollout.save_samples=true"
         )
-    check_groups(read_samples(run_dir, 1), config.rollout)
+    vocabulary = math.inf if hf is None else family_of(hf).model_fields(hf).vocab_size
+    size = 0
+    for step in range(1, config.train.steps + 1):
+        size += samples_file(run_dir, step).stat().st_size
+        if step > 1 and size > CHECKED_BYTES:  # training checks the others when it comes to them
+            break
+        read = read_samples(run_dir, step)
+        check_groups(read, config.rollout)
+        highest = max(max(*s.prompt.token_ids, *s.token_ids) for s in read.samples)
+        if highest >= vocabulary:
+            raise UserError(
+                f"rollout.replay: {samples_file(run_dir, step)} has token {highest}, beyond the "
+                f"model's vocabulary of {vocabulary}; name a run of the same model"
+            )

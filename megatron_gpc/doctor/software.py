@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_gpc.doctor.finding import Finding
+from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import parse_json
 
 SGLANG_TIMEOUT_S = 60.0
 """How long the interpreter of SGLang's environment may take."""
@@ -168,7 +169,10 @@ def _sglang(python: Path) -> tuple[Finding, dict[str, str]]:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
         return Finding("SGLang", "problem", f"{python}: {''.join(last)}", advice), {}
-    versions = json.loads(done.stdout)
+    try:
+        versions = parse_json(done.stdout, str(python))
+    except UserError as error:  # it is no Python
+        return Finding("SGLang", "problem", str(error), advice), {}
     if "sglang" not in versions:
         return Finding("SGLang", "problem", f"{python}: not installed", advice), versions
     others = ", ".join(f"{n} {v}" for n, v in sorted(versions.items()) if n != "sglang")

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from megatron_gpc.config import ServerConfig, SGLangConfig
+from megatron_gpc.config.types import http_url
 from megatron_gpc.engines.client import SGLangClient
 from megatron_gpc.engines.keys import new_key, read_key, write_secret
 from megatron_gpc.engines.process import (
@@ -23,6 +24,7 @@ from megatron_gpc.engines.process import (
     server_environment,
 )
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import check_regular
 from megatron_gpc.run.network import free_port
 
 CHECK_TIMEOUT_S = 60.0
@@ -191,18 +193,7 @@ class Starter:
                     f"{self.config.start_timeout_s:g} s"
                 )
             await asyncio.sleep(URLS_POLL_S)
-        urls = _read(file, "urls_file").split()
-        if any("@" in url for url in urls):
-            raise UserError(
-                f"rollout.server.urls_file: {file}: an address has no password; name the key's "
-                "file in rollout.server.api_key_file"
-            )
-        if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
-            raise UserError(
-                f"rollout.server.urls_file: {file}: expected one address a line, such as "
-                "http://10.0.0.7:30000"
-            )
-        return urls
+        return _urls(file)
 
 
 def check_start(config: ServerConfig, sglang: SGLangConfig, host: str = "127.0.0.1") -> None:
@@ -213,13 +204,13 @@ def check_start(config: ServerConfig, sglang: SGLangConfig, host: str = "127.0.0
         host: this machine's address that they are to listen on.
 
     Raises:
-        UserError: a key file that has no key or that others can read, urls_file is a folder, a
+        UserError: a key file that has no key or that others can read, urls_file has no addresses, a
             port is in use, or SGLang is not installed where sglang.python says.
     """
     if config.api_key_file is not None:
         read_key(config.api_key_file)
-    if config.urls_file is not None and config.urls_file.is_dir():
-        raise UserError(f"rollout.server.urls_file: {config.urls_file} is a folder; name a file")
+    if config.urls_file is not None and config.urls_file.exists():
+        _urls(config.urls_file)
     if not (config.urls or config.urls_file):
         for port in range(config.port, config.port + config.engines) if config.port else ():
             _check_port(host, port)
@@ -248,7 +239,7 @@ def _check_module(name: str, sglang: SGLangConfig) -> None:
         "set sglang.python to the interpreter of an environment with SGLang, or take "
         "rollout.server.kind=embedded"
     )
-    find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    find = f"import importlib.util; print(importlib.util.find_spec({name!r}) is not None)"
     try:
         done = subprocess.run(
             [str(python), "-P", "-c", find],
@@ -265,12 +256,20 @@ def _check_module(name: str, sglang: SGLangConfig) -> None:
         raise UserError(
             f"sglang.python: {python} cannot be run: {error.strerror}; {advice}"
         ) from None
-    if done.returncode:
+    if done.returncode or done.stdout.strip() not in (b"True", b"False"):
+        raise UserError(f"sglang.python: {python} is no Python that runs; {advice}")
+    if done.stdout.strip() == b"False":
         raise UserError(f"sglang.python: {python} has no package {name}; {advice}")
 
 
-def _read(file: Path, key: str) -> str:
+def _urls(file: Path) -> list[str]:
+    """The addresses in rollout.server.urls_file."""
+    what = f"rollout.server.urls_file: {file}: expected one address a line"
     try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"rollout.server.{key}: {file}: cannot be read: {error}") from None
+        check_regular(file)
+        urls = [http_url(url) for url in file.read_text().split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {error}") from None
+    if not urls:
+        raise UserError(f"{what}, such as http://10.0.0.7:30000")
+    return urls

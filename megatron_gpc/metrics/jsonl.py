@@ -82,17 +82,21 @@ def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
-        if not isinstance(content, dict) or type(content.get("step")) is not int:
+        if (
+            not isinstance(content, dict)
+            or type(content.get("step")) is not int
+            or not 0 <= content["step"] < 2**53
+        ):
             raise UserError(
                 f"{file}, line {number}: not a JSON object with a step; mend or remove the line"
             )
         for name, value in content.items():
-            if type(value) not in (int, float, NoneType):
+            if type(value) not in (int, float, NoneType) or (value and not -1e300 < value < 1e300):
                 raise UserError(
-                    f"{file}, line {number}: {name} is {value!r}, not a number; mend or remove the "
-                    "line"
+                    f"{file}, line {number}: {name} is {repr(value)[:60]}, not a number; mend or "
+                    "remove the line"
                 )
         found.append((line, content))
     return found

@@ -19,6 +19,7 @@ from megatron_gpc.config.file import flatten
 from megatron_gpc.config.parts import short
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import EVAL_NAME, read_metrics
+from megatron_gpc.run.files import check_regular
 
 PLOT_NAME = "plots.png"
 """Where a run's own picture lies in its folder."""
@@ -164,10 +165,13 @@ def load_run(folder: Path) -> Run:
         lines = sorted(lines + read_metrics(folder, EVAL_NAME), key=lambda line: line["step"])
     file = folder / "config.yaml"
     try:
+        check_regular(file)
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the folder of a run (run_dir)") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     config = flatten(content) if isinstance(content, dict) else {}
     for key, kind in (
@@ -176,7 +180,8 @@ def load_run(folder: Path) -> Run:
         ("train.steps", int),
         ("clip.phase_split", float),
     ):
-        if not isinstance(config.get(key), kind):
+        value = config.get(key)
+        if not isinstance(value, kind) or (not isinstance(value, str) and not 0 <= value < 2**63):
             raise UserError(
                 f"{file}: {key} is missing or no {kind.__name__}; a run's resolved "
                 "configuration has it"

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from megatron_gpc.config.types import MOST
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import FILE_NAME, read_metrics
-from megatron_gpc.run.files import read_json, step_of_name
+from megatron_gpc.run.files import check_regular, read_json, step_of_name
 from megatron_gpc.run.lock import last_start, life
 from megatron_gpc.run.stop import marker
 
@@ -33,12 +34,17 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
     if not file.exists() and last_start(run_dir):  # the lock is the first thing in a run's folder
         return [f"{run_dir}: no step yet", life(run_dir)]
     try:
+        check_regular(file)
         config = yaml.safe_load(file.read_text())
         steps = int(config["train"]["steps"])
+        if not 0 < steps <= MOST:
+            raise ValueError("train.steps cannot be")
         _ = config["run_dir"], config["model"]["hf"]  # which a resolved configuration has
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ArithmeticError, ValueError, yaml.YAMLError, LookupError, TypeError,
+            RecursionError) as error:  # fmt: skip
         raise UserError(
-            f"{run_dir}: not the folder of a run: config.yaml: {type(error).__name__}: {error}"
+            f"{run_dir}: not the folder of a run: config.yaml: "
+            f"{type(error).__name__}: {error!s:.300}"
         ) from None
     metrics = run_dir / FILE_NAME
     records = read_metrics(run_dir) if metrics.exists() else []

@@ -99,7 +99,7 @@ def _whole_run(run: Run) -> dict[str, str]:
     if len(run.series("entropy_target")):
         rows |= _tracking(run)
     rows["tokens a second"] = _text(tokens / seconds if seconds else math.nan, 0)
-    rows["time in steps"] = str(timedelta(seconds=round(seconds)))
+    rows["time in steps"] = str(timedelta(seconds=round(seconds))) if 0 <= seconds < 1e12 else "-"
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,8 @@ class BuiltIn:
     """The same for many, if that is faster."""
     sees_end: bool = False
     """It judges the token that ends an answer too, and gets the whole text."""
+    check_label: Callable[[Any], None] = lambda label: None
+    """Raises a ValueError for a label that no answer can match."""
     special: Sequence[str] = END_TOKENS
     """The tokenizer's special tokens; the first that follows any text ends the answer."""
 
@@ -41,9 +44,21 @@ class BuiltIn:
         return [self.verify(text, label) for text, label in pairs]
 
 
+def _text_or_number(label: Any) -> None:
+    """Of `math`."""
+    if (
+        isinstance(label, bool)
+        or not isinstance(label, str | int | float)
+        or not str(label).strip()
+    ):
+        raise ValueError("expected the right answer, as text or a number")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise ValueError("expected a finite number")
+
+
 VERIFIERS: dict[str, BuiltIn] = {
-    "addition": BuiltIn(addition.verify, sees_end=True),
-    "math": BuiltIn(mathematics.verify, mathematics.verify_all),
+    "addition": BuiltIn(addition.verify, sees_end=True, check_label=addition.check_label),
+    "math": BuiltIn(mathematics.verify, mathematics.verify_all, check_label=_text_or_number),
 }
 
 

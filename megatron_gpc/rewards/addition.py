@@ -7,6 +7,12 @@ import re
 _SUM = re.compile(r"([1-9][0-9]*)\+([1-9][0-9]*)\$")
 
 
+def check_label(label: object) -> None:
+    """Raises a ValueError for what is no sum of two positive numbers."""
+    if type(label) is not int or not 2 <= label < 10**18:
+        raise ValueError("expected a whole number, 2 or more")
+
+
 def verify(text: str, label: int) -> float:
     """1 for two positive numbers without leading zeros that add up to `label`, else 0.
 

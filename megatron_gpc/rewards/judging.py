@@ -60,6 +60,7 @@ class Judge:
         self.own = data.verifier not in VERIFIERS
         if self.own:
             self._call = _Call(data)
+            self.check_label = getattr(self._call.function, "check_label", lambda label: None)
             self._thread = _Thread(data)
             return
         arguments = data.verifier_arguments
@@ -67,6 +68,7 @@ class Judge:
             VERIFIER_KEY, data.verifier, lambda text, label: None, ("text", "label"), arguments
         )
         self._built_in = verifier(data.verifier, special)
+        self.check_label = VERIFIERS[data.verifier].check_label
 
     def __call__(self, answers: Sequence[Answer]) -> list[Verdict]:
         """A verdict for each answer, in their order; several threads may ask.
@@ -127,21 +129,33 @@ class Judge:
         return PartError(f"{VERIFIER_KEY}: {self.data.verifier} gave {result!r} for {what}: {why}")
 
 
-def check_verifier(data: DataConfig, first: Prompt | None = None) -> None:
+def check_verifier(data: DataConfig, *prompts: Prompt) -> None:
     """Refuse a verifier that cannot work; one of the user's own is tried on a made-up answer.
 
     Args:
-        first: the prompt to try it on; None: none is known, and nothing is called.
+        prompts: the first is what it is tried on, without any nothing is called; the labels of all
+            of them are held to its `check_label`, if it has one.
 
     Raises:
         UserError: says what is wrong with it.
     """
     judge = Judge(data)
-    if judge.own and first is not None:
+    if not prompts:
+        return
+    if judge.own:
         try:
-            judge([(MADE_UP, first)])
+            judge([(MADE_UP, prompts[0])])
         except PartError as error:
             raise UserError(" ".join(str(error).split())) from error
+    for prompt in prompts:
+        try:
+            judge.check_label(prompt.label)
+        except Exception as error:  # of whatever quality
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{prompt.place or f'prompt {prompt.index}'}: label {prompt.label!r:.80} can match "
+                f"no answer: data.verifier={data.verifier}: {why}"
+            ) from None
 
 
 class _Call:

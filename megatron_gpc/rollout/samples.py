@@ -6,6 +6,7 @@ One Parquet file a step, `RUN/samples/step_NNNNNN.parquet`, one row a sample.  I
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from megatron_gpc.run.files import replacing
 from megatron_gpc.types import Prompt, Sample
 
 FOLDER = "samples"
+MOST_LOGPROB = 1e-3
+"""Rounding lifts a log-prob above 0 by less [nats]."""
 SCHEMA = pa.schema(
     [
         ("position", pa.int64()),  # of the prompt in the run's order, over all epochs
@@ -112,21 +115,40 @@ def read_samples(run_dir: Path, step: int) -> SavedStep:
     if not file.is_file():
         raise UserError(f"{file}: no samples of step {step}; {_what_there_is(run_dir)}")
     try:
-        rows = pq.read_table(file, schema=SCHEMA).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read as samples: {error}") from None
-    return SavedStep(
-        [_sample(row) for row in rows],
-        list(dict.fromkeys(row["position"] for row in rows)),
-        [row["advantage"] for row in rows],
-    )
+        table = pq.ParquetFile(file).read()
+        rows = pa.table([_column(table, field) for field in SCHEMA], schema=SCHEMA).to_pylist()
+        samples = [_sample(row) for row in rows]
+    except (
+        OSError,
+        pa.ArrowException,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{file}: cannot be read as samples: {why}; save them again") from None
+    positions = list(dict.fromkeys(row["position"] for row in rows))
+    if not positions or len(rows) % len(positions):
+        raise UserError(f"{file}: {len(rows)} samples of {len(positions)} prompts are no groups")
+    return SavedStep(samples, positions, [row["advantage"] for row in rows])
+
+
+def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    """A column in the type that we write; all null if it came with a later version."""
+    if field.name == "right" and field.name not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), field.type)])
+    column = table.column(field.name).cast(field.type)
+    if column.null_count and field.name != "right":
+        raise ValueError(f"{field.name} is null in a row")
+    return column
 
 
 def check_groups(saved: SavedStep, rollout: RolloutConfig) -> None:
-    """Hold replayed samples to the configured groups.
+    """Hold replayed samples to the configured groups, and to what a sample can be.
 
     Raises:
-        UserError: they were saved by a run with other groups.
+        UserError: they were saved by a run with other groups, or cannot be trained on.
     """
     found = len(saved.positions), saved.group_size
     if found != (rollout.prompts_per_step, rollout.group_size):
@@ -134,6 +156,38 @@ def check_groups(saved: SavedStep, rollout: RolloutConfig) -> None:
             f"rollout.replay: {rollout.replay} was made with prompts_per_step={found[0]} and "
             f"group_size={found[1]}; set both so"
         )
+    for number, (sample, advantage) in enumerate(zip(saved.samples, saved.advantages, strict=True)):
+        why = _untrainable(sample, advantage)
+        if why:
+            raise UserError(
+                f"rollout.replay: {rollout.replay}: sample {number}: {why}; save the samples "
+                "again, or name another run"
+            )
+
+
+def _untrainable(sample: Sample, advantage: float) -> str:
+    """Why there is no such sample; empty if there can be."""
+    end = 0
+    for _, start, stop in sample.weight_versions:
+        if start != end or stop < start:
+            return "weight_versions do not follow each other"
+        end = stop
+    tokens = [*sample.prompt.token_ids, *sample.token_ids]
+    wrong = {
+        "prompt_token_ids is empty": not sample.prompt.token_ids,
+        "token_ids is empty": not sample.token_ids,
+        "a token is negative or null": not all(t is not None and t >= 0 for t in tokens),
+        "token_ids and logprobs differ in length": len(sample.token_ids) != len(sample.logprobs),
+        "a log-prob is no finite number up to 0": not all(
+            p is not None and -math.inf < p <= MOST_LOGPROB for p in sample.logprobs
+        ),
+        "weight_versions end elsewhere than token_ids": end != len(sample.token_ids),
+        "reward or advantage is not finite": not math.isfinite(sample.reward + advantage),
+        f"finish_reason is {sample.finish_reason!r:.40}": sample.finish_reason
+        not in ("stop", "length", "abort"),
+        "position or number is negative": min(sample.prompt.index, sample.sample_index) < 0,
+    }
+    return next((why for why, holds in wrong.items() if holds), "")
 
 
 def _sample(row: dict[str, Any]) -> Sample:
@@ -160,7 +214,9 @@ def _sample(row: dict[str, Any]) -> Sample:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps whose samples were saved, ascending."""
-    names = (re.fullmatch(r"step_(\d+)\.parquet", f.name) for f in (run_dir / FOLDER).glob("*"))
+    names = (
+        re.fullmatch(r"step_([0-9]{1,18})\.parquet", f.name) for f in (run_dir / FOLDER).glob("*")
+    )
     return sorted(int(name[1]) for name in names if name)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.prompts import Message
+from megatron_gpc.run.files import read_json
 from megatron_gpc.run.imports import many_imports
 
 if TYPE_CHECKING:
@@ -25,10 +26,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
     try:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).exists():
+                read_json(folder / name)
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # it does not check what it reads
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except UserError as error:
+        raise UserError(f"{folder}: cannot load the tokenizer: {error}") from None
+    except BaseException as error:  # it does not check what it reads; a panic in Rust is one, too
         raise UserError(f"{folder}: cannot load the tokenizer: {_said(error)}") from None
     # Without files it is made from the model's class and knows nothing but special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -120,6 +128,6 @@ def _template_error(error: Exception) -> str:
     return _said(error) + (f" (line {line} of the template)" if line else "")
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What a library has to say, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -35,8 +35,8 @@ def number(name: str, low: int, high: int, default: int | None = None) -> int:
         raise UserError(f"{name} is not set, as {starter} sets it; export it, or unset the others")
     if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
         raise UserError(
-            f"{name}={text!r}: expected a whole number from {low} to {high}, as {starter} sets it; "
-            "put it right, or unset it"
+            f"{name}={text[:60]!r}: expected a whole number from {low} to {high}, as {starter} "
+            "sets it; put it right, or unset it"
         )
     return int(text)
 
@@ -82,7 +82,8 @@ def master() -> tuple[str, int]:
     address = os.environ.get("MASTER_ADDR", "")
     if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,255}", address):
         raise UserError(
-            f"this is one of several processes, and MASTER_ADDR={address!r} is no host to meet at; "
-            "submit slurm/train.sbatch, or export MASTER_ADDR and MASTER_PORT in the batch script"
+            f"this is one of several processes, and MASTER_ADDR={address[:60]!r} is no host to "
+            "meet at; submit slurm/train.sbatch, or export MASTER_ADDR and MASTER_PORT in the "
+            "batch script"
         )
     return address, number("MASTER_PORT", 1, 65535)

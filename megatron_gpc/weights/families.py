@@ -21,6 +21,9 @@ Where = Literal["model", "layer", "dense", "moe", "expert"]
 _ATTN, _MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 _HF = "model.layers.{layer}"
 
+MOST_LAYERS = 1024
+"""Of a model; and most experts of a layer."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -146,7 +149,7 @@ class Family:
         qk_layernorm = any(rule.megatron.endswith("q_layernorm.weight") for rule in self.rules)
         rotary, attributes = fields.rope(config)
         transformer = {
-            "num_layers": fields.whole_number(config, "num_hidden_layers"),
+            "num_layers": fields.whole_number(config, "num_hidden_layers", most=MOST_LAYERS),
             "hidden_size": sizes["hidden"],
             "ffn_hidden_size": sizes["ffn"],
             "num_attention_heads": fields.whole_number(config, "num_attention_heads"),
@@ -178,7 +181,7 @@ class Family:
                 "share_embeddings_and_output_weights": fields.flag(config, "tie_word_embeddings"),
                 **rotary,
             },
-            vocab_size=sizes["vocab"],
+            vocab_size=_with_eos(config, sizes["vocab"]),
             max_position_embeddings=fields.whole_number(config, "max_position_embeddings"),
             qk_layernorm=qk_layernorm,
             dtype=config.get("dtype"),
@@ -238,7 +241,8 @@ class Family:
             ("shared_ffn", "shared_expert_intermediate_size"),
         ):
             if word in words:
-                sizes[word] = fields.whole_number(config, key)
+                most = MOST_LAYERS if word == "experts" else 2**31 - 1
+                sizes[word] = fields.whole_number(config, key, most)
         return sizes
 
     def _settings(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,7 +260,7 @@ class Family:
 
     def _sparse_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Whether each layer is a mixture of experts (transformers, Qwen2MoeDecoderLayer)."""
-        layers = fields.whole_number(config, "num_hidden_layers")
+        layers = fields.whole_number(config, "num_hidden_layers", most=MOST_LAYERS)
         if not any(rule.where == "moe" for rule in self.rules):
             return (False,) * layers
         step = fields.whole_number(config, "decoder_sparse_step")
@@ -297,6 +301,18 @@ class Family:
             found["moe_shared_expert_intermediate_size"] = sizes["shared_ffn"]
             found["moe_shared_expert_gate"] = True
         return found
+
+
+def _with_eos(config: Mapping[str, Any], vocab_size: int) -> int:
+    """The vocabulary's size; refuses a config.json whose end tokens are not in it."""
+    eos = config.get("eos_token_id")
+    for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise UserError(
+                f"config.json: eos_token_id={eos!r:.80}: expected token numbers from 0 to "
+                f"{vocab_size - 1} (vocab_size={vocab_size})"
+            )
+    return vocab_size
 
 
 def _param(

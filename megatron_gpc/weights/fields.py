@@ -181,13 +181,13 @@ def _rope_set(name: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def whole_number(config: Mapping[str, Any], key: str) -> int:
-    """A positive integer of config.json.
+def whole_number(config: Mapping[str, Any], key: str, most: int = 2**31 - 1) -> int:
+    """A positive integer of config.json, `most` at most.
 
     Raises:
         UserError: absent or something else.
     """
-    return _positive(config, key, int, "whole number")
+    return _positive(config, key, int, "whole number", most)
 
 
 def positive_number(config: Mapping[str, Any], key: str) -> float:
@@ -196,15 +196,17 @@ def positive_number(config: Mapping[str, Any], key: str) -> float:
     Raises:
         UserError: absent or something else.
     """
-    return _positive(config, key, (int, float), "number")
+    return _positive(config, key, (int, float), "number", 1e15)
 
 
-def _positive(config: Mapping[str, Any], key: str, kind: Any, words: str) -> Any:
+def _positive(config: Mapping[str, Any], key: str, kind: Any, words: str, most: float) -> Any:
     value = config.get(key)
     if value is None:
         raise UserError(f"config.json lacks {key}")
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"config.json: {key} must be a positive {words}, got {value!r}")
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= most:
+        raise UserError(
+            f"config.json: {key} must be a positive {words}, got {value!r:.80} (most: {most:.10g})"
+        )
     return value
 
 
@@ -257,7 +259,8 @@ def refuse_unsupported(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> N
     kinds, layers = items(config, "layer_types"), config.get("num_hidden_layers")
     if kinds and len(kinds) != layers:
         raise UserError(
-            f"config.json: layer_types has {len(kinds)} entries for num_hidden_layers={layers}"
+            f"config.json: layer_types has {len(kinds)} entries for num_hidden_layers="
+            f"{str(layers)[:60]}"
         )
     if "per_layer_config" in config:
         raise UserError("config.json: per_layer_config (layers that differ) is not supported")
@@ -277,7 +280,7 @@ def rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = rope_settings(config)
     theta = positive_number(settings, "rope_theta")
     kind = settings["rope_type"]
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise UserError(
             f"config.json: rope type {kind!r} is not supported, only {', '.join(_ROPE_KEYS)}"
         )
@@ -305,6 +308,9 @@ def _yarn(settings: Mapping[str, Any]) -> dict[str, Any]:
     for x says the same to megatron-core.
     """
     factor = positive_number(settings, "factor")
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        if settings.get(key):
+            positive_number(settings, key)
     mscale, mscale_all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
     if not (mscale and mscale_all_dim):
         mscale = mscale_all_dim = None

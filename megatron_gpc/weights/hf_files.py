@@ -31,6 +31,8 @@ FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float1
 """safetensors' names of the dtypes that weights may have."""
 _DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
+SAMPLED_BYTES = 2**26
+"""Of all tensors together that are looked at before anything starts: all of a small model."""
 _HEADER_BYTES = 2**18
 """Room for the JSON of a shard: about 2000 tensors; then the next one begins."""
 _SINGLE_HEADER_BYTES = 2**23
@@ -96,10 +98,12 @@ class HFReader:
                     buffer = buffer[got:]
         except OSError as error:
             raise UserError(f"{entry.file}: cannot read tensor {name}: {error.strerror}") from None
+        check_finite(f"{entry.file}: tensor {name}", tensor)
         return tensor
 
     def check(self, params: Sequence[Param], copies: Mapping[str, str] | None = None) -> None:
-        """Hold the folder to a family's table; reads no data, but for `copies`.
+        """Hold the folder to a family's table; reads no data, but for `copies` and of every tensor
+        the beginning, which must be finite (`get` holds all of it to that).
 
         Args:
             params: `family.params(config)`.
@@ -136,12 +140,27 @@ class HFReader:
                     f"{name} in {entry.file} has shape {list(entry.shape)}, but "
                     f"config.json says {list(shape)}"
                 )
+        self._check_beginnings()
         for name, original in copies.items():
             if name in self.entries and not torch.equal(self.get(name), self.get(original)):
                 raise UserError(
                     f"{name} in {self.entries[name].file} differs from {original}, but config.json "
                     "ties them; set tie_word_embeddings to false to keep both"
                 )
+
+    def _check_beginnings(self) -> None:
+        share = SAMPLED_BYTES // max(len(self.entries), 1)
+        for name, entry in self.entries.items():
+            size = min(share, entry.nbytes) // entry.dtype.itemsize * entry.dtype.itemsize
+            if not size:
+                continue
+            try:
+                with entry.file.open("rb") as file:
+                    file.seek(entry.offset)
+                    numbers = torch.frombuffer(bytearray(file.read(size)), dtype=entry.dtype)
+            except (OSError, ValueError):  # `get` says it
+                continue
+            check_finite(f"{entry.file}: tensor {name}", numbers)
 
 
 def write_hf(
@@ -319,6 +338,18 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             f"{dtype} cannot represent; choose float32 or bfloat16"
         )
     return made
+
+
+def check_finite(what: str, tensor: Tensor) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        UserError: names the tensor, as `what` does.
+    """
+    if tensor.numel() and not _finite(tensor):
+        raise UserError(
+            f"{what} holds nan or infinity; fetch it again, or take an older checkpoint"
+        )
 
 
 def _finite(tensor: Tensor) -> bool:

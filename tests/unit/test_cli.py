@@ -34,7 +34,7 @@ MOE = {
         ("train", "arguments are required: config; see megatron-gpc train --help"),
         ("train config.yaml --dry", "config.yaml"),
         ("train config.yaml --dyr-run", "unrecognized arguments: --dyr-run"),
-        ("estimate-memory c.yaml --gpu-gib -1", "invalid positive float value: '-1'"),
+        ("estimate-memory c.yaml --gpu-gib -1", "expected a number from 0.001 to"),
     ],
 )
 def test_what_cannot_be_understood_is_said_in_one_line_with_code_2(
