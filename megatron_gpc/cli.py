@@ -95,8 +95,8 @@ def _without_command(words: list[str]) -> int:
     elif not words:
         raise UserError("name a command; megatron-gpc --help lists them")
     elif group:
-        given = " ".join(words[:2])
-        raise UserError(f"there is no command {given!r}; there are {', '.join(group)}")
+        what = f"there is no command {' '.join(words[:2])!r}" if words[1:] else f"{words[0]} what?"
+        raise UserError(f"{what}; there are {', '.join(group)}")
     else:
         near = difflib.get_close_matches(words[0], filter(COMMANDS.get, COMMANDS), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "megatron-gpc --help lists them"

@@ -165,6 +165,8 @@ class CheckedSchedule:
         parts.check_call(SCHEDULE_KEY, self.name, make, ("clip", "steps"), clip.schedule_arguments)
         with self._blamed("its start"):
             self._schedule: Schedule = make(clip, steps, **clip.schedule_arguments)
+        methods = {"bounds": ("k", "entropy"), "state": ()}
+        parts.check_methods(SCHEDULE_KEY, self.name, self._schedule, methods)
         if isinstance(self._schedule, TargetSchedule):  # both ends hold for all between them
             for clip_lambda in (-1.0, 1.0):
                 self._check(self._schedule.mixed(clip_lambda), f"clip_lambda {clip_lambda:g}")

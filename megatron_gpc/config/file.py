@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import typing
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import check_regular
 
 
+@functools.cache
 def keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type of every key that can be set, sections left out."""
     found = {}
@@ -247,6 +249,10 @@ def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
         for parent in parents:
             here = here.setdefault(parent, {})
         here[name] = value
+    kinds = keys()
+    for key, value in flat.items():
+        if isinstance(value, bool) and kinds.get(key, bool) is not bool:  # pydantic takes it for 1
+            raise UserError(f"{origin.get(key, file)}: {key}: is no switch, got {value}")
     arguments = nested.get("sglang", {}).get("args")
     for name in arguments if isinstance(arguments, dict) else ():
         if str(name).replace("-", "_") in ("api_key", "admin_api_key"):

@@ -5,6 +5,7 @@ Imports no torch: a layout is refused before any process starts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_gpc.config import Config, ParallelConfig
@@ -35,6 +36,13 @@ def world_size(parallel: ParallelConfig) -> int:
     return model_parallel_size(parallel) * (parallel.dp or 1)
 
 
+def nearest(value: int, fits: Callable[[int], bool], most: int) -> str:
+    """The next numbers from 1 to `most` that fit, below and above one that does not: `2 or 4`."""
+    below = next((n for n in range(min(value - 1, most), 0, -1) if fits(n)), None)
+    above = next((n for n in range(value + 1, most + 1) if fits(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)
+
+
 def check_world(parallel: ParallelConfig, started: int) -> None:
     """Hold the number of processes that torchrun or srun started to the configured layout.
 
@@ -45,12 +53,13 @@ def check_world(parallel: ParallelConfig, started: int) -> None:
     if started % copy:
         raise UserError(
             f"{started} processes were started, but parallel.tp * pp * cp = {copy} does not divide "
-            f"that; start a multiple of {copy}"
+            f"that; start {nearest(started, lambda n: n % copy == 0, started + copy)}"
         )
     if parallel.dp is not None and started != copy * parallel.dp:
         raise UserError(
             f"{started} processes were started, but parallel.tp * pp * cp * dp = "
             f"{copy * parallel.dp}; start that many, or leave parallel.dp out"
+            f" ({started // copy} follows)"
         )
 
 
@@ -74,7 +83,11 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
     if not cuda:
         _check_cpu(config)
     if p.ep > 1 and (p.dp or 1) * p.cp % p.ep:
-        raise UserError(f"parallel.ep={p.ep} must divide parallel.dp * cp = {(p.dp or 1) * p.cp}")
+        dp = nearest(p.dp or 1, lambda n: n * p.cp % p.ep == 0, (p.dp or 1) + p.ep)
+        raise UserError(
+            f"parallel.ep={p.ep} must divide parallel.dp * cp = {(p.dp or 1) * p.cp}; set "
+            f"parallel.dp to {dp}"
+        )
     if world_size(p) > MOST_PROCESSES:
         raise UserError(
             f"parallel.tp * pp * cp * dp = {world_size(p)} processes; {MOST_PROCESSES} are possible"
@@ -203,11 +216,15 @@ def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:
     experts = hf.get("num_experts") or hf.get("num_local_experts") or 0  # transformers 4, 5
     groups = hf.get("num_key_value_heads") or heads
     if heads % p.tp:
-        raise UserError(f"parallel.tp={p.tp} does not divide the model's {heads} attention heads")
+        raise UserError(
+            f"parallel.tp={p.tp} does not divide the model's {heads} attention heads; set it to "
+            f"{nearest(p.tp, lambda n: heads % n == 0, heads)}"
+        )
     if groups % p.tp and p.tp % groups:
         raise UserError(
             f"parallel.tp={p.tp}: neither divides the model's {groups} key-value heads "
-            "nor is a multiple of them"
+            "nor is a multiple of them; set it to "
+            f"{nearest(p.tp, lambda n: not heads % n and not (groups % n and n % groups), heads)}"
         )
     width = hf.get("moe_intermediate_size") if experts else hf.get("intermediate_size")
     if isinstance(width, int) and width % p.tp:
@@ -215,11 +232,17 @@ def _check_model(p: ParallelConfig, hf: dict[str, Any]) -> None:
     stages = p.pp * (p.vpp or 1)
     if layers % stages:
         keys = f"parallel.pp * vpp = {stages}" if p.vpp else f"parallel.pp={p.pp}"
-        raise UserError(f"{keys} does not divide the model's {layers} layers")
+        raise UserError(
+            f"{keys} does not divide the model's {layers} layers; set it to "
+            f"{nearest(stages, lambda n: layers % n == 0, layers)}"
+        )
     if p.ep > 1 and not experts:
         raise UserError(f"parallel.ep={p.ep}: the model has no experts")
     if experts and experts % p.ep:
-        raise UserError(f"parallel.ep={p.ep} does not divide the model's {experts} experts")
+        raise UserError(
+            f"parallel.ep={p.ep} does not divide the model's {experts} experts; set it to "
+            f"{nearest(p.ep, lambda n: experts % n == 0, experts)}"
+        )
     if experts and p.tp > 1 and not p.sequence_parallel:
         raise UserError(
             "a mixture of experts with parallel.tp > 1 needs parallel.sequence_parallel=true"

@@ -23,7 +23,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_gpc.config.file import keys
 from megatron_gpc.errors import PartError, UserError
+
+WANTED = {
+    "data.verifier": "a function of (text, label), the answer and the prompt's label, or of (text, "
+    "label, prompt), which gives a number",
+    "train.loss": "a function of (inputs), or a class whose objects are, which gives LossOutputs "
+    "with a sum over tokens",
+    "clip.schedule": "a class of (clip, steps) with the methods bounds(k, entropy), state() and "
+    "restore(state)",
+    "log.sinks": "a class of (run_dir, config, resume_step) with the methods write(step, values), "
+    "write_evaluation(step, values) and close(ok)",
+}
+"""What a part of the user's has to be, for messages."""
 
 __path__: list[str] = []  # lets the import system look for modules below this one
 
@@ -54,6 +67,36 @@ def find(key: str, name: str, built_in: Mapping[str, Any]) -> Any:
     return found
 
 
+def wanted(key: str, name: str) -> str:
+    """The end of a message about a part of the user's that is something else."""
+    own = ":" in name and key in WANTED
+    return f"; wanted is {WANTED[key]} (docs/extend.md)" if own else ""
+
+
+def check_methods(
+    key: str,
+    name: str,
+    part: Any,
+    methods: Mapping[str, Sequence[str]],
+    bound: Sequence[str] = (),
+) -> None:
+    """Refuse a part without these methods, or with others of their names.
+
+    Args:
+        methods: what we pass, by method.
+        bound: `self`, if `part` is a class.
+
+    Raises:
+        UserError: names the method.
+    """
+    for method, positional in methods.items():
+        found = getattr(part, method, None)
+        if not callable(found):
+            has = f"{key}: {name} has no method {method}({', '.join(positional)})"
+            raise UserError(has + wanted(key, name))
+        check_call(key, f"{name}.{method}", found, (*bound, *positional), {})
+
+
 def check_call(
     key: str, name: str, part: Any, positional: Sequence[str], arguments: Mapping[str, Any]
 ) -> None:
@@ -77,7 +120,16 @@ def check_call(
         raise UserError(
             f"{key}: {name} takes {signature}, but is called with ({passed}): {error}; "
             f"what is passed by keyword is set in {key}_arguments"
+            f"{_keys_of_that_name(key, arguments)}{wanted(key, name)}"
         ) from None
+
+
+def _keys_of_that_name(key: str, arguments: Mapping[str, Any]) -> str:
+    """For arguments that a part does not take: the configuration may have them as keys."""
+    section, there = key.partition(".")[0], keys()
+    names = (f"{near}.{name}" for name in arguments for near in (section, "clip"))
+    found = next((name for name in names if name in there), None)
+    return f"; {found} is a key of its own" if found else ""
 
 
 @contextlib.contextmanager

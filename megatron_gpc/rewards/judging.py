@@ -27,6 +27,13 @@ VERIFIER_KEY = "data.verifier"
 MADE_UP = "The answer is 42."
 """What a user's verifier is tried out on."""
 VERDICT_POLL_S = 0.05
+_ELSEWHERE = (
+    {"prompt", "prompts", "query", "queries", "question", "data_source", "args", "sample"},
+    {"prompt", "prompts", "completion", "completions", "response", "solution_str", "text"},
+)
+"""Names that the first and the second parameter have where rewards are called otherwise (TRL, verl,
+OpenRLHF, slime): what they name would be given something else here."""
+_LISTS = {"texts", "completions", "responses", "answers", "solution_strs"}
 SHOWN = 60
 """Characters of an answer's beginning and of its end that messages show."""
 
@@ -169,6 +176,7 @@ class _Call:
             map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__))
         )
         names = ("texts", "labels", "prompts") if self.batch else ("text", "label", "prompt")
+        _refuse_others_names(data.verifier, self.function, self.batch)
         self.prompt = _place_of_prompt(self.function, names[2], self.arguments)
         positional = names if self.prompt == "third" else names[:2]
         keywords = {names[2]: None} if self.prompt == "keyword" else {}
@@ -189,19 +197,38 @@ class _Call:
         return self.function(texts, labels, **self.arguments)
 
 
+def _refuse_others_names(verifier: str, function: Any, batch: bool) -> None:
+    """Refuse a function whose parameters are named for other values than they would be given."""
+    for parameter, elsewhere in zip(_parameters(function)[0], _ELSEWHERE, strict=False):
+        lists = parameter.name in _LISTS and not batch
+        if lists or parameter.name in elsewhere:
+            mark = "; one that takes lists is marked with @batch" * lists
+            raise UserError(
+                f"{VERIFIER_KEY}: {verifier} takes {inspect.signature(function)}, but would be "
+                f"given something else as {parameter.name}{mark}"
+                f"{parts.wanted(VERIFIER_KEY, verifier)}"
+            )
+
+
+def _parameters(function: Any) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
+    """Those that can be given by place, and the others; none of a function that does not say."""
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return [], []
+    by_place = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return by_place, found[len(by_place) :]
+
+
 def _place_of_prompt(function: Any, name: str, arguments: Mapping[str, Any]) -> str | None:
     """Where the function wants the prompt: `third`, as the `keyword` of that name, or nowhere."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_place, others = _parameters(function)
     if len(by_place) > 2:
         third = by_place[2]
         required = third.default is third.empty and third.name not in arguments
         if third.name == name or required:
             return "third"
-    named = any(p.name == name and p.kind is p.KEYWORD_ONLY for p in parameters)
+    named = any(p.name == name and p.kind is p.KEYWORD_ONLY for p in others)
     return "keyword" if named else None
 
 

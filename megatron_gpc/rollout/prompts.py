@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_gpc.config import DataConfig
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import strict_json
 from megatron_gpc.types import Prompt
 
 Message = dict[str, str]
@@ -142,7 +143,7 @@ def _read_line(
 ) -> tuple[str, dict[str, Any]]:
     """The prompt of a line as text, and the line as it is."""
     try:
-        row = json.loads(line)
+        row = strict_json(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     if (

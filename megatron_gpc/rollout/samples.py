@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from megatron_gpc.config import RolloutConfig
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.files import replacing
+from megatron_gpc.run.files import replacing, strict_json
 from megatron_gpc.types import Prompt, Sample
 
 FOLDER = "samples"
@@ -196,7 +196,7 @@ def _sample(row: dict[str, Any]) -> Sample:
             row["prompt_index"],
             row["prompt"],
             tuple(row["prompt_token_ids"]),
-            json.loads(row["label"]),
+            strict_json(row["label"]),
         ),
         sample_index=row["sample_index"],
         token_ids=tuple(row["token_ids"]),
@@ -208,7 +208,7 @@ def _sample(row: dict[str, Any]) -> Sample:
         ),
         reward=row["reward"],
         right=bool(row["right"]),
-        scores=json.loads(row["scores"] or "{}"),
+        scores=strict_json(row["scores"] or "{}"),
     )
 
 
@@ -224,4 +224,6 @@ def _what_there_is(run_dir: Path) -> str:
     steps = saved_steps(run_dir)
     if steps:
         return f"there are {len(steps)}, from step {steps[0]} to {steps[-1]}"
+    if not run_dir.is_dir():
+        return f"{run_dir} is no folder; give the folder of a run (run_dir)"
     return f"{run_dir} has none; a run saves them with rollout.save_samples=true"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -63,12 +64,37 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
         UserError: not UTF-8, not JSON, nested too deeply, or no object.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unequal)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError too
         raise UserError(f"{where}: cannot be read as JSON: {error}; put it right") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected a JSON object, not {type(content).__name__}")
     return content
+
+
+def strict_json(text: str) -> Any:
+    """What is written there as JSON, without what Python takes beside: NaN and Infinity.
+
+    Raises:
+        ValueError, RecursionError: not that; or a key is given twice, or a number is too large.
+    """
+    return json.loads(text, object_pairs_hook=_unequal, parse_float=_finite, parse_constant=_finite)
+
+
+def _unequal(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r:.80} is given twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
 
 
 def step_of_name(name: str) -> int | None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from megatron_gpc.config import Config, ParallelConfig
-from megatron_gpc.config.layout import check_world, model_parallel_size, world_size
+from megatron_gpc.config.layout import check_world, model_parallel_size, nearest, world_size
 from megatron_gpc.errors import UserError
 from megatron_gpc.run import environment
 
@@ -99,12 +99,13 @@ def my_share(parallel: ParallelConfig, gpus: int) -> Share:
         if world % copy:
             raise UserError(
                 f"{nodes} nodes with {gpus} GPUs each: parallel.tp * pp * cp = {copy} does not "
-                f"divide {world}"
+                f"divide {world}; ask for "
+                f"{nearest(nodes, lambda n: n * gpus % copy == 0, nodes + copy)} nodes"
             )
     if world % nodes:
         raise UserError(
             f"{nodes} nodes cannot share {world} ranks (parallel.tp * pp * cp * dp) evenly; ask "
-            "for another number of nodes"
+            f"for {nearest(nodes, lambda n: world % n == 0, world)} nodes"
         )
     ranks = world // nodes
     if in_step and gpus and ranks != gpus:

@@ -184,7 +184,7 @@ class Family:
             vocab_size=_with_eos(config, sizes["vocab"]),
             max_position_embeddings=fields.whole_number(config, "max_position_embeddings"),
             qk_layernorm=qk_layernorm,
-            dtype=config.get("dtype"),
+            dtype=fields.dtype(config),
             config_attributes=attributes,
             notes=notes,
         )

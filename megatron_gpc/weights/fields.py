@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_gpc.errors import UserError
 
+_DTYPES = ("bfloat16", "float16", "float32")
 _SPELLINGS = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
 _NULL_IS_UNSET = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 """Rope settings for which transformers takes null to mean absent; a null elsewhere is an error."""
@@ -179,6 +180,20 @@ def _rope_set(name: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
             "original_max_position_embeddings", hf_config["max_position_embeddings"]
         )
     return settings
+
+
+def dtype(config: Mapping[str, Any]) -> str | None:
+    """Type that the checkpoint says it is in; None if it does not say.
+
+    Raises:
+        UserError: transformers writes no such name, or a checkpoint cannot have it.
+    """
+    said = config.get("dtype")
+    if said is not None and said not in _DTYPES:
+        raise UserError(
+            f"config.json: dtype={said!r:.80}: expected {', '.join(_DTYPES)}; or leave the key out"
+        )
+    return said
 
 
 def whole_number(config: Mapping[str, Any], key: str, most: int = 2**31 - 1) -> int:

@@ -1,12 +1,15 @@
 """Inputs that cannot be: every one is refused with code 2 and one line that names it.
 
-A row is (what is done to a job that could start, what the line says).  Nothing is left behind.
+A row is (what is done to a job that could start, what the line says).  Nothing is left behind.  How
+many inputs were tried, and what became of them, is said at the end (conftest.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from tools.tool_scripts import call
 from unit.test_preflight import Job, job, start  # noqa: F401 - fixtures
 
 from megatron_gpc.cli import main
+from megatron_gpc.config.file import keys
 from megatron_gpc.rollout.samples import SavedStep, samples_file, write_samples
 from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights.hf_files import SINGLE
@@ -26,6 +30,7 @@ from megatron_gpc.weights.hf_files import SINGLE
 DEEP = "[" * 100_000
 DEEP_OBJECT = '{"a":' * 100_000
 Change = Callable[[Job], object]
+OUTCOMES: Counter[str] = Counter()
 
 
 def saying(*overrides: str) -> Change:
@@ -191,6 +196,37 @@ INPUTS: dict[str, tuple[Change, str]] = {
         )
         for label in (None, {}, [], "", " ", True)
     },
+    **{
+        f"prompts: {line}": (
+            lambda j, line=line: j.prompts.write_text('{"prompt": "1+1=", "label": 2}\n' + line),
+            f"prompts.jsonl:2: not JSON: {says}",
+        )
+        for line, says in {
+            '{"prompt": "a", "label": 2, "label": 3}': "'label' is given twice",
+            '{"prompt": "a", "label": 2, "x": [{"a": 1, "a": 1}]}': "'a' is given twice",
+            '{"prompt": "a", "label": NaN}': "NaN is no finite number",
+            '{"prompt": "a", "label": [-Infinity]}': "-Infinity is no finite number",
+            '{"prompt": "a", "label": 1e999}': "1e999 is no finite number",
+            '{"prompt": "a", "label": 2, "x": Infinity}': "Infinity is no finite number",
+        }.items()
+    },
+    **{
+        f"{name}: a key twice": (
+            lambda j, name=name: (j.model / name).write_text(
+                '{"eos_token_id": 1, "eos_token_id": 2}'
+            ),
+            f"{name}: cannot be read as JSON: 'eos_token_id' is given twice",
+        )
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+    },
+    **{
+        f"config.json: {key}={dtype!r}": (
+            lambda j, key=key, dtype=dtype: j.change("config.json", **{"dtype": None, key: dtype}),
+            f"config.json: dtype={dtype!r}: expected bfloat16, float16, float32",
+        )
+        for key in ("dtype", "torch_dtype")
+        for dtype in ("auto", "torch.bfloat16", "bf16", "half", "float64", "", 16, ["float32"])
+    },
     "prompts: deep": (lambda j: j.prompts.write_text(DEEP), "prompts.jsonl:1: not JSON"),
     "prompts: a pipe": (lambda j: pipe(j.prompts), "is no regular file"),
     "a surrogate in a message": (
@@ -218,15 +254,22 @@ VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS
 
 
 def refused(capsys: pytest.CaptureFixture[str], says: str, run: Callable[[], int]) -> None:
+    """`run` ends with code 2 and one line that says it; OUTCOMES counts what happens."""
     capsys.readouterr()
+    outcome, code = "hang", None
     try:
         code = run()
-    except SystemExit as end:  # argparse's
-        code = end.code
-    said = capsys.readouterr()
-    assert code == 2, (code, said.err)
-    assert says in said.err and said.err.count("\n") == 1 and len(said.err) < 2000, said.err
-    assert not said.out
+        outcome = "wrong accept" if code == 0 else "unclear"
+        said = capsys.readouterr()
+        assert code == 2, (code, said.err)
+        assert says in said.err and said.err.count("\n") == 1 and len(said.err) < 2000, said.err
+        assert not said.out
+        outcome = "refused well"
+    except (Exception, SystemExit):
+        outcome = outcome if code is not None else "traceback"
+        raise
+    finally:  # pytest's timeout is no Exception
+        OUTCOMES[outcome] += 1
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -236,6 +279,37 @@ def test_a_dry_run_refuses_what_cannot_be(job, capsys, name):  # noqa: F811
     before = sorted(job.folder.rglob("*"))
     refused(capsys, says, lambda: job.command("train", "--dry-run"))
     assert sorted(job.folder.rglob("*")) == before
+
+
+CANNOT = (".nan", "-1000000000000000000000000000000", "[[]]", "[{a: b}]")
+"""Values that no key takes."""
+
+
+@pytest.mark.parametrize("key", keys())
+def test_no_key_takes_what_is_no_value_of_it(tmp_path, capsys, key):
+    kind, text = keys()[key], str(keys()[key])
+    words = [] if "str" in text or "Path" in text else ['"²"', '""']
+    words += [] if kind is bool else ["true"]
+    words += [] if "dict" in text else ["{a: b}"]
+    file = tmp_path / "config.yaml"
+    file.write_text("run_dir: run\nmodel: {hf: m}\ndata: {prompts: p, verifier: addition}\n")
+    for value in (*CANNOT, *words):
+        command = ["train", str(file), f"{key}={value}", "--dry-run"]
+        refused(capsys, key, lambda command=command: main(command))
+
+
+HARMLESS = {"architectures", "transformers_version"}
+"""Keys of config.json that nobody reads."""
+
+
+def test_no_key_of_config_json_takes_what_is_no_value_of_it(job, capsys):  # noqa: F811
+    whole = (job.model / "config.json").read_text()
+    values = itertools.cycle(["x", [[]], {"x": 1}])
+    for key, value in zip(sorted({*json.loads(whole)} - HARMLESS), values, strict=False):
+        (job.model / "config.json").write_text(whole)
+        job.change("config.json", **{key: value})
+        says = "rope" if key == "rope_parameters" else key
+        refused(capsys, says, lambda: job.command("train", "--dry-run"))
 
 
 TORCHRUN = {
@@ -360,6 +434,10 @@ WORDS = [
     (["doctor", "--timeout", "nan"], "--timeout"),
     (["doctor", "--timeout", "1e300"], "--timeout"),
     (["plot", "/nowhere"], "/nowhere"),
+    (["samples", "/nowhere"], "/nowhere is no folder; give the folder of a run"),
+    (["samples", "{run}"], "has none; a run saves them with rollout.save_samples=true"),
+    (["convert"], "convert what?; there are convert hf-to-megatron, convert megatron-to-hf"),
+    (["convert", "x"], "there is no command 'convert x'; there are convert hf-to-megatron"),
     (["train"], "config"),
     (["nothing"], "nothing"),
 ]

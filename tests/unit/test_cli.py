@@ -25,7 +25,7 @@ MOE = {
         ("", "name a command"),
         ("trian config.yaml", "no command 'trian'; did you mean 'train'?"),
         ("--verbose", "no command '--verbose'; megatron-gpc --help"),
-        ("convert", "no command 'convert'; there are convert hf-to-megatron, convert megatron-to"),
+        ("convert", "convert what?; there are convert hf-to-megatron, convert megatron-to"),
         ("convert hf --hf x", "no command 'convert hf'; there are convert hf-to-megatron"),
         (
             "convert hf-to-megatron --hf x",

@@ -23,10 +23,10 @@ MOE5 = {**MODEL, "num_local_experts": 4, "moe_intermediate_size": 32}  # as tran
 @pytest.mark.parametrize(
     ("overrides", "model", "says"),
     [
-        (["parallel.tp=3"], MODEL, "parallel.tp=3 does not divide the model's 4 attention heads"),
+        (["parallel.tp=3"], MODEL, "the model's 4 attention heads; set it to 2 or 4"),
         (["parallel.tp=3"], {**MODEL, "num_attention_heads": 6}, "2 key-value heads"),
         (["parallel.tp=4"], {**MODEL, "intermediate_size": 66}, "feed-forward size 66"),
-        (["parallel.pp=3"], MODEL, "parallel.pp=3 does not divide the model's 4 layers"),
+        (["parallel.pp=3"], MODEL, "does not divide the model's 4 layers; set it to 2 or 4"),
         ([], {"num_attention_heads": 4}, "config.json lacks num_hidden_layers"),
         (["parallel.pp=2", "parallel.vpp=4"], MODEL, "parallel.pp * vpp = 8"),
         (["parallel.vpp=2"], MODEL, "needs parallel.pp > 1"),
@@ -45,7 +45,13 @@ MOE5 = {**MODEL, "num_local_experts": 4, "moe_intermediate_size": 32}  # as tran
         (["megatron.transformer.moe_grouped_gemm=true"], MOE, "moe_grouped_gemm=True needs CUDA"),
         (["megatron.ddp.nccl_ub=true"], MODEL, "leave it out on a CPU"),
         (["parallel.ep=2", "parallel.dp=2"], MODEL, "has no experts"),
-        (["parallel.ep=2"], MOE, "parallel.ep=2 must divide"),
+        (
+            ["parallel.ep=2"],
+            MOE,
+            "parallel.ep=2 must divide parallel.dp * cp = 1; set parallel.dp to 2",
+        ),
+        (["parallel.ep=2", "parallel.dp=3"], MOE, "= 3; set parallel.dp to 2 or 4"),
+        (["parallel.tp=5"], MODEL, "attention heads; set it to 4"),
         (["parallel.ep=3", "parallel.dp=3"], MOE, "does not divide the model's 4 experts"),
         (["parallel.ep=3", "parallel.dp=3"], MOE5, "does not divide the model's 4 experts"),
         (["parallel.tp=2"], MOE, "needs parallel.sequence_parallel=true"),
@@ -132,10 +138,14 @@ def test_one_prompt_has_no_halves(tmp_path):
 def test_the_number_of_started_processes_must_fit(tmp_path):
     parallel = run_config(tmp_path, tmp_path, "parallel.tp=2", "parallel.pp=2").parallel
     check_world(parallel, 8)  # dp = 2 follows
-    with pytest.raises(UserError, match="start a multiple of 4"):
+    with pytest.raises(UserError, match="start 4 or 8$"):
         check_world(parallel, 6)
+    with pytest.raises(UserError, match="start 4$"):
+        check_world(parallel, 3)
     parallel = run_config(tmp_path, tmp_path, "parallel.tp=2", "parallel.dp=2").parallel
-    with pytest.raises(UserError, match="leave parallel.dp out"):
+    with pytest.raises(
+        UserError, match="= 4; start that many, or leave parallel.dp out .4 follows"
+    ):
         check_world(parallel, 8)
 
 

@@ -161,6 +161,16 @@ def test_k3_and_its_gradient():
         assert gradient == pytest.approx(1 - r, rel=1e-3, abs=1e-7)
 
 
+def test_where_a_probability_is_0_k3_is_finite_and_its_gradient_right():
+    logp_T = torch.tensor([-1.0, -torch.inf, -torch.inf, -1.0], requires_grad=True)
+    reference_T = torch.tensor([-torch.inf, -1.0, -torch.inf, -1.0])
+    kl_T = k3(logp_T, reference_T)
+    kl_T.sum().backward()
+    assert kl_T.isfinite().all() and kl_T[0] > 1e20 and kl_T[1] > 1e10
+    assert kl_T[2:].tolist() == [0.0, 0.0]
+    assert logp_T.grad[0] == 1 and logp_T.grad[1] < -1e10 and not logp_T.grad[2:].any()
+
+
 def objective(folder: Path, *overrides: str) -> Objective:
     return Objective(run_config(folder, folder, *overrides))
 
@@ -210,7 +220,7 @@ def test_a_loss_of_one_s_own_is_called_with_its_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s.replace(".sum()", ".mean()"), "for 0 tokens loss_sum or its gradient"),
+        (lambda s: s.replace(".sum()", ".mean()"), "has to be a sum over tokens, not a mean"),
         (lambda s: s.replace(".sum()", ".sum() / max(1, len(ratio_T))"), "a sum over tokens"),
         (lambda s: s.replace(".sum()", ""), "expected a tensor of one value"),
         (lambda s: s.replace("loss_sum, ratio_T,", "loss_sum.detach(), ratio_T,"), "no gradient"),
@@ -218,6 +228,18 @@ def test_a_loss_of_one_s_own_is_called_with_its_arguments(tmp_path):
         (lambda s: s.replace("loss_sum, ratio_T,", "loss_sum, ratio_T[:2],"), r"expected a tensor"),
         (lambda s: s.replace("none_T = ratio_T < 0", "none_T = ratio_T"), "expected a bool tensor"),
         (lambda s: s.replace("return LossOutputs(", "return tuple, ("), "returned tuple"),
+        (
+            lambda s: s.replace("return LossOutputs(", "return loss_sum / 14  # ("),
+            "returned Tensor, expected LossOutputs .*; wanted is a function of .inputs., or",
+        ),
+        (
+            lambda s: s.replace("inputs: LossInputs, ", "logp, old_logp, advantages, "),
+            "takes .logp, .* missing a required argument: 'logp'; .*; wanted is a function of .inp",
+        ),
+        (
+            lambda s: s.replace("inputs: LossInputs, ", ""),
+            "cannot be made .*; wanted is a function of .inputs., or a class",
+        ),
         (lambda s: s.replace("-inputs.logp_T}", "-inputs.logp_T.sum()}"), r"metrics\['surprise'\]"),
         (lambda s: s.replace("inputs.advantages_T", "inputs.advantage_T"), r"mine.py, line 7"),
         (lambda s: s.replace("scale: float = 1.0", "scale"), "scale"),

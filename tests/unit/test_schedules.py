@@ -186,6 +186,20 @@ def test_a_users_schedule_is_built_asked_and_restored(own):
             "failed at restore({'asked': 3}): AttributeError",
         ),
         (("", ""), {"rate": 3}, "unexpected keyword argument 'rate'"),
+        (("", ""), {"target": 3}, "clip.target is a key of its own; wanted is a class of"),
+        (
+            ("def bounds", "def thresholds"),
+            {},
+            "has no method bounds(k, entropy); wanted is a class",
+        ),
+        (("bounds(self, k, entropy", "bounds(self, k"), {}, "Own.bounds takes (k), but is called"),
+        (("def state", "def other"), {}, "has no method state()"),
+        (
+            ("class Own", "Own = lambda step: 0.2\nclass Other"),
+            {},
+            "takes (step), but is called with",
+        ),
+        (("class Own", "Own = lambda clip, steps: 0.2\nclass Other"), {}, "has no method bounds"),
         (
             ("", ""),
             {"fail_at": 50},
@@ -241,6 +255,9 @@ def test_built_in_schedules_take_no_arguments_and_are_those_the_key_names():
         clip = ClipConfig(schedule=name, target=target, schedule_arguments={"x": 1})
         with pytest.raises(UserError, match=f"clip.schedule: {name} takes .*argument 'x'"):
             check_schedule(clip, T)
+    clip = ClipConfig(schedule="target", target=1.0, schedule_arguments={"target": 0.9})
+    with pytest.raises(UserError, match="arguments; clip.target is a key of its own$"):
+        check_schedule(clip, T)
     (part,) = typing.get_type_hints(ClipConfig, include_extras=True)["schedule"].__metadata__
     assert set(part.built_in) == set(SCHEDULES)
     with pytest.raises(UserError, match="is no interval of positive ratios"):

@@ -101,6 +101,7 @@ def _make(name: str, arguments: dict[str, Any]) -> Loss:
     except (Exception, SystemExit) as error:
         raise UserError(
             f"{LOSS_KEY}: {name} cannot be made of {LOSS_KEY}_arguments: {parts.describe(error)}"
+            f"{parts.wanted(LOSS_KEY, name)}"
         ) from error
 
 

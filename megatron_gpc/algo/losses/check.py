@@ -10,7 +10,7 @@ import torch
 
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.algo.losses.interface import LossInputs, LossOutputs
-from megatron_gpc.config.parts import describe
+from megatron_gpc.config.parts import describe, wanted
 from megatron_gpc.errors import UserError
 from megatron_gpc.types import TokenStats, TokenStreams
 
@@ -36,19 +36,20 @@ def try_out(name: str, loss: Any, reference: bool) -> LossOutputs:
             streams = prepared_streams(loss, inputs.streams, scored, 1, 0)
             inputs = replace(inputs, streams=streams)
         outputs, loss_sum = _called(loss, inputs)
-        _called(loss, part(inputs, torch.zeros_like(inputs.logp_T, dtype=torch.bool)))
         first_T = inputs.streams.sample_T < 2
         cut = sum(_called(loss, part(inputs, held_T))[1] for held_T in (first_T, ~first_T))
+        if abs(loss_sum - cut) > 1e-4 * (1 + abs(loss_sum)):
+            raise ValueError(
+                f"the loss of four sequences is {loss_sum:.6g}, that of the first two and the last "
+                f"two together {cut:.6g}; loss_sum has to be a sum over tokens, not a mean: it is "
+                "divided by the number of all tokens later"
+            )
+        _called(loss, part(inputs, torch.zeros_like(inputs.logp_T, dtype=torch.bool)))
     except (Exception, SystemExit) as error:
         raise UserError(
             f"train.loss: {name} failed on a made-up example: {describe(error)}"
+            f"{wanted('train.loss', name)}"
         ) from error
-    if abs(loss_sum - cut) > 1e-4 * (1 + abs(loss_sum)):
-        raise UserError(
-            f"train.loss: {name}: the loss of four sequences is {loss_sum:.6g}, that of the first "
-            f"two and the last two together {cut:.6g}; loss_sum has to be a sum over tokens, not a "
-            "mean: it is divided by the number of all tokens later"
-        )
     return outputs
 
 

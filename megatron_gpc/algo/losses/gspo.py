@@ -8,11 +8,8 @@ import torch
 
 from megatron_gpc.algo.losses.clip import clipped_surrogate
 from megatron_gpc.algo.losses.interface import LossInputs, LossOutputs
-from megatron_gpc.algo.losses.ratio import importance_ratio
+from megatron_gpc.algo.losses.ratio import importance_ratio, log_ratio
 from megatron_gpc.config.types import PositiveFloat, PositiveShare, section
-
-_ENDLESS = 1e30
-"""Stands for an infinite log-ratio, of a token with p = 0 or q = 0."""
 
 
 @section
@@ -33,9 +30,7 @@ class GSPO:
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         logp_T, old_logp_T = inputs.logp_T.detach(), inputs.streams.old_logp_T
-        log_ratio_T = (logp_T - old_logp_T).where(logp_T != old_logp_T, 0.0)  # both can be -inf
-        log_ratio_T = log_ratio_T.clamp(-_ENDLESS, _ENDLESS)  # one inf would be every sequence's
-        log_s_T = inputs.sequence_mean(log_ratio_T)
+        log_s_T = inputs.sequence_mean(log_ratio(logp_T, old_logp_T))
         # Equation 14, GSPO-token: in value s, in gradient s grad ln p_t.  Summed over a sequence's
         # tokens and divided by their number this is the gradient of s, and none of it has to come
         # from tokens that other ranks hold.

@@ -14,6 +14,16 @@ IMPOSSIBLE_RATIO = 1e30
 with A < 0 the gradient's norm overflows, so that the update is left out (mcore/policy.py)."""
 
 
+_ENDLESS = 1e30
+"""Stands for an infinite log-ratio, of a token with p = 0 or q = 0."""
+
+
+def log_ratio(logp_T: torch.Tensor, other_logp_T: torch.Tensor) -> torch.Tensor:
+    """ln of p/q of each token, always finite; 0 if they are equal, -inf included."""
+    log_ratio_T = (logp_T - other_logp_T).where(logp_T != other_logp_T, 0.0)
+    return log_ratio_T.clamp(-_ENDLESS, _ENDLESS)
+
+
 def importance_ratio(logp_T: torch.Tensor, old_logp_T: torch.Tensor) -> torch.Tensor:
     """p/q of each token, bounded, from ln p and ln q [T]; 1 if they are equal, -inf included.
 

@@ -59,6 +59,13 @@ class MetricSink(Protocol):
         ...
 
 
+METHODS = {
+    "write": ("step", "values"),
+    "write_evaluation": ("step", "values"),
+    "close": ("ok",),
+}
+
+
 def check_sinks(log: LogConfig) -> None:
     """Refuse sinks that cannot work, without starting any.
 
@@ -68,7 +75,7 @@ def check_sinks(log: LogConfig) -> None:
     for name in log.sinks:
         make = _factory(log, name)
         if isinstance(make, type):
-            check_methods(name, make, ("self",))
+            parts.check_methods(SINKS_KEY, name, make, METHODS, ("self",))
 
 
 def make_sink(log: LogConfig, name: str, *given: Any) -> MetricSink:
@@ -80,26 +87,8 @@ def make_sink(log: LogConfig, name: str, *given: Any) -> MetricSink:
     make = _factory(log, name)
     with parts.blamed(SINKS_KEY, name, "its start"):
         sink = make(*given, **_arguments(log, name))
-    check_methods(name, sink)
+    parts.check_methods(SINKS_KEY, name, sink, METHODS)
     return sink
-
-
-def check_methods(name: str, sink: Any, bound: tuple[str, ...] = ()) -> None:
-    """Refuse a sink without the methods of MetricSink.
-
-    Args:
-        bound: `self`, if `sink` is a class.
-    """
-    methods = {
-        "write": ("step", "values"),
-        "write_evaluation": ("step", "values"),
-        "close": ("ok",),
-    }
-    for method, positional in methods.items():
-        if not callable(getattr(sink, method, None)):
-            raise UserError(f"{SINKS_KEY}: {name} has no method {method}({', '.join(positional)})")
-        found = getattr(sink, method)
-        parts.check_call(SINKS_KEY, f"{name}.{method}", found, (*bound, *positional), {})
 
 
 def _factory(log: LogConfig, name: str) -> Callable[..., MetricSink]:
