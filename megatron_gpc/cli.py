@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import sys
@@ -53,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
         print(f"megatron-gpc: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"megatron-gpc: {error.filename!r:.100}: name too long; shorten it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("interrupted")

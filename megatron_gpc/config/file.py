@@ -21,6 +21,11 @@ from megatron_gpc.config.types import Part
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import check_regular
 
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4000
+"""Of a file or folder, on Linux; a path has room for the names of what lies in the folder."""
+MOST_VALUES = 10**5
+"""Of a file, aliases written out."""
+
 
 @functools.cache
 def keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
@@ -49,7 +54,7 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
         if not found:
             raise UserError(f"override {override!r}: expected key=value")
         try:
-            value = yaml.safe_load(text)
+            value = _parse(text)
         except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, brackets
             value = text
         nested: Any = value
@@ -77,6 +82,24 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _parse(text: str) -> Any:
+    """
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: no YAML, or far more of it than there is text.
+    """
+    content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    if "*" in text:  # aliases of aliases: a few lines become billions, or have no end
+        whole, size = [content], 0
+        while whole:
+            value = whole.pop()
+            whole += [*value, *value.values()] if isinstance(value, dict) else ()
+            whole += value if isinstance(value, list | tuple | set) else ()
+            size += 1
+            if size + len(whole) > MOST_VALUES:
+                raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
+    return content
+
+
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Dotted key -> value of a file, over those of the file that it extends; and key -> file."""
     try:
@@ -92,7 +115,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any
     except ValueError as error:  # a NUL
         raise UserError(f"{str(path)!r} cannot be a path: {error}") from None
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        content = _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -214,9 +237,14 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
                 raise ValueError("it has a NUL in it")
             path = base / Path(value).expanduser()
             name = path.name if path.name != ".." else ""
-            return str((path.parent if name else path).resolve() / name)
+            found = (path.parent if name else path).resolve() / name
+            names = [len(os.fsencode(part)) for part in found.parts]
+            if max(names) > MOST_NAME_BYTES or sum(names) + len(names) > MOST_PATH_BYTES:
+                raise ValueError("it is too long")
+            return str(found)
         except (OSError, RuntimeError, ValueError) as error:  # ~nobody; half of a surrogate pair
-            raise UserError(f"{key}: {value!r} cannot be a path: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{key}: {value!r:.100} cannot be a path: {why}") from None
 
     def resolve_part(key: str, value: Any) -> Any:
         if isinstance(value, list):
@@ -267,7 +295,7 @@ def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
             what = problem["msg"].replace("Input", "input").removeprefix("Value error, ")
-            what += f", got {problem['input']!r}"
+            what += f", got {problem['input']!r:.300}"
             if problem["type"] == "missing":
                 what = "is required"
             blamed = next((origin[k] for k in origin if f"{key}.".startswith(f"{k}.")), file)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_SUM = re.compile(r"([1-9][0-9]*)\+([1-9][0-9]*)\$")
+_SUM = re.compile(r"([1-9][0-9]{,18})\+([1-9][0-9]{,18})\$")
+"""Of numbers that can add up to a label; Python refuses to read those of 4301 digits."""
 
 
 def check_label(label: object) -> None:

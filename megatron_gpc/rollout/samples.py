@@ -168,9 +168,11 @@ def check_groups(saved: SavedStep, rollout: RolloutConfig) -> None:
 def _untrainable(sample: Sample, advantage: float) -> str:
     """Why there is no such sample; empty if there can be."""
     end = 0
-    for _, start, stop in sample.weight_versions:
+    for version, start, stop in sample.weight_versions:
         if start != end or stop < start:
             return "weight_versions do not follow each other"
+        if not re.fullmatch("[0-9]{1,10}", version):
+            return f"a weight version is {version!r:.40}, no number"
         end = stop
     tokens = [*sample.prompt.token_ids, *sample.token_ids]
     wrong = {

@@ -29,9 +29,13 @@ def check_regular(file: Path) -> None:
     Raises:
         UserError: says what it is.
     """
-    if file.is_dir():
+    try:
+        is_folder, is_there, is_file = file.is_dir(), file.exists(), file.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or half of a surrogate pair
+        raise UserError(f"{str(file)!r:.300} cannot be a file's name: {error!s:.60}") from None
+    if is_folder:
         raise UserError(f"{file} is a folder; name a file")
-    if file.exists() and not file.is_file():
+    if is_there and not is_file:
         raise UserError(f"{file} is no regular file; name one")
 
 

@@ -367,13 +367,18 @@ def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     try:
         where = read_json(index)["weight_map"]
-    except (UserError, KeyError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
+    except UserError as error:
+        raise UserError(f"not an index of safetensors files: {error}") from None
+    except KeyError:
+        raise UserError(f"{index}: not an index of safetensors files: no weight_map") from None
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index}: weight_map must be a mapping of tensors to files")
     for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index}: tensor {name}: {file!r} is not the name of a file beside it")
+        plain = isinstance(file, str) and file.isprintable() and 0 < len(file) < 200
+        if not plain or Path(file).name != file:
+            raise UserError(
+                f"{index}: tensor {name}: {file!r:.100} is not the name of a file beside it"
+            )
     return where
 
 

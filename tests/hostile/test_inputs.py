@@ -42,6 +42,13 @@ def pipe(file: Path) -> None:
     os.mkfifo(file)
 
 
+def write_index(model: Path, content: object) -> None:
+    (model / SINGLE).unlink()
+    (model / f"{SINGLE}.index.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
+
+
 NUMBERS = {
     "seed": ("18446744073709551616", "-1", "1e300", ".nan", "[1]"),
     "train.steps": ("1000000000000000000000000000000", "1e308", "0", ".inf"),
@@ -71,6 +78,31 @@ INPUTS: dict[str, tuple[Change, str]] = {
         f"{key}={value}": (saying(f"{key}={value}"), key)
         for key, values in NUMBERS.items()
         for value in values
+    },
+    **{
+        f"{key}={path[:20]}": (saying("kl.coef=0.1", f"{key}={path}"), key)
+        for key in (
+            *("run_dir", "model.hf", "data.prompts", "eval.prompts", "kl.reference"),
+            *("rollout.replay", "rollout.server.urls_file", "rollout.server.api_key_file"),
+        )
+        for path in ("/dev/null/x", "x" * 256, "x/" * 3000)
+        if (key, path) != ("rollout.server.urls_file", "/dev/null/x")  # it may come later
+    },
+    **{
+        f"index: {says}": (lambda j, index=index: write_index(j.model, index), says)
+        for says, index in {
+            "expected a JSON object": [1],
+            "no weight_map": {},
+            "weight_map must be a mapping": {"weight_map": None},
+            "1 is not the name of a file": {"weight_map": {"a": 1}},
+            "which is absent": {"weight_map": {"a": "x"}},
+            "'../x' is not the name": {"weight_map": {"a": "../x"}},
+            "'/dev/zero' is not the name": {"weight_map": {"a": "/dev/zero"}},
+            "'' is not the name": {"weight_map": {"a": ""}},
+            "xx is not the name": {"weight_map": {"a": "x" * 5000}},
+            "'\\ud800' is not the name": {"weight_map": {"a": "\ud800"}},
+            "'a' is given twice": '{"weight_map": {"a": "x", "a": "y"}}',
+        }.items()
     },
     "processes": (saying("parallel.tp=2048", "parallel.pp=2048"), "parallel.tp * pp * cp * dp"),
     "samples of a step": (
@@ -298,6 +330,42 @@ def test_no_key_takes_what_is_no_value_of_it(tmp_path, capsys, key):
         refused(capsys, key, lambda command=command: main(command))
 
 
+LAUGHS = "x: &a [a, a, a, a, a, a, a, a]\n" + "".join(
+    f"x{n}: &{n} [{', '.join([f'*{n - 1 if n else chr(97)}'] * 8)}]\n" for n in range(10)
+)
+YAMLS = {
+    "laughs": (LAUGHS, "not valid YAML: its aliases stand for more than"),
+    "laughs as arguments": (f"{LAUGHS}sglang: {{args: {{y: *9}}}}", "its aliases stand for more"),
+    "no end": ("seed: &a [*a]", "its aliases stand for more than"),
+    "no end of arguments": ("sglang: {args: {x: &a {b: *a}}}", "its aliases stand for more than"),
+    "a key twice": ("seed: 1\nseed: 2", "'seed' is given twice"),
+    "a long text": (f"seed: {'x' * 10**5}", "seed: input should be a valid integer"),
+    "deep": ("seed: " + "[" * 500, "not valid YAML"),
+    "a tag": ("seed: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    "a list": ("[1]", "expected a mapping of keys"),
+    "two documents": ("seed: 1\n---\nseed: 2", "not valid YAML"),
+    "a tab": ("train:\n\tsteps: 1", "not valid YAML"),
+    "a NUL": ("seed: \0", "not valid YAML"),
+    "extends itself": ("extends: config.yaml", "extends itself"),
+    "extends a folder": ("extends: .", "cannot read the configuration"),
+    "extends a number": ("extends: 3", "expected the name of a file"),
+}
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_configuration_files_that_cannot_be_are_refused(tmp_path, capsys, name):
+    text, says = YAMLS[name]
+    (tmp_path / "config.yaml").write_text(text)
+    refused(capsys, says, lambda: main(["train", str(tmp_path / "config.yaml"), "--dry-run"]))
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", "{x: &a [*a]}", "{x: 1, x: 2}"])
+def test_overrides_are_held_to_the_same(tmp_path, capsys, value):
+    (tmp_path / "config.yaml").write_text("run_dir: run\nmodel: {hf: m}\n")
+    words = ["train", str(tmp_path / "config.yaml"), f"sglang.args={value}", "--dry-run"]
+    refused(capsys, "sglang.args", lambda: main(words))
+
+
 HARMLESS = {"architectures", "transformers_version"}
 """Keys of config.json that nobody reads."""
 
@@ -392,6 +460,8 @@ REPLAY = {
     "one prompt": {"position": 0},
     "position is text": {"position": "x"},
     "weight_versions": {"weight_versions": [{"version": "0", "start": 1, "end": 2}]},
+    "weight version no number": {"weight_versions": [{"version": "x", "start": 0, "end": 2}]},
+    "weight version ²": {"weight_versions": [{"version": "²", "start": 0, "end": 2}]},
     "weight_versions null": {"weight_versions": None},
     "negative number": {"sample_index": -1},
 }
@@ -434,6 +504,7 @@ WORDS = [
     (["doctor", "--timeout", "nan"], "--timeout"),
     (["doctor", "--timeout", "1e300"], "--timeout"),
     (["plot", "/nowhere"], "/nowhere"),
+    *(([command, "x" * 256], "xxx") for command in ("train", "status", "samples", "plot", "eval")),
     (["samples", "/nowhere"], "/nowhere is no folder; give the folder of a run"),
     (["samples", "{run}"], "has none; a run saves them with rollout.save_samples=true"),
     (["convert"], "convert what?; there are convert hf-to-megatron, convert megatron-to-hf"),
@@ -479,7 +550,7 @@ def test_metrics_that_cannot_be_are_refused(tmp_path, capsys, name, command):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 1500, "\x00", "train: {steps: .inf}", "a: 1", "[1]", CONFIG + "x: [", ""]
+    "text", ["[" * 500, "\x00", "train: {steps: .inf}", "a: 1", "[1]", CONFIG + "x: [", ""]
 )
 def test_a_damaged_configuration_of_a_run_is_refused(tmp_path, capsys, text):
     (tmp_path / "config.yaml").write_text(text)

@@ -29,6 +29,7 @@ def test_right_sums(text):
         "1+499$\n",
         "",
         "١+499$",
+        "9" * 5000 + "+1$",
     ],
 )
 def test_everything_else_is_wrong(text):
