@@ -34,6 +34,8 @@ from megatron_gpc.config.types import (
     Temperature,
     TopK,
     Urls,
+    VariableName,
+    VariableValue,
     section,
 )
 
@@ -167,9 +169,7 @@ class SGLangConfig:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Arguments of the installed SGLang by name: {tp_size: 2, disable_overlap_schedule: true} is
     --tp-size 2 --disable-overlap-schedule."""
-    environment: dict[str, typing.Annotated[str, Field(coerce_numbers_to_str=True)]] = (
-        dataclasses.field(default_factory=dict)
-    )
+    environment: dict[VariableName, VariableValue] = dataclasses.field(default_factory=dict)
     """Environment variables of the server."""
 
 

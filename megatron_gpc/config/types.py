@@ -68,6 +68,8 @@ def http_url(value: str) -> str:
 
 
 Url = typing.Annotated[str, AfterValidator(http_url)]
+VariableName = typing.Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+VariableValue = typing.Annotated[str, Field(coerce_numbers_to_str=True, pattern=r"^[^\x00]*$")]
 
 
 def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ MADE_UP = "The answer is 42."
 """What a user's verifier is tried out on."""
 VERDICT_POLL_S = 0.05
 _ELSEWHERE = (
-    {"prompt", "prompts", "query", "queries", "question", "data_source", "args", "sample"},
+    {"prompt", "prompts", "query", "queries", "question", "data_source", "args"},
     {"prompt", "prompts", "completion", "completions", "response", "solution_str", "text"},
 )
 """Names that the first and the second parameter have where rewards are called otherwise (TRL, verl,

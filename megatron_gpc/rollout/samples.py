@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_gpc.config import RolloutConfig
+from megatron_gpc.config.layout import MOST_STEP_SAMPLES
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import replacing, strict_json
 from megatron_gpc.types import Prompt, Sample
@@ -115,7 +116,10 @@ def read_samples(run_dir: Path, step: int) -> SavedStep:
     if not file.is_file():
         raise UserError(f"{file}: no samples of step {step}; {_what_there_is(run_dir)}")
     try:
-        table = pq.ParquetFile(file).read()
+        source = pq.ParquetFile(file)
+        if source.metadata.num_rows > MOST_STEP_SAMPLES:  # a few bytes can stand for billions
+            raise ValueError(f"it has {source.metadata.num_rows} rows")
+        table = source.read()
         rows = pa.table([_column(table, field) for field in SCHEMA], schema=SCHEMA).to_pylist()
         samples = [_sample(row) for row in rows]
     except (

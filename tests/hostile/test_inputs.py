@@ -105,6 +105,13 @@ INPUTS: dict[str, tuple[Change, str]] = {
         }.items()
     },
     "processes": (saying("parallel.tp=2048", "parallel.pp=2048"), "parallel.tp * pp * cp * dp"),
+    **{
+        f"sglang.environment: {name!r}={value}": (
+            saying(f"sglang.environment={json.dumps({name: value})}"),
+            "sglang.environment",
+        )
+        for name, value in {"a=b": "1", "": "1", "a b": "1", "a": "\0", "é": "1", "b": [1]}.items()
+    },
     "samples of a step": (
         saying("rollout.prompts_per_step=1000000", "rollout.group_size=1000"),
         "rollout.prompts_per_step * group_size",
@@ -476,7 +483,7 @@ def test_replay_is_held_to_what_a_sample_can_be(job, capsys, name):  # noqa: F81
     refused(capsys, str(job.folder), lambda: job.command("train", "--dry-run", *overrides))
 
 
-@pytest.mark.parametrize("damage", ["columns", "empty", "cut", "text", "many steps"])
+@pytest.mark.parametrize("damage", ["columns", "empty", "cut", "text", "many", "many steps"])
 def test_replay_files_that_are_damaged_are_refused(job, capsys, damage):  # noqa: F811
     file, steps = saved(job.folder), 10**9 if damage == "many steps" else 1
     if damage == "columns":
@@ -485,6 +492,8 @@ def test_replay_files_that_are_damaged_are_refused(job, capsys, damage):  # noqa
         pq.write_table(pq.read_table(file).slice(0, 0), file)
     elif damage == "cut":
         file.write_bytes(file.read_bytes()[:-50])
+    elif damage == "many":
+        pq.write_table(pa.table({"right": pa.nulls(10**7, pa.bool_())}), file)
     elif damage == "text":
         file.write_text("PAR1")
     overrides = [f"rollout.replay={job.folder}", f"train.steps={steps}"]
