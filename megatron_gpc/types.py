@@ -14,12 +14,16 @@ that the tokens were sampled from, that is, after division by the sampling tempe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+Span = tuple[str, int, int]
+"""(version, start, end): which weights made the tokens start <= i < end of a response."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ class Sample:
     text: str
     finish_reason: str
     """`stop` (the policy ended the answer), `length` (cut at the limit) or `abort`."""
-    weight_versions: tuple[tuple[str, int, int], ...]
-    """(version, start, end): the weights that made tokens start <= i < end, in order.  A version is
-    the trainer's count of finished steps, as a string."""
+    weight_versions: tuple[Span, ...]
+    """The weights that made the tokens, in order.  A version is the trainer's count of finished
+    steps, as a string."""
     reward: float = 0.0
     """The verifier's, less the penalty for length (rollout.overlong)."""
     right: bool = False
@@ -90,6 +94,17 @@ class Sample:
     def from_plain(values: dict[str, Any]) -> Sample:
         """The sample that `dataclasses.asdict` was given."""
         return Sample(**{**values, "prompt": Prompt(**values["prompt"])})
+
+
+def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Spans of tokens without the empty ones, neighbours of the same version as one."""
+    found: list[Span] = []
+    for version, start, end in spans:
+        if found and found[-1][0] == version:
+            found[-1] = (version, found[-1][1], end)
+        elif end > start:
+            found.append((version, start, end))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import httpx
 
+from megatron_gpc.types import Span
+
 LOGPROB_TOLERANCE = 1e-3
 """A log-probability above 0 by more than this is no rounding error."""
 
@@ -46,8 +48,7 @@ class Generation:
     """Of each token [nats], under the temperature-scaled distribution."""
     text: str
     finish_reason: Literal["stop", "length", "abort"]
-    weight_versions: tuple[tuple[str, int, int], ...]
-    """(version, start, end): which weights made the tokens start <= i < end."""
+    weight_versions: tuple[Span, ...]
 
 
 def read_generation(answer: Any, rid: str, sampling_params: dict[str, Any]) -> Generation:

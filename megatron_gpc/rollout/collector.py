@@ -25,9 +25,7 @@ from megatron_gpc.rewards.judging import Answer
 from megatron_gpc.rollout.evaluation import score_means
 from megatron_gpc.rollout.groups import Choice, Group, Rollout, blanks, rollout_metrics
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
-from megatron_gpc.types import Prompt, Sample, Verdict
-
-Span = tuple[str, int, int]
+from megatron_gpc.types import Prompt, Sample, Verdict, joined
 
 
 def sample_seed(run_seed: int, stream: str, position: int, sample_index: int) -> int:
@@ -236,9 +234,9 @@ class Collector:
     def _extended(self, sample: Sample, generation: Generation) -> Sample:
         """A sample with what was generated now."""
         made = len(sample.token_ids)
-        spans = (
-            *sample.weight_versions,
-            *((version, made + start, made + end) for version, start, end in _spans(generation)),
+        new = (
+            (version, made + start, made + end)
+            for version, start, end in generation.weight_versions
         )
         tokens = sample.token_ids + tuple(generation.token_ids)
         text = self.decode(tokens)
@@ -248,7 +246,7 @@ class Collector:
             logprobs=sample.logprobs + tuple(generation.logprobs),
             text=text,
             finish_reason=generation.finish_reason,
-            weight_versions=_joined(spans),
+            weight_versions=joined([*sample.weight_versions, *new]),
         )
 
     def _judged(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -334,18 +332,3 @@ def overlong_penalty(length: int, rollout: RolloutConfig) -> float:
 def _rid_prefix(stream: str) -> str:
     """What the ids of a stream's requests begin with; no other stream's do."""
     return f"{stream.replace(' ', '-')}-"
-
-
-def _spans(generation: Generation) -> tuple[Span, ...]:
-    return tuple(span for span in generation.weight_versions if span[1] < span[2])
-
-
-def _joined(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Neighbouring spans of the same version as one."""
-    joined: list[Span] = []
-    for version, start, end in spans:
-        if joined and joined[-1][0] == version:
-            joined[-1] = (version, joined[-1][1], end)
-        else:
-            joined.append((version, start, end))
-    return tuple(joined)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_gpc.server.sampling import SamplingParams, Uniforms
+from megatron_gpc.types import Span, joined
 
 ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 """Finish reason of a sample that somebody ended, as SGLang reports it."""
@@ -38,8 +39,7 @@ class Result:
     ABORTED."""
     weight_version: str
     """Version when the sample ended."""
-    weight_versions: tuple[tuple[str, int, int], ...]
-    """(version, start, end): which weights made the tokens start <= i < end."""
+    weight_versions: tuple[Span, ...]
     num_retractions: int
 
 
@@ -144,19 +144,14 @@ class LiveSequence:
 
     def result(self) -> Result:
         assert self.finish is not None, "asked before its end"
-        spans: list[tuple[str, int, int]] = []
         ends = [start for _, start in self.versions[1:]] + [len(self.tokens)]
-        for (version, start), end in zip(self.versions, ends, strict=True):
-            if spans and spans[-1][0] == version:
-                spans[-1] = (version, spans[-1][1], end)
-            elif end > start:
-                spans.append((version, start, end))
+        spans = joined((*begun, end) for begun, end in zip(self.versions, ends, strict=True))
         return Result(
             prompt_tokens=len(self.request.input_ids),
             token_ids=tuple(self.tokens),
             logprobs=tuple(self.logprobs),
             finish=self.finish,
             weight_version=self.versions[-1][0],
-            weight_versions=tuple(spans),
+            weight_versions=spans,
             num_retractions=self.num_retractions,
         )
