@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _SUM = re.compile(r"([1-9][0-9]{,18})\+([1-9][0-9]{,18})\$")
 """Of numbers that can add up to a label; Python refuses to read those of 4301 digits."""
@@ -24,3 +25,8 @@ def verify(text: str, label: int) -> float:
     """
     match = _SUM.fullmatch(text)
     return float(match is not None and int(match[1]) + int(match[2]) == label)
+
+
+def verify_all(pairs: Sequence[tuple[str, int]]) -> list[float]:
+    """`verify` of each (text, label)."""
+    return [verify(text, label) for text, label in pairs]

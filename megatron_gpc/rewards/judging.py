@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from megatron_gpc.config import DataConfig, parts
 from megatron_gpc.errors import PartError, UserError
-from megatron_gpc.rewards import VERIFIERS, judge_all, verifier
+from megatron_gpc.rewards import VERIFIERS
 from megatron_gpc.rewards.extraction import END_TOKENS
 from megatron_gpc.types import Prompt, Verdict
 
@@ -63,7 +63,7 @@ class Judge:
     """
 
     def __init__(self, data: DataConfig, special: Sequence[str] = END_TOKENS):
-        self.data = data
+        self.data, self.special = data, special
         self.own = data.verifier not in VERIFIERS
         if self.own:
             self._call = _Call(data)
@@ -74,8 +74,9 @@ class Judge:
         parts.check_call(
             VERIFIER_KEY, data.verifier, lambda text, label: None, ("text", "label"), arguments
         )
-        self._built_in = verifier(data.verifier, special)
-        self.check_label = VERIFIERS[data.verifier].check_label
+        self._built_in = VERIFIERS[data.verifier]
+        self._built_in.require()
+        self.check_label = self._built_in.check_label
 
     def __call__(self, answers: Sequence[Answer]) -> list[Verdict]:
         """A verdict for each answer, in their order; several threads may ask.
@@ -87,7 +88,8 @@ class Judge:
         if self.own:
             return self._thread.run(self._all(answers)) if answers else []
         pairs = [(text, prompt.label) for text, prompt in answers]
-        return [Verdict(r, r >= self.data.right_at) for r in judge_all(self._built_in, pairs)]
+        rewards = self._built_in(pairs, self.special)
+        return [Verdict(reward, reward >= self.data.right_at) for reward in rewards]
 
     async def _all(self, answers: Sequence[Answer]) -> list[Verdict]:
         if self._call.batch:

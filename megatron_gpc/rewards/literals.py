@@ -55,7 +55,7 @@ class Number:
     unit: str = ""
     percent: bool = False
     last: Fraction = Fraction(0)
-    """What its last decimal is worth, if it has decimals: it may stand for something that near."""
+    """What its last decimal is worth; 0 without decimals.  A rounded number is off by less."""
 
 
 def parse_number(text: str) -> Number | None:

@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import queue
 import select
@@ -52,13 +53,17 @@ def require() -> None:
         )
 
 
-def verify(text: str, label: Any) -> float:
-    """1 if the final answer of `text` is that of `label` (text or number), else 0."""
-    return verify_all([(text, label)])[0]
+def check_label(label: Any) -> None:
+    """Raises a ValueError for what is neither text nor a number."""
+    text_or_number = isinstance(label, str | int | float) and not isinstance(label, bool)
+    if not text_or_number or not str(label).strip():
+        raise ValueError("expected the right answer, as text or a number")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise ValueError("expected a finite number")
 
 
 def verify_all(pairs: Sequence[tuple[str, Any]]) -> list[float]:
-    """`verify` of each (text, label), several at a time, in the order of the pairs."""
+    """For each (text, label): 1 if the final answer of the text is the label, else 0."""
     asked = []
     for text, label in pairs:
         answer = final_answer(said(text))

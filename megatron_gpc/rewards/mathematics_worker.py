@@ -3,8 +3,8 @@
 [gold, answer, deadline in seconds of CPU] -> true or false.
 
 A first process imports sympy and forks a second one, which compares.  A comparison that hangs is
-ended by the alarm, which nothing in Python has to answer to; then the first process says false and
-forks again, in milliseconds.  Both end with their input.
+ended by an alarm signal: it kills the second process, whatever Python is doing there.  Then the
+first one answers false and forks again, which takes milliseconds.  Both end when their input does.
 """
 
 from __future__ import annotations

@@ -11,10 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gpc.config import DataConfig
 from megatron_gpc.errors import UserError
-from megatron_gpc.rewards import mathematics, verifier
+from megatron_gpc.rewards import VERIFIERS, mathematics
 from megatron_gpc.rewards.extraction import final_answer, said
-from megatron_gpc.rewards.mathematics import Comparer, Pool, verify, verify_all
+from megatron_gpc.rewards.judging import Judge
+from megatron_gpc.rewards.mathematics import Comparer, Pool, verify_all
+
+
+def verify(text, label):
+    return verify_all([(text, label)])[0]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,7 @@ def test_without_the_library_the_way_out_is_said(monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "math_verify" else real(name)
     )
     with pytest.raises(UserError, match=r"pip install 'megatron-gpc\[math\]'"):
-        verifier("math")
+        Judge(DataConfig(prompts=Path("p"), verifier="math"))
 
 
 PAIRS = Path(__file__).with_name("mathematics_pairs.jsonl")
@@ -153,9 +159,12 @@ def test_hung_answers_are_judged_beside_each_other_and_the_order_is_kept(monkeyp
 
 
 def test_the_answer_ends_with_the_first_special_token_of_the_tokenizer():
-    judge = verifier("math", ["<|x|>", "[END]", "[START]"])
-    assert judge("[START]Answer: 42[END]Answer: 43", 42) == 1.0
-    assert judge("Answer: 43[END]Answer: 42", 42) == 0.0
-    assert judge.many([("Answer: 1[END]", 1), ("Answer: 2<|x|>", 1)]) == [1.0, 0.0]
+    pairs = [
+        ("[START]Answer: 42[END]Answer: 43", 42),
+        ("Answer: 43[END]Answer: 42", 42),
+        ("Answer: 1[END]", 1),
+        ("Answer: 2<|x|>", 1),
+    ]
+    assert VERIFIERS["math"](pairs, ["<|x|>", "[END]", "[START]"]) == [1.0, 0.0, 1.0, 0.0]
     assert said("[END]", ["[END]"]) == ""
-    assert verifier("addition", ["$"])("1+2$", 3) == 1.0, "its answers end with it"
+    assert VERIFIERS["addition"]([("1+2$", 3)], ["$"]) == [1.0], "its answers end with it"
