@@ -17,7 +17,8 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import SUMS, problems_of_all
 from megatron_gpc.weights.families import family_of
 from megatron_gpc.weights.folders import carry_over, hf_folder, new_folder, read_hf_config
-from megatron_gpc.weights.hf_files import HFReader, cast, write_hf
+from megatron_gpc.weights.hf_files import HFReader
+from megatron_gpc.weights.hf_writer import cast, write_hf
 from megatron_gpc.weights.megatron_files import MegatronReader, write_megatron
 from megatron_gpc.weights.places import Place, places_of
 from megatron_gpc.weights.table import Param, to_hf, to_megatron

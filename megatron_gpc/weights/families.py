@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_gpc.errors import UserError
@@ -124,18 +123,15 @@ class Family:
         config = self._settings(hf_config)
         sizes = self._sizes(config)
         sparse = self._sparse_layers(config)
-        found = []
-        for rule in self._present(config, "model"):
-            found.append(_param(rule, sizes, tp))
+        found = [_param(rule, sizes, tp) for rule in self._present(config, "model")]
         for layer, is_sparse in enumerate(sparse):
-            for rule in self._present(config, "layer", "moe" if is_sparse else "dense"):
-                found.append(_param(rule, sizes, tp, layer))
-            if is_sparse:
-                found.extend(
-                    _param(rule, sizes, tp, layer, expert)
-                    for expert in range(sizes["experts"])
-                    for rule in self._present(config, "expert")
-                )
+            once = self._present(config, "layer", "moe" if is_sparse else "dense")
+            found += [_param(rule, sizes, tp, layer) for rule in once]
+            found += [
+                _param(rule, sizes, tp, layer, expert)
+                for expert in range(sizes["experts"] if is_sparse else 0)
+                for rule in self._present(config, "expert")
+            ]
         return tuple(found)
 
     def model_fields(self, hf_config: Mapping[str, Any]) -> ModelFields:
@@ -268,10 +264,8 @@ class Family:
         return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
     def _expert_fields(self, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-        topk, normalised = (
-            fields.whole_number(config, "num_experts_per_tok"),
-            fields.flag(config, "norm_topk_prob"),
-        )
+        topk = fields.whole_number(config, "num_experts_per_tok")
+        normalised = fields.flag(config, "norm_topk_prob")
         if topk > sizes["experts"]:
             raise UserError(
                 f"config.json: num_experts_per_tok={topk} is more than "
@@ -339,73 +333,49 @@ def _param(
     )
 
 
-def _family(
-    model_type: str,
-    *rules: Rule,
-    defaults: Mapping[str, Any],
-    fixed: Mapping[str, Any] = MappingProxyType({}),
-    nulls: Mapping[str, Any] = MappingProxyType({}),
-) -> Family:
-    common = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
-    return Family(
-        model_type,
-        rules,
-        MappingProxyType({**common, **defaults}),
-        MappingProxyType({"hidden_act": "silu", **fixed}),
-        MappingProxyType({**nulls}),
-    )
-
-
-_ONE_GROUP_A_HEAD = {"num_key_value_heads": "num_attention_heads"}
-_MOE_DEFAULTS = {"decoder_sparse_step": 1, "mlp_only_layers": (), "norm_topk_prob": False}
+_DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+_DENSE_DEFAULTS = {**_DEFAULTS, "num_key_value_heads": 32}
+_MOE_DEFAULTS = {
+    **_DEFAULTS, "decoder_sparse_step": 1, "mlp_only_layers": (), "norm_topk_prob": False
+}  # fmt: skip
+_FIXED = {"hidden_act": "silu"}
+_FIXED_QWEN3 = {**_FIXED, "attention_bias": False}
+_DENSE_NULLS = {"num_key_value_heads": "num_attention_heads"}
 _MOE_NULLS = {"mlp_only_layers": ()}
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        family.model_type: family
-        for family in (
-            # Qwen2, Qwen2.5, Qwen2.5-Math, Qwen2.5-Coder
-            _family(
-                "qwen2",
-                *_BODY,
-                _QKV_BIAS,
-                *_DENSE,
-                defaults={"num_key_value_heads": 32},
-                nulls=_ONE_GROUP_A_HEAD,
-            ),
-            _family(
-                "qwen3",
-                *_BODY,
-                *_QK_NORM,
-                *_DENSE,
-                defaults={"head_dim": 128, "num_key_value_heads": 32},
-                fixed={"attention_bias": False},
-                nulls=_ONE_GROUP_A_HEAD,
-            ),
-            # Qwen1.5-MoE, Qwen2-57B-A14B
-            _family(
-                "qwen2_moe",
-                *_BODY,
-                _qkv("bias", "", when="qkv_bias"),
-                *_DENSE,
-                *_MOE,
-                *_SHARED_EXPERT,
-                nulls=_MOE_NULLS,
-                defaults={**_MOE_DEFAULTS, "qkv_bias": True, "num_key_value_heads": 16},
-            ),
-            _family(
-                "qwen3_moe",
-                *_BODY,
-                *_QK_NORM,
-                *_DENSE,
-                *_MOE,
-                nulls=_MOE_NULLS,
-                defaults={**_MOE_DEFAULTS, "num_key_value_heads": 4},
-                fixed={"attention_bias": False},
-            ),
-        )
-    }
-)
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(  # Qwen2, Qwen2.5, Qwen2.5-Math, Qwen2.5-Coder
+            "qwen2",
+            (*_BODY, _QKV_BIAS, *_DENSE),
+            _DENSE_DEFAULTS,
+            _FIXED,
+            _DENSE_NULLS,
+        ),
+        Family(
+            "qwen3",
+            (*_BODY, *_QK_NORM, *_DENSE),
+            {**_DENSE_DEFAULTS, "head_dim": 128},
+            _FIXED_QWEN3,
+            _DENSE_NULLS,
+        ),
+        Family(  # Qwen1.5-MoE, Qwen2-57B-A14B
+            "qwen2_moe",
+            (*_BODY, _qkv("bias", "", when="qkv_bias"), *_DENSE, *_MOE, *_SHARED_EXPERT),
+            {**_MOE_DEFAULTS, "qkv_bias": True, "num_key_value_heads": 16},
+            _FIXED,
+            _MOE_NULLS,
+        ),
+        Family(
+            "qwen3_moe",
+            (*_BODY, *_QK_NORM, *_DENSE, *_MOE),
+            {**_MOE_DEFAULTS, "num_key_value_heads": 4},
+            _FIXED_QWEN3,
+            _MOE_NULLS,
+        ),
+    )
+}
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

@@ -1,20 +1,16 @@
-"""Hugging Face checkpoint folders, a tensor at a time.
+"""Reading Hugging Face checkpoint folders, a tensor at a time; hf_writer.py writes them.
 
-A safetensors file is an 8-byte length, that many bytes of JSON (name -> dtype, shape, offsets),
-then the numbers.  Reading goes through ordinary reads and not through a memory map, whose pages
-would count as this process's memory; writing appends tensor after tensor behind room that is kept
-for the JSON.  Either way no more than one tensor is in memory.
+A safetensors file is an 8-byte length, that many bytes of JSON, the header (name -> dtype, shape,
+offsets), then the numbers.  They are read by ordinary reads and not through a memory map, whose
+pages would count as this process's memory; no more than one tensor is in memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,21 +18,15 @@ from torch import Tensor
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import check_regular, parse_json, read_json
-from megatron_gpc.weights.folders import carry_over, first_few, new_folder
+from megatron_gpc.weights.folders import first_few
 from megatron_gpc.weights.table import Param
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of the dtypes that weights may have."""
-_DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
-
 SAMPLED_BYTES = 2**26
 """Of all tensors together that are looked at before anything starts: all of a small model."""
-_HEADER_BYTES = 2**18
-"""Room for the JSON of a shard: about 2000 tensors; then the next one begins."""
-_SINGLE_HEADER_BYTES = 2**23
-"""Room for the JSON of the one file that `write_single` makes: about 60,000 tensors."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Where its first byte lies in the file."""
     nbytes: int
 
 
@@ -87,7 +77,7 @@ class HFReader:
             raise UserError(f"{self.folder} has no tensor {name}")
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        buffer = _bytes_of(tensor)
+        buffer = bytes_of(tensor)
         try:
             with entry.file.open("rb", buffering=0) as file:
                 file.seek(entry.offset)
@@ -163,204 +153,20 @@ class HFReader:
             check_finite(f"{entry.file}: tensor {name}", numbers)
 
 
-def write_hf(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    source: Path,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write a checkpoint folder that `from_pretrained` and SGLang load as it is.
-
-    It appears whole or not at all (`folders.new_folder`).
-
-    Args:
-        folder: absent or empty.
-        tensors: Hugging Face names and tensors; consumed one by one.
-        source: folder whose configuration, tokenizer, chat template and licence go along.
-        dtype: convert to this, and say so in config.json; None: every tensor as it comes.
-        max_shard_bytes: a file that would grow larger is followed by another, and an index.
-
-    Raises:
-        UserError: folder is not empty, source has no config.json, a dtype not in `FILE_DTYPES`,
-            a name that comes twice, or the disk is full.
-    """
-    with new_folder(Path(folder)) as partial:
-        carry_over(Path(source), partial, dtype)
-        _write_shards(partial, tensors, dtype, max_shard_bytes)
-
-
-def write_single(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Put `model.safetensors` into an existing folder, in place of an older one.
-
-    For weight sync: quick, because it does not wait for the disk; and a reader finds the old file
-    or the new one, never a mixture.
-
-    Raises:
-        UserError: as `write_hf`.
-    """
-    folder = Path(folder)
-    partial = folder / f".{SINGLE}.partial-{os.getpid()}"
-    try:
-        with partial.open("wb") as file:
-            writer = _Shard(file, _SINGLE_HEADER_BYTES)
-            for name, tensor in tensors:
-                writer.add(name, _plain(name, tensor, None))
-            writer.finish()
-        partial.replace(folder / SINGLE)
-    except OSError as error:
-        raise UserError(f"{folder / SINGLE}: cannot be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):  # after success there is nothing to remove
-            partial.unlink()
-
-
-class _Shard:
-    """One safetensors file in the making: room for the header, then tensors as they come."""
-
-    def __init__(self, file: BinaryIO, header_bytes: int) -> None:
-        self.file, self.header_bytes = file, header_bytes
-        self.entries = ['"__metadata__": {"format": "pt"}']
-        self.data_bytes, self.json_bytes = 0, len(self.entries[0]) + 2
-        file.seek(8 + header_bytes)
-
-    def fits(self, name: str, tensor: Tensor) -> bool:
-        """Whether the header has room for the tensor, and the data an aligned place."""
-        text = self._entry(name, tensor)
-        return (
-            self.json_bytes + len(text) + 2 <= self.header_bytes
-            and self.data_bytes % tensor.itemsize == 0
-        )
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append a contiguous CPU tensor.
-
-        Raises:
-            UserError: it does not fit, or the disk is full.
-        """
-        if not self.fits(name, tensor):
-            raise UserError(f"{self.file.name}: no room for tensor {name} in one safetensors file")
-        try:
-            self.file.write(_bytes_of(tensor))
-        except OSError as error:
-            raise UserError(
-                f"{self.file.name}: cannot write tensor {name}: {error.strerror}"
-            ) from None
-        self.entries.append(self._entry(name, tensor))
-        self.json_bytes += len(self.entries[-1]) + 2
-        self.data_bytes += tensor.nbytes
-
-    def finish(self) -> None:
-        """Write the header.  Spaces fill it up: the format allows them, and offsets stay put."""
-        text = "{" + ", ".join(self.entries) + "}"
-        self.file.seek(0)
-        self.file.write(self.header_bytes.to_bytes(8, "little"))
-        self.file.write(text.encode().ljust(self.header_bytes))
-        self.file.flush()
-
-    def _entry(self, name: str, tensor: Tensor) -> str:
-        value = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self.data_bytes, self.data_bytes + tensor.nbytes],
-        }
-        return f"{json.dumps(name)}: {json.dumps(value)}"
-
-
-def _write_shards(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype | None,
-    max_shard_bytes: int,
-) -> None:
-    """Files of at most max_shard_bytes, then the index if there is more than one."""
-    shard_of: dict[str, int] = {}
-    total_bytes = count = 0
-    with contextlib.ExitStack() as stack:
-        shard = None
-        for name, tensor in tensors:
-            if name in shard_of:
-                raise UserError(f"tensor {name} comes twice")
-            tensor = _plain(name, tensor, dtype)
-            if (
-                shard is None
-                or not shard.fits(name, tensor)
-                or (shard.data_bytes and shard.data_bytes + tensor.nbytes > max_shard_bytes)
-            ):
-                if shard is not None:
-                    _settle(shard)
-                stack.close()
-                count += 1
-                file = stack.enter_context((folder / f"{count}.partial").open("wb"))
-                shard = _Shard(file, _HEADER_BYTES)
-            shard.add(name, tensor)
-            shard_of[name] = count
-            total_bytes += tensor.nbytes
-            del tensor  # before the next one is made
-        if shard is None:
-            raise UserError(f"{folder}: no tensors to write")
-        _settle(shard)
-    names = (
-        [SINGLE]
-        if count == 1
-        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    )
-    for i, name in enumerate(names, start=1):
-        (folder / f"{i}.partial").rename(folder / name)
-    if count > 1:
-        index = {
-            "metadata": {"total_size": total_bytes},
-            "weight_map": {name: names[i - 1] for name, i in sorted(shard_of.items())},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _settle(shard: _Shard) -> None:
-    """Finish the file and wait for the disk: the folder's new name must not outrun its content."""
-    shard.finish()
-    os.fsync(shard.file.fileno())
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in another dtype; the same tensor if it has that dtype, or dtype is None.
-
-    Raises:
-        UserError: a finite number becomes infinite, as large ones do in float16.
-    """
-    if dtype is None or tensor.dtype is dtype:
-        return tensor
-    made = tensor.to(dtype)
-    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if narrower and not _finite(made) and _finite(tensor):
-        raise UserError(
-            f"{name} has numbers as large as {tensor.abs().max().item():.3g}, which "
-            f"{dtype} cannot represent; choose float32 or bfloat16"
-        )
-    return made
-
-
 def check_finite(what: str, tensor: Tensor) -> None:
     """Refuse weights that are not numbers.
 
     Raises:
         UserError: names the tensor, as `what` does.
     """
-    if tensor.numel() and not _finite(tensor):
+    if tensor.numel() and not all_finite(tensor):
         raise UserError(
             f"{what} holds nan or infinity; fetch it again, or take an older checkpoint"
         )
 
 
-def _finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
-
-
-def _plain(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """On the CPU, contiguous, in a dtype that a checkpoint may have."""
-    if tensor.dtype not in _DTYPE_NAMES:
-        raise UserError(f"{name} is {tensor.dtype}; a checkpoint holds float32, bfloat16, float16")
-    return cast(name, tensor.detach(), dtype).cpu().contiguous()
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -430,7 +236,7 @@ def _compare_with_index(file: Path, found: Mapping[str, Entry], where: Mapping[s
         raise UserError(f"{file} holds {first_few(elsewhere)}, which {INDEX} does not place there")
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
