@@ -21,7 +21,7 @@ Line = tuple[float, float]  # (slope, intercept) of a threshold over p
 
 
 def mix(weight: float, a: Line, b: Line) -> Line:
-    """weight * a + (1 - weight) * b; exact at the ends, where a term with weight 0 must vanish."""
+    """weight * a + (1 - weight) * b; exactly a or b if the weight is 1 or 0."""
     if weight == 1.0:
         return a
     if weight == 0.0:

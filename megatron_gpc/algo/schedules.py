@@ -18,8 +18,8 @@ the paper's lambda(k) = 1 - 2k/T.
               s_k = 0  eps_high                              Lo(p)
 
 A schedule is asked once a training step, on one rank, and its answer holds on all ranks for all
-updates of that step.  It takes the globally reduced entropy.  It is not asked at a step that has
-nothing to train on; k counts that step all the same.
+updates of that step.  It is given the mean entropy over the tokens of all ranks.  A step that has
+nothing to train on does not ask it, but counts in k.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ entropy measured before the step's updates and the target is that of the step's 
 
     lambda = gain e + I, cut to [-1, 1]        I grows by integral_gain e a step
 
-I waits while lambda is cut (anti-windup), so |I| <= 1 and lambda leaves its limit as soon as
-entropy is back.  Relative errors make the gains the same for
-a policy of 0.3 and one of 3 nats.
+I stands still while lambda is cut (anti-windup): so |I| <= 1, and lambda leaves its limit as soon
+as entropy is back.  Because errors are relative, the same gains suit a policy of 0.3 nats and one
+of 3.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class TargetSchedule:
         return self.mixed(self.clip_lambda)
 
     def mixed(self, clip_lambda: float) -> Bounds:
-        """The thresholds at a lambda."""
+        """The thresholds that belong to a lambda."""
         return opened_bounds(self.clip, hi=max(clip_lambda, 0.0), lo=max(-clip_lambda, 0.0))
 
     def _steer(self, k: int, entropy: float) -> None:

@@ -216,7 +216,7 @@ class RolloutConfig:
     replay: Path | None = None
     """Folder of a run whose saved samples are trained on, step by step, instead of new ones; no
     server is needed then, and nothing is evaluated."""
-    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    server: ServerConfig = ServerConfig()
 
 
 @section
@@ -359,7 +359,7 @@ class ClipConfig:
 
 @section
 class DiagnosticsConfig:
-    """What a step measures of itself at the price of further passes over its samples."""
+    """Measurements that cost a step further passes over its samples."""
 
     entropy_change: bool = False
     """How much the step's updates changed mean entropy on the step's own samples (`dh_measured`),
@@ -471,16 +471,16 @@ class Config:
     """How long a rank waits for the others before the run ends with an error [s]."""
     plots: bool = True
     """Draw plots.png at the end, which takes seconds; `megatron-gpc plot` draws it at any time."""
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
-    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
-    sglang: SGLangConfig = dataclasses.field(default_factory=SGLangConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    kl: KLConfig = dataclasses.field(default_factory=KLConfig)
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
-    diagnostics: DiagnosticsConfig = dataclasses.field(default_factory=DiagnosticsConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    log: LogConfig = dataclasses.field(default_factory=LogConfig)
-    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sglang: SGLangConfig = SGLangConfig()
+    train: TrainConfig = TrainConfig()
+    kl: KLConfig = KLConfig()
+    optim: OptimConfig = OptimConfig()
+    clip: ClipConfig = ClipConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
+    megatron: MegatronConfig = MegatronConfig()

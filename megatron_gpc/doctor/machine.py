@@ -24,7 +24,7 @@ OPEN_FILES = 4096
 
 
 def machine(peer: str, ports: Sequence[int]) -> list[Finding]:
-    """All of it.
+    """Every finding about this node's hardware and limits.
 
     Args:
         peer: address of another node, or of this one.

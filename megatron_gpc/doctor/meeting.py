@@ -26,7 +26,7 @@ from megatron_gpc.doctor.finding import Finding
 from megatron_gpc.run import environment
 
 FAREWELL_S = 5.0
-"""How long rank 0 keeps the store for the others to read the end."""
+"""How long rank 0 keeps the store open at the end, so that the others can read the verdict [s]."""
 STORE_POLL_S = 0.05
 
 

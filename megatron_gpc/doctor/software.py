@@ -35,7 +35,7 @@ print(json.dumps(said))
 
 
 def software(sglang_python: Path | None, broadcast: bool = False) -> list[Finding]:
-    """All of it.
+    """Every finding about versions.
 
     Args:
         sglang_python: interpreter of SGLang's environment; None: SGLang is not asked for.
@@ -51,7 +51,7 @@ def software(sglang_python: Path | None, broadcast: bool = False) -> list[Findin
 
 
 def version_of(name: str) -> str | None:
-    """Of an installed distribution."""
+    """Version of an installed distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

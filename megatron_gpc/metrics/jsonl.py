@@ -1,4 +1,4 @@
-"""metrics.jsonl (an object a step) and eval.jsonl (an object an evaluation): the sink, and back."""
+"""Writes and reads metrics.jsonl (an object for each step) and eval.jsonl (for each evaluation)."""
 
 from __future__ import annotations
 

@@ -45,10 +45,13 @@ class Series:
         """Steps that are averaged to see through the noise: 5 % of them, at least one."""
         return max(1, len(self) // 20)
 
+    def where(self, chosen: np.ndarray) -> Series:
+        """Without the steps that a boolean array [steps] leaves out."""
+        return Series(self.steps[chosen], self.values[chosen])
+
     def known(self) -> Series:
         """Without the steps whose value is nan."""
-        having = ~np.isnan(self.values)
-        return Series(self.steps[having], self.values[having])
+        return self.where(~np.isnan(self.values))
 
     def mean(self) -> float:
         """Mean over all steps; nan for an empty series."""
@@ -88,12 +91,9 @@ def _mean(values: np.ndarray) -> float:
 
 def paired(one: Series, other: Series) -> tuple[np.ndarray, np.ndarray]:
     """Values of two metrics at the steps at which both are known."""
-    of_one, of_other = (
-        {step: v for step, v in zip(s.steps.tolist(), s.values.tolist(), strict=True) if v == v}
-        for s in (one, other)
-    )
-    steps = sorted(of_one.keys() & of_other.keys())
-    return np.array([of_one[k] for k in steps]), np.array([of_other[k] for k in steps])
+    one, other = one.known(), other.known()
+    _, here, there = np.intersect1d(one.steps, other.steps, return_indices=True)
+    return one.values[here], other.values[there]
 
 
 def correlation(one: Series, other: Series) -> float:
@@ -239,7 +239,7 @@ def group_runs(runs: Sequence[Run]) -> list[SeedGroup]:
 
 
 def _reads(run: Run, key: str) -> bool:
-    """Whether the run's schedule looks at a key; clip.target and its gains are of one alone."""
+    """Whether the run's schedule reads a key: only `target` reads clip.target and its gains."""
     return not key.startswith("clip.target") or run.config["clip.schedule"] == "target"
 
 

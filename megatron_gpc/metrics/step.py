@@ -12,10 +12,10 @@ from megatron_gpc.algo.regions import region_masks
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats
 
 
-def batch_metrics(
-    batch: RolloutBatch, scored: TokenStats, weights_T: torch.Tensor
+def step_metrics(
+    batch: RolloutBatch, scored: TokenStats, weights_T: torch.Tensor, bounds: Bounds, clock: Clock
 ) -> dict[str, float]:
-    """What the step's samples say before any update; means over all response tokens, nan where
+    """What a step says of itself besides its updates; means over all response tokens, nan where
     there are none.
 
     Computed from globally reduced values, so every rank gets the same numbers.
@@ -23,6 +23,7 @@ def batch_metrics(
     advantages_T = batch.advantages_N.repeat_interleave(batch.response_lengths_N)
     regions = region_masks(scored.logp_T, scored.entropy_T, advantages_T)
     gap_T = (scored.logp_T - batch.rollout_logp_T).abs().double()
+    at = {"p0": 0.0, "p05": 0.5, "p1": 1.0}
     return {
         "entropy": float(scored.entropy_T.double().mean()),
         "response_length": float(batch.response_lengths_N.double().mean()),
@@ -30,24 +31,8 @@ def batch_metrics(
         "logp_gap_max": float(gap_T.max()) if len(gap_T) else math.nan,
         "correction_mean": float(weights_T.double().mean()),
         **{f"share_e{i}": float(mask.double().mean()) for i, mask in enumerate(regions, start=1)},
-    }
-
-
-def bounds_metrics(bounds: Bounds) -> dict[str, float]:
-    """The thresholds at three probabilities."""
-    at = {"p0": 0.0, "p05": 0.5, "p1": 1.0}
-    return {f"eps_high_at_{name}": bounds.eps_high_at(p) for name, p in at.items()} | {
-        f"eps_low_at_{name}": bounds.eps_low_at(p) for name, p in at.items()
-    }
-
-
-def step_metrics(
-    batch: RolloutBatch, scored: TokenStats, weights_T: torch.Tensor, bounds: Bounds, clock: Clock
-) -> dict[str, float]:
-    """All of this file."""
-    return {
-        **batch_metrics(batch, scored, weights_T),
-        **bounds_metrics(bounds),
+        **{f"eps_high_at_{name}": bounds.eps_high_at(p) for name, p in at.items()},
+        **{f"eps_low_at_{name}": bounds.eps_low_at(p) for name, p in at.items()},
         **clock.metrics(batch.num_response_tokens),
     }
 

@@ -119,25 +119,18 @@ _COMPARED: Mapping[str, Callable[[Run], float]] = {
     "reward, end": lambda run: run.series("reward").last(),
     "entropy, start": lambda run: run.series("entropy").first(),
     "peak": lambda run: run.series("entropy").peak()[1],
-    "phase 1": lambda run: _phase_1(run, "entropy"),
-    "phase 2": lambda run: _phase_2(run, "entropy"),
+    "phase 1": lambda run: _phase_mean(run, first=True),
+    "phase 2": lambda run: _phase_mean(run, first=False),
     "end": lambda run: run.series("entropy").last(),
     "distinct right, end": lambda run: _last_evaluation(run.series("eval_distinct_right")),
 }
 
 
-def _phase_1(run: Run, name: str) -> float:
-    """Mean over clip.phase_split of the run, the same steps for schedules without phases."""
-    series = run.series(name)
-    first = series.steps <= run.split
-    return Series(series.steps[first], series.values[first]).mean()
-
-
-def _phase_2(run: Run, name: str) -> float:
-    """Mean over the rest; nan if a run has not come so far."""
-    series = run.series(name)
-    rest = series.steps > run.split
-    return Series(series.steps[rest], series.values[rest]).mean()
+def _phase_mean(run: Run, first: bool) -> float:
+    """Mean of entropy before or after clip.phase_split of the run, the same steps for schedules
+    without phases; nan if the run has none of them."""
+    entropy = run.series("entropy")
+    return entropy.where((entropy.steps <= run.split) == first).mean()
 
 
 def _last_evaluation(series: Series) -> float:

@@ -72,7 +72,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """A sum over tokens, and what each token did; what is no loss has no gradient."""
+    """A sum over tokens, and what each token did.  Only the sum has a gradient."""
 
     loss_sum: torch.Tensor
     """Scalar; the caller divides by the GLOBAL number of response tokens, once."""
