@@ -266,9 +266,15 @@ class TrainConfig:
     """Where weights are truncated or masked."""
     entropy_coef: FiniteFloat = 0.0
     """Weight of an entropy bonus in the objective; 0 keeps no state for its gradient."""
+    head: Literal["auto", "logits", "fused"] = "auto"
+    """How the LM head's logits become log-probs and entropies.  `fused`: a chunk of the vocabulary
+    at a time, which the backward pass makes again, so that T x V logits never exist.  `auto`: the
+    same, but logits of at most 1 GiB a forward pass are kept, which saves a quarter of the matrix
+    products.  `logits`: all logits and their gradient, by megatron-core's output layer; the
+    reference that the others are held to."""
     logit_chunk_tokens: PositiveInt = 1024
-    """Most tokens whose fp32 logits exist at the same time in log-prob and entropy; on a CPU fewer,
-    so that they fit its cache."""
+    """With head=logits: most tokens whose fp32 logits exist at the same time in log-prob and
+    entropy; on a CPU fewer, so that they fit its cache."""
 
 
 @section

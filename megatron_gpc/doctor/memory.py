@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gpc.config import Config, ParallelConfig
+from megatron_gpc.kernels import chunk_vocab, keeps_logits
 from megatron_gpc.weights import Param, family_of
 
 GIB = 2**30
@@ -101,16 +102,22 @@ def activation_bytes(config: Config, sizes: Mapping[str, Any]) -> float:
 def head_bytes(config: Config, vocab: int, hidden: int) -> float:
     """What the last pipeline stage takes for logits and what is made of them.
 
-    Log-prob and entropy take three fp32 copies of a chunk beside the logits.  On the way back two
-    beside logits and their gradient; then comes the gradient of the LM head.
+    With train.head=logits, log-prob and entropy take three fp32 copies of a chunk beside the
+    logits; on the way back two beside logits and their gradient, and then comes the gradient of the
+    LM head.  Otherwise there are a chunk's logits, or all that are kept, and become their own
+    gradient; and the hidden states' gradient, in fp32, with a product that is added to it.
     """
     p, size = config.parallel, 2 if config.model.dtype == "bfloat16" else 4
     responses = config.train.micro_batch_size * config.rollout.max_response_tokens
     rows = min(longest_micro_batch(config), responses) / p.cp
     row = vocab / p.tp
-    chunk = 4 * min(config.train.logit_chunk_tokens, rows) * row
     logits, weight = size * rows * row, size * hidden * row
-    return max(logits + 3 * chunk, 2 * logits + max(2 * chunk, weight))
+    if config.train.head == "logits":
+        chunk = 4 * min(config.train.logit_chunk_tokens, rows) * row
+        return max(logits + 3 * chunk, 2 * logits + max(2 * chunk, weight))
+    if config.train.head == "fused" or not keeps_logits(logits):
+        logits = size * rows * min(row, chunk_vocab(int(rows), "cuda"))
+    return rows * hidden * (4 + size) + max(logits, weight)
 
 
 def longest_micro_batch(config: Config) -> int:

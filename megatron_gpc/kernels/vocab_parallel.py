@@ -1,13 +1,9 @@
 """Log-prob of the sampled token and exact entropy, for logits sharded over tensor parallelism.
 
 One autograd function, one collective.  Each rank folds its vocabulary shard of a token into six
-numbers: the maximum m of its logits x and, relative to it,
-
-    sum e^(x-m)    sum (x-m) e^(x-m)    sum e^2(x-m)    sum (x-m) e^2(x-m)    the target's logit
-
-An all_gather of these [T, 6] numbers is all that the ranks exchange, in forward; backward needs
-nothing, since a logit's gradient depends on its own value and on the merged sums.  Shards merge
-like log-sum-exp: what was relative to m becomes relative to the global maximum M.
+numbers (kernels/merging.py).  An all_gather of these [T, 6] numbers is all that the ranks exchange,
+in forward; backward needs nothing, since a logit's gradient depends on its own value and on the
+merged sums.
 
 fp32 logits exist for `chunk_tokens` tokens at a time, so what is needed beside the logits and their
 gradient does not grow with T x V; on a CPU for fewer, since there the passes over them cost most,
@@ -22,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_gpc.kernels.merging import empty_part, merge_ranks
 from megatron_gpc.types import TokenStats
 
 IN_CACHE = 2**19
@@ -78,16 +75,13 @@ class _TokenStats(torch.autograd.Function):
         chunk_tokens: int,
         entropy_grad: bool,
     ) -> tuple[torch.Tensor, ...]:
-        ranks = 1 if group is None else group.size()
         offset = 0 if group is None else group.rank() * logits_TV.shape[1]
         real = min(max(vocab_size - offset, 0), logits_TV.shape[1])  # columns that are no padding
         local_T = targets_T - offset
         own_T = (local_T >= 0) & (local_T < real)
         local_T = local_T.clamp(0, max(real - 1, 0))
 
-        partial_T6 = logits_TV.new_zeros(len(targets_T), 6, dtype=torch.float32)
-        if real == 0:  # a shard of padding alone: the neutral element of the merge
-            partial_T6[:, 0] = torch.finfo(torch.float32).min
+        partial_T6 = empty_part(logits_TV)  # and stays so for a shard of padding alone
         for chunk in _chunks(len(targets_T), chunk_tokens if real else 0):
             x = logits_TV[chunk, :real].float() / temperature
             target = x.gather(1, local_T[chunk, None])[:, 0]
@@ -99,31 +93,15 @@ class _TokenStats(torch.autograd.Function):
             rows += [e.sum(1), x.mul_(e).sum(1), target.where(own_T[chunk], 0.0)]
             partial_T6[chunk] = torch.stack(rows, 1)
 
-        gathered = partial_T6[None]
-        if ranks > 1:
-            gathered = partial_T6.new_empty(ranks, *partial_T6.shape)
-            dist.all_gather_into_tensor(gathered.flatten(0, 1), partial_T6, group=group)
-        m, s, xs, s2, xs2, target = gathered.unbind(2)  # each [ranks, T]
-        max_T = m.amax(0)
-        d = m - max_T
-        w, w2 = d.exp(), (2 * d).exp()
-        s_T = (w * s).sum(0)
-        xs_T = (w * (xs + d * s)).sum(0)
-        s2_T = (w2 * s2).sum(0)
-        xs2_T = (w2 * (xs2 + d * s2)).sum(0)
-
-        log_s_T = s_T.log()
-        logp_T = (target.sum(0) - max_T) - log_s_T
-        entropy_T = log_s_T - xs_T / s_T
-        sum_p2_T = s2_T / s_T**2
-        sum_p2_logp_T = xs2_T / s_T**2 - log_s_T * sum_p2_T
-
+        merged = merge_ranks(partial_T6, group)
         ctx.save_for_backward(
-            logits_TV, local_T, own_T, max_T, log_s_T, entropy_T if entropy_grad else None
+            *(logits_TV, local_T, own_T, merged.max_T, merged.log_s_T),
+            merged.entropy_T if entropy_grad else None,
         )
         ctx.real, ctx.temperature, ctx.chunk_tokens = real, temperature, chunk_tokens
-        ctx.mark_non_differentiable(sum_p2_T, sum_p2_logp_T, *([] if entropy_grad else [entropy_T]))
-        return logp_T, entropy_T, sum_p2_T, sum_p2_logp_T
+        stats = merged[:4]
+        ctx.mark_non_differentiable(*stats[2:], *([] if entropy_grad else [stats[1]]))
+        return stats
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -38,6 +38,7 @@ def sequence_logits(
 
     logits_TV: list[torch.Tensor] = []
     last, hook = models[-1].eval(), None
+    head, last.head = last.head, "logits"
     if last.post_process:
         hook = last.output_layer.register_forward_hook(
             lambda layer, given, result: logits_TV.append(
@@ -61,6 +62,7 @@ def sequence_logits(
         forward_only=True,
         collect_non_loss_data=True,
     )
+    last.head = head
     if hook is not None:
         hook.remove()
     if not (

@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_gpc.batching import chunk_positions, ranges
 from megatron_gpc.config import Config
+from megatron_gpc.kernels import keeps_logits
+from megatron_gpc.kernels.head import head_stats
 from megatron_gpc.kernels.vocab_parallel import token_stats
 from megatron_gpc.mcore.attention import Pack, PackedAttention
 from megatron_gpc.mcore.native import transformer_config, uses_transformer_engine
@@ -30,6 +32,10 @@ class PolicyModel(GPTModel):
     The rows that predict response tokens are taken before the LM head, so that logits of prompts
     and padding never exist.  Log-prob and entropy are computed inside the model, so that neither
     Float16Module nor the pipeline ever copies logits.
+
+    Args:
+        head: `train.head`.
+        chunk_tokens: `train.logit_chunk_tokens`.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class PolicyModel(GPTModel):
         *args: Any,
         true_vocab_size: int,
         temperature: float,
+        head: str,
         chunk_tokens: int,
         entropy_grad: bool,
         **kwargs: Any,
@@ -45,6 +52,7 @@ class PolicyModel(GPTModel):
         super().__init__(config, *args, **kwargs)
         self.true_vocab_size = true_vocab_size
         self.temperature = temperature
+        self.head = head
         self.chunk_tokens = chunk_tokens
         self.entropy_grad = entropy_grad
         if self.post_process and self.output_layer.sequence_parallel:
@@ -115,16 +123,20 @@ class PolicyModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        logits_T1V, _ = self.output_layer(hidden_T1D, weight=weight)
-        return token_stats(
-            logits_T1V[:, 0],
-            self._targets_T,
-            vocab_size=self.true_vocab_size,
-            group=self.pg_collection.tp,
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
-            entropy_grad=self.entropy_grad,
-        )
+        asked: Any = {
+            "vocab_size": self.true_vocab_size,
+            "group": self.pg_collection.tp,
+            "temperature": self.temperature,
+            "entropy_grad": self.entropy_grad,
+        }
+        if self.head == "logits":
+            logits_T1V, _ = self.output_layer(hidden_T1D, weight=weight)
+            logits_TV = logits_T1V[:, 0]
+            return token_stats(logits_TV, self._targets_T, chunk_tokens=self.chunk_tokens, **asked)
+        weight_VD: Any = self.output_layer.weight if weight is None else weight
+        logits_bytes = len(hidden_T1D) * len(weight_VD) * weight_VD.element_size()
+        keep = self.head == "auto" and keeps_logits(logits_bytes)
+        return head_stats(hidden_T1D[:, 0], weight_VD, self._targets_T, keep_logits=keep, **asked)
 
 
 def build_model(config: Config, fields: ModelFields) -> list[PolicyModel]:
@@ -147,6 +159,7 @@ def build_model(config: Config, fields: ModelFields) -> list[PolicyModel]:
             vp_stage=vp_stage,
             true_vocab_size=fields.vocab_size,
             temperature=config.rollout.temperature,
+            head=config.train.head,
             chunk_tokens=config.train.logit_chunk_tokens,
             entropy_grad=config.train.entropy_coef != 0.0,
             **fields.gpt,

@@ -14,7 +14,7 @@ calculate_per_token_loss=True):
    rank's buffer has what its own positions contribute to the loss of ALL tokens.  A position stands
    on one rank, so nothing is counted twice.
 4. Tensor-parallel ranks compute the same loss, each on its part of the vocabulary; the log-prob's
-   one collective (kernels/vocab_parallel.py) gives each the gradient of its own logits, and the
+   one collective (kernels/merging.py) gives each the gradient of its own logits, and the
    layers' all-reduces, or with sequence parallelism reduce-scatters, make activations' gradients
    whole.  Weights that are not cut but see a part of the sequence (norms) are summed over the
    tensor-parallel ranks by finalize_model_grads.

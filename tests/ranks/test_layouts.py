@@ -21,19 +21,37 @@ from layouts import (
 
 @pytest.mark.parametrize("layout", two_models_each(LAYOUTS), ids=str)
 def test_every_layout_gives_the_numbers_of_float64(problems, references, pool, tmp_path, layout):
-    _hold_to_float64(problems, references, pool, tmp_path, layout)
+    _hold_to_float64(problems, references, pool, tmp_path, layout, "auto")
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(1, (), ("tied",)),
+        Layout(2, (TP2, SP), ("dense",)),
+        Layout(4, (TP2, PP2, VPP2, SP), ("tied",)),
+        Layout(4, (CP2, DP2), ("moe",)),
+    ],
+    ids=str,
+)
+def test_every_way_from_hidden_states_to_log_probs_gives_them_too(
+    problems, references, pool, tmp_path, layout, head
+):
+    _hold_to_float64(problems, references, pool, tmp_path, layout, head)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head", ["auto", "fused", "logits"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_gives_every_model_the_numbers_of_float64(
-    problems, references, pool, tmp_path, layout
+    problems, references, pool, tmp_path, layout, head
 ):
-    _hold_to_float64(problems, references, pool, tmp_path, layout)
+    _hold_to_float64(problems, references, pool, tmp_path, layout, head)
 
 
-def _hold_to_float64(problems, references, pool, tmp_path, layout):
-    results = measure(pool, layout, problems, tmp_path)
+def _hold_to_float64(problems, references, pool, tmp_path, layout, head):
+    results = measure(pool, layout, problems, tmp_path, f"train.head={head}")
     for name in layout.models:
         of_ranks, reference = [result[name] for result in results], references[name]
         slots = range(len(reference.logp_T))
@@ -87,7 +105,7 @@ def test_ranks_and_micro_batches_without_a_response_token_add_nothing(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(2, (TP2,), ("tied",)),
+        Layout(2, (TP2, "train.head=fused"), ("tied",)),
         Layout(4, (CP2, PP2), ("qk-norm", "moe")),
         pytest.param(Layout(4, (CP2, PP2)), marks=pytest.mark.slow),
     ],

@@ -26,7 +26,7 @@ MAY_IMPORT = {  # room -> rooms of megatron_gpc that it may import, besides itse
     "rollout": {"engines", "rewards", "weights", "metrics"},
     "server": {"engines", "rollout", "weights"},
     "mcore": {"algo", "kernels", "weights", "metrics", "batching"},
-    "doctor": {"algo", "engines", "mcore", "metrics", "rewards", "rollout", "weights"},
+    "doctor": {"algo", "engines", "kernels", "mcore", "metrics", "rewards", "rollout", "weights"},
 }
 """Rooms that are not here (train, evaluate, commands, cli) stand on top and may import all."""
 
