@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,10 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_gpc.kernels import chunk_vocab
+from megatron_gpc.kernels.head import head_stats, rows_for
+from megatron_gpc.kernels.merging import empty_part, merge_ranks
+from megatron_gpc.kernels.rows import RowGradient
 from megatron_gpc.kernels.vocab_parallel import token_stats
 
 CUDA = torch.cuda.is_available()
@@ -85,33 +90,38 @@ def naive(
 
 
 def exactness() -> dict[str, Any]:
-    """token_stats against float64: values, and gradients of both through a padded vocabulary.
+    """Each way from hidden states to log-prob and entropy against float64: values, and gradients of
+    both, through a padded vocabulary.
 
     Raises:
         AssertionError: a difference is beyond EXACT.
     """
     torch.manual_seed(0)
-    count, padding, temperature = 64, 128, 0.7
-    padded_TV = (2 * torch.randn(count, VOCAB + padding, device=DEVICE)).bfloat16()
+    count, hidden, padding, temperature = 64, 64, 128, 0.7
+    hidden_TD = torch.randn(count, hidden, device=DEVICE).bfloat16()
+    weight_VD = (0.25 * torch.randn(VOCAB + padding, hidden, device=DEVICE)).bfloat16()
     targets_T = torch.randint(VOCAB, (count,), device=DEVICE)
-    weights_T, entropy_weights_T = (torch.randn(count, device=DEVICE) for _ in range(2))
+    weights_2T = torch.randn(2, count, device=DEVICE)
 
-    exact_TV = padded_TV[:, :VOCAB].double().requires_grad_()
-    logp_T, entropy_T = naive(exact_TV, targets_T, temperature)
-    (logp_T @ weights_T.double() + entropy_T @ entropy_weights_T.double()).backward()
-    padded_TV.requires_grad_()
-    stats = token_stats(
-        padded_TV, targets_T, vocab_size=VOCAB, temperature=temperature, entropy_grad=True
-    )
-    (stats.logp_T @ weights_T + stats.entropy_T @ entropy_weights_T).backward()
-    assert padded_TV.grad is not None and exact_TV.grad is not None
-    found = {
-        "logp": _apart(stats.logp_T, logp_T),
-        "entropy": _apart(stats.entropy_T, entropy_T),
-        "gradient": _apart(padded_TV.grad[:, :VOCAB], exact_TV.grad),
-        "gradient_of_padding": float(padded_TV.grad[:, VOCAB:].abs().max()),
-    }
-    assert max(found.values()) < EXACT, found
+    def results(way: Way, dtype: torch.dtype) -> list[torch.Tensor]:
+        given = [x.to(dtype, copy=True).requires_grad_() for x in (hidden_TD, weight_VD)]
+        logp_T, entropy_T = way(*given, targets_T)
+        (logp_T @ weights_2T[0].to(logp_T) + entropy_T @ weights_2T[1].to(logp_T)).backward()
+        grads = [x.grad for x in given if x.grad is not None]
+        return [logp_T, entropy_T, *grads]
+
+    def exact(hidden: torch.Tensor, weight: torch.Tensor, targets_T: torch.Tensor) -> Stats:
+        return naive(hidden @ weight[:VOCAB].T, targets_T, temperature)
+
+    want = results(exact, torch.float64)
+    names = ("logp", "entropy", "hidden_gradient", "weight_gradient")
+    found: dict[str, Any] = {}
+    for name, way in _ways(temperature).items():
+        got = results(way, torch.bfloat16)
+        apart = {n: _apart(*pair) for n, *pair in zip(names, got, want, strict=True)}
+        apart["gradient_of_padding"] = float(got[3][VOCAB:].abs().max())
+        assert max(apart.values()) < EXACT, (name, apart)
+        found[name] = apart
     return found
 
 
@@ -119,13 +129,34 @@ def _apart(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
+Stats = tuple[torch.Tensor, torch.Tensor]
+Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Stats]
+"""From hidden states, head and targets to log-prob and entropy."""
+
+
+def _ways(temperature: float = 1.0) -> dict[str, Way]:
+    """Those that train.head offers."""
+    asked: dict[str, Any] = {"vocab_size": VOCAB, "temperature": temperature, "entropy_grad": True}
+
+    def logits(hidden: torch.Tensor, weight: torch.Tensor, targets_T: torch.Tensor) -> Stats:
+        stats = token_stats(hidden @ weight.T, targets_T, **asked)
+        return stats.logp_T, stats.entropy_T
+
+    def head(keep_logits: bool, *given: torch.Tensor) -> Stats:
+        stats = head_stats(*given, keep_logits=keep_logits, **asked)
+        return stats.logp_T, stats.entropy_T
+
+    return {"fused": partial(head, False), "kept": partial(head, True), "logits": logits}
+
+
 def head() -> dict[str, Any]:
-    """LM head, log-prob and entropy, forward and backward, beside its three bare products."""
+    """From hidden states to their gradients, beside the bare products: three, or four where logits
+    are made again; and what a pass over logits makes of the memory's bandwidth."""
     found: dict[str, Any] = {}
     for count in (2048, 8192) if CUDA else (64,):
         for name, work in _heads(count).items():
             found[f"T={count} {name}"] = or_memory(work)
-    return found
+    return found | _passes()
 
 
 def _heads(count: int) -> dict[str, Callable[[], None]]:
@@ -135,31 +166,44 @@ def _heads(count: int) -> dict[str, Callable[[], None]]:
     targets_T = torch.randint(VOCAB, (count,), device=DEVICE)
     weights_T = torch.randn(count, device=DEVICE)
 
-    def products() -> None:
+    def products(logits_made: int) -> None:
         hidden, weight = hidden_TD.detach(), weight_VD.detach()
-        logits_TV = hidden @ weight.T
+        for _ in range(logits_made):
+            logits_TV = hidden @ weight.T
         logits_TV @ weight
         logits_TV.T @ hidden
 
-    def both(logp: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
-        def work() -> None:
-            (logp(hidden_TD @ weight_VD.T) * weights_T).sum().backward()
-            hidden_TD.grad = weight_VD.grad = None
+    def both(way: Way) -> None:
+        logp_T, entropy_T = way(hidden_TD, weight_VD, targets_T)
+        ((logp_T + 0.1 * entropy_T) * weights_T).sum().backward()
+        hidden_TD.grad = weight_VD.grad = None
 
-        return work
+    def full(of: Callable[..., Stats]) -> Way:
+        return lambda hidden, weight, targets: of((hidden @ weight.T).float(), targets)
 
-    def ours(chunk: int) -> Callable[[], None]:
-        options: dict[str, Any] = {"vocab_size": VOCAB, "chunk_tokens": chunk}
-        return both(lambda logits_TV: token_stats(logits_TV, targets_T, **options).logp_T)
-
-    def full(of: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
-        return both(lambda logits_TV: of(logits_TV.float(), targets_T)[0])
-
-    ways = {"products": products, "token_stats 1024": ours(1024), "token_stats 256": ours(256)}
-    ways["naive"] = full(naive)
+    ways = {**_ways(), "naive": full(naive)}
     if CUDA:
         ways["naive compiled"] = full(torch.compile(naive))
-    return ways
+    bare = {f"{n} products": partial(products, n - 2) for n in (3, 4)}
+    return bare | {name: partial(both, way) for name, way in ways.items()}
+
+
+def _passes() -> dict[str, Any]:
+    """TB/s of logits read to fold them, and read and written to turn them into their gradient."""
+    count, columns = (8192, chunk_vocab(8192, "cuda")) if CUDA else (64, 1000)
+    logits_TC = torch.randn(count, columns, device=DEVICE).bfloat16()
+    column_T = torch.randint(columns, (count,), device=DEVICE)
+    part_T6 = empty_part(logits_TC)
+    passes = rows_for(DEVICE)
+    passes.fold(part_T6, logits_TC, column_T, 1.0)
+    slope_T = torch.zeros(count, device=DEVICE)
+    row = RowGradient.of(merge_ranks(part_T6, None), 1.0, slope_T, slope_T)
+    fold = timed(lambda: passes.fold(part_T6, logits_TC, column_T, 1.0))
+    turn = timed(lambda: passes.turn_into_gradient(logits_TC, column_T, 1.0, row))
+    return {
+        "fold_TB_s": logits_TC.nbytes / fold["ms"] / 1e9,
+        "turn_into_gradient_TB_s": 2 * logits_TC.nbytes / turn["ms"] / 1e9,
+    }
 
 
 def attention() -> dict[str, Any]:
