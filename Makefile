@@ -67,6 +67,7 @@ test-sglang: .venv/.installed .sglang/.installed
 		tests/e2e/test_sglang.py tests/rollout/test_server_contract.py
 
 bench: .venv/.installed
+	$(BIN)/python tools/bench/head.py
 	$(BIN)/python tools/bench/token_stats.py
 	$(BIN)/python tools/bench/checkpoint.py
 	$(BIN)/python tools/bench/update.py
