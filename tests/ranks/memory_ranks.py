@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import torch
+from ranks import groups
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,16 +39,11 @@ class Live(TorchDispatchMode):
 
 def peak_of_training(config: Any, hf: dict[str, Any]) -> int:
     """Bytes at the peak of an update's gradient, with the optimizer's state of later updates."""
-    from megatron.core import parallel_state
-
     from megatron_gpc.batching import pack, token_streams
     from megatron_gpc.mcore.policy import Policy
-    from megatron_gpc.mcore.setup import initialize_model_parallel
     from megatron_gpc.types import Bounds, Prompt, Sample
     from megatron_gpc.weights import family_of
 
-    parallel_state.destroy_model_parallel()
-    initialize_model_parallel(config)
     samples = []
     for index in range(config.train.micro_batch_size):
         length = config.rollout.max_response_tokens
@@ -58,7 +54,7 @@ def peak_of_training(config: Any, hf: dict[str, Any]) -> int:
     batch = pack(samples, torch.tensor([1.0, -1.0] * (len(samples) // 2)))
     streams = token_streams(batch, batch.rollout_logp_T, torch.ones_like(batch.rollout_logp_T))
     live = Live()
-    with live:
+    with groups(config), live:
         policy = Policy(config, family_of(hf).model_fields(hf))
         policy.weights_changed()
         policy.gradient(batch, [*range(len(samples))], streams, Bounds(0.0, 1.2, 0.0, 0.8))
