@@ -33,7 +33,7 @@ LEARNING_RATE = 1e3
 # Adam with a huge epsilon is gradient descent: the weights' change is -LEARNING_RATE * gradient to
 # fp32 rounding, after everything that megatron-core's optimizers do to gradients.  A change so
 # large that the weights' own rounding does not show in it.
-EPSILON = 1e10
+EPSILON = 1e6
 DESCENT = (f"optim.lr={LEARNING_RATE * EPSILON}", f"optim.eps={EPSILON}", "optim.clip_grad=1e9")
 
 TP2, PP2, DP2, CP2, EP2 = (f"parallel.{name}=2" for name in ("tp", "pp", "dp", "cp", "ep"))
