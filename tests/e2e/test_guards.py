@@ -19,9 +19,10 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's 
 
 
 def test_updates_that_are_not_finite_are_saved_and_too_many_end_the_run(arguments, tmp_path):
-    """A learning rate of 1e30: only the first update of the run can be made."""
+    """Weights grow by lr x weight_decay = 1e18: only the first update of the run can be made."""
     run = tmp_path / "run"
-    overrides = ("train.steps=2", "optim.lr=1e30", "guard.max_skipped_updates=2")
+    overrides = ("train.steps=2", "guard.max_skipped_updates=2")
+    overrides += ("optim.lr=1e9", "optim.weight_decay=1e9")
     done = command_line(*arguments(run, *overrides))
     names = [f"step_000001_update_{update}.pt" for update in (2, 3, 4)]
     assert done.returncode == 1 and "Traceback" not in done.stderr
