@@ -369,9 +369,9 @@ class DiagnosticsConfig:
 
     entropy_change: bool = False
     """How much the step's updates changed mean entropy on the step's own samples (`dh_measured`),
-    and its exact directional derivative along the way the weights went (`dh_directional`).  One
-    forward and backward pass before the updates, one forward pass after them, and memory for one
-    more fp32 gradient."""
+    its exact directional derivative along the way the weights went (`dh_directional`), and that
+    with the second-order term (`dh_second_order`).  A forward and backward pass before the updates
+    and another after them, a forward pass, and memory for two more fp32 copies of the weights."""
     signal: NonNegativeInt = 0
     """At the first step and every so many after it, how much of the gradient is signal
     (`signal_share`): the cosine of the gradients of two halves of the step's prompts, before the

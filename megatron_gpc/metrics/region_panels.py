@@ -29,8 +29,9 @@ REGION_LINES = (  # from the bottom up: what raises entropy, then what lowers it
     ("e4", "E4 unlikely, A < 0: H ↓", RED),
 )
 PREDICTIONS = (
-    ("dh_predicted", "logit space (scaled)", ORANGE),
-    ("dh_directional", "along the update", BLUE),
+    ("dh_predicted", "logit space", ORANGE),
+    ("dh_directional", "first order", SKY),
+    ("dh_second_order", "second order", BLUE),
 )
 
 
@@ -93,26 +94,31 @@ def prediction_panel(ax: Axes, run: Run) -> None:
         ax.legend(loc="upper right", ncols=4, columnspacing=0.8, handlelength=0.8)
         return
     scatter_predictions(ax, [run])
-    kinds = [correlation(run.series(name), measured) for name, _, _ in PREDICTIONS]
-    ax.set_title(f"change of H in a step (r = {', '.join(f'{r:.2f}' for r in kinds)})", pad=18)
+    made = [run.series(name) for name, _, _ in PREDICTIONS if len(run.series(name))]
+    kinds = ", ".join(f"{correlation(series, measured):.2f}" for series in made)
+    ax.set_title(f"change of H in a step (r = {kinds})", pad=18)
 
 
 def scatter_predictions(ax: Axes, runs: Sequence[Run]) -> None:
-    """Both predictions over the measured change of entropy, a point a step of every run.
+    """The predictions over the measured change of entropy, a point a step of every run.
 
-    The directional derivative is in nats: on the diagonal it was right.  The logit-space sum has no
+    All but the first are in nats: on the diagonal they were right.  The logit-space sum has no
     scale of its own and is drawn with the spread of what was measured.
     """
     ax.set_xlabel("measured [nats a token]")
-    ax.set_ylabel("predicted")
+    ax.set_ylabel("predicted (logit space: scaled)")
     ax.xaxis.set_major_locator(MaxNLocator(4))
     for name, label, colour in PREDICTIONS:
         pairs = [paired(run.series("dh_measured"), run.series(name)) for run in runs]
         x, y = (np.concatenate(values) for values in zip(*pairs, strict=True))
-        if name == "dh_predicted" and len(y) and y.std() > 0:
+        if not len(y):
+            continue
+        if name == "dh_predicted" and y.std() > 0:
             y = y * (x.std() / y.std())
         ax.scatter(x, y, s=12, alpha=0.6, color=colour, label=label)
     ax.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.axvline(0, color=GREY, linewidth=0.8)
-    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, columnspacing=1)
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, columnspacing=0.6, handletextpad=0.1
+    )

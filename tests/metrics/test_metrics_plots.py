@@ -102,11 +102,12 @@ def test_predictions_are_drawn_against_the_measured_change_with_their_correlatio
     for number, line in enumerate(lines):
         line["dh_measured"] = 0.01 * (number % 7 - 3)
         line["dh_directional"] = 2 * line["dh_measured"]
+        line["dh_second_order"] = line["dh_measured"]
         line["dh_predicted"] = -line["dh_measured"] if number else None
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    panel = _panels(run_figure(load_run(folder)))["change of H in a step (r = -1.00, 1.00)"]
-    assert _texts(panel) == ["logit space (scaled)", "along the update"]
-    assert [len(points.get_offsets()) for points in panel.collections] == [99, 100]
+    panel = _panels(run_figure(load_run(folder)))["change of H in a step (r = -1.00, 1.00, 1.00)"]
+    assert _texts(panel) == ["logit space", "first order", "second order"]
+    assert [len(points.get_offsets()) for points in panel.collections] == [99, 100, 100]
     plot_run(folder)
 
 

@@ -134,13 +134,17 @@ def test_the_change_of_entropy_is_that_of_float64_and_of_finite_differences(
 
     share = torch.zeros((), dtype=torch.float64, requires_grad=True)
     (directional,) = torch.autograd.grad(mean_entropy(problem, *ends, share), share)
+    end = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (at_end,) = torch.autograd.grad(mean_entropy(problem, *ends, end), end)
     assert abs(directional) > 1e-3
     with torch.no_grad():
         assert first["metrics"]["dh_measured"] == pytest.approx(float(at(1) - at(0)), abs=1e-6)
         if name != "moe":  # whose choice of experts jumps
             difference = float(at(1e-3) - at(-1e-3)) / 2e-3
             assert first["metrics"]["dh_directional"] == pytest.approx(difference, rel=1e-3)
-    assert first["metrics"]["dh_directional"] == pytest.approx(float(directional), rel=1e-4)
+    found = [first["metrics"][f"dh_{name}"] for name in ("directional", "second_order")]
+    want = [float(directional), float(directional + at_end) / 2]
+    assert found == pytest.approx(want, rel=1e-4)
     assert all(other["metrics"] == first["metrics"] for other in others)
 
 
