@@ -7,12 +7,13 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare study test test-slow test-slurm test-sglang chaos lint bench layouts docs clean help
+.PHONY: run compare study exploration test test-slow test-slurm test-sglang chaos lint bench layouts docs clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/entropy_control)"
 	@echo "make compare  every schedule over 5 seeds, in one picture"
 	@echo "make study    the paper's claims over 5 seeds, in one report (examples/entropy_study)"
+	@echo "make exploration  ways to keep entropy over 10 seeds: does it pay? (examples/exploration)"
 	@echo "make test     set up .venv and run the tests"
 	@echo "make test-slow  the tests that take long: chaos, the study, full disks, every layout's models"
 	@echo "make test-slurm  jobs on a real Slurm of four nodes on this host (root, Debian; installs 13 MB)"
@@ -41,6 +42,9 @@ compare: .venv/.installed
 
 study: .venv/.installed
 	$(BIN)/python examples/entropy_study/study.py
+
+exploration: .venv/.installed
+	$(BIN)/python examples/exploration/compare.py
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

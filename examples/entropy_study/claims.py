@@ -1,51 +1,30 @@
 """The paper's claims as numbers of runs, and what the numbers say of them.
 
-A claim is one number a seed, taken from that seed's runs alone, so that what a seed decides
-(prompts, first samples) cancels in differences.  Its mean over seeds has a 95 % interval of
-Student's t; the claim is held to the sign it predicts.
+A claim is one number a seed, taken from that seed's runs alone.  Its mean over seeds has a 95 %
+interval; the claim is held to the sign it predicts.  Arms are those of study.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from findings import STATIC, Number, Seed, mean_entropy
 
+from megatron_gpc.metrics.intervals import Interval, interval
 from megatron_gpc.metrics.runs import Run, correlation
 
-Seed = Mapping[str, Run]
-"""Arm -> run, of one seed."""
-
-T_975 = (  # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean over seeds and half the width of its 95 % interval (nan for a single seed)."""
-
-    mean: float
-    half: float
-    seeds: int
-
-    def __str__(self) -> str:
-        half = f" ± {self.half:.3f}" if math.isfinite(self.half) else ""
-        return f"{self.mean:.3f}{half}" if math.isfinite(self.mean) else "-"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Of one value a seed; values that are not known are left out."""
-    known = np.array([v for v in values if math.isfinite(v)])
-    if len(known) < 2:
-        return Interval(float(known[0]) if len(known) else math.nan, math.nan, len(known))
-    quantile = T_975[min(len(known) - 1, len(T_975)) - 1]
-    half = quantile * known.std(ddof=1) / math.sqrt(len(known))
-    return Interval(float(known.mean()), float(half), len(known))
+Window = tuple[float, float]
+"""Two shares of a run."""
+START: Window = (0.0, 1 / 60)
+DID_LOW: Window = (6 / 60, 10 / 60)
+PEAK: Window = (16 / 60, 24 / 60)
+MIDDLE: Window = (26 / 60, 30 / 60)
+END: Window = (56 / 60, 1.0)
+"""Of 60 steps: the first, 7-10, 17-24, 27-30, 57-60.  They were chosen before these seeds ran."""
+GOAL_R = 0.9
 
 
 # --- numbers of one run -----------------------------------------------------------------------
@@ -57,22 +36,9 @@ def entropy_change(run: Run) -> float:
     return entropy.last() - entropy.first()
 
 
-def entropy_at(run: Run, share: float) -> float:
-    """The smoothed entropy after a share of the run."""
-    smooth = run.series("entropy").smooth()
-    return float(smooth.values[round(share * (len(smooth) - 1))])
-
-
-def mean_entropy(run: Run, begin: float = 0.0, end: float = 1.0) -> float:
-    """Over the steps between two shares of the run."""
-    values = run.series("entropy").values
-    return float(np.nanmean(values[round(begin * len(values)) : round(end * len(values))]))
-
-
-def at_end(run: Run, metric: str) -> float:
-    """The last evaluation's; nan if it was not made."""
-    values = run.series(metric).values
-    return float(values[-1]) if len(values) else math.nan
+def moved(run: Run, begin: Window, end: Window) -> float:
+    """Mean entropy in one window of the run minus that in an earlier one."""
+    return mean_entropy(run, *end) - mean_entropy(run, *begin)
 
 
 def switches(run: Run) -> int:
@@ -84,6 +50,13 @@ def switches(run: Run) -> int:
 def fit(run: Run, predicted: str) -> float:
     """Pearson's r of a prediction and the measured change of entropy, over steps."""
     return correlation(run.series(predicted), run.series("dh_measured"))
+
+
+def drift(run: Run) -> float:
+    """Slope of entropy over steps, by least squares, for each update of a step [nats]."""
+    entropy = run.series("entropy").known()
+    updates = run.config["train.mini_batches"] * run.config["train.epochs"]
+    return float(np.polyfit(entropy.steps, entropy.values, 1)[0]) / updates
 
 
 # --- claims -----------------------------------------------------------------------------------
@@ -100,103 +73,83 @@ class Claim:
     """+1: the number should be above 0; -1: below."""
 
 
-def _change(arm: str, text: str, sign: int) -> Claim:
-    return Claim("a", text, (arm,), lambda s: entropy_change(s[arm]), sign)
+def _of(part: str, text: str, arm: str, number: Number, sign: int = 1) -> Claim:
+    return Claim(part, text, (arm,), lambda s: number(s[arm]), sign)
 
 
-def _less(
-    part: str, text: str, arm: str, other: str, number: Callable[[Run], float], sign: int = 1
-) -> Claim:
+def _less(part: str, text: str, arm: str, other: str, number: Number, sign: int = 1) -> Claim:
     """number(arm) - number(other)."""
     return Claim(part, text, (arm, other), lambda s: number(s[arm]) - number(s[other]), sign)
 
 
-def _move(arm: str, text: str, begin: float, end: float, sign: int) -> Claim:
-    def value(s: Seed) -> float:
-        return entropy_at(s[arm], end) - entropy_at(s[arm], begin)
-
-    return Claim("c", text, (arm,), value, sign)
+def _move(arm: str, text: str, begin: Window, end: Window, sign: int) -> Claim:
+    return _of("c", text, arm, lambda run: moved(run, begin, end), sign)
 
 
-def _oscillates(arm: str, text: str) -> Claim:
-    return Claim("c", text, (arm,), lambda s: switches(s[arm]) - 1, +1)
-
-
-def _held_out(run: Run) -> float:
-    return at_end(run, "eval_reward")
+def _r(text: str, number: Number) -> Claim:
+    return _of("d", text, STATIC, number)
 
 
 CLAIMS = (
-    _change("e1", "E1 alone (likely, A > 0) lowers entropy", -1),
-    _change("e2", "E2 alone (unlikely, A > 0) raises entropy", +1),
-    _change("e3", "E3 alone (likely, A < 0) raises entropy", +1),
-    _change("e4", "E4 alone (unlikely, A < 0) lowers entropy", -1),
-    _less("b", "Hi(p) holds more entropy than static 0.2", "hi", "static", mean_entropy),
-    _less("b", "Lo(p) holds less entropy than static 0.2", "lo", "static", mean_entropy, -1),
+    _of("a", "E1 alone (likely, A > 0) lowers entropy", "e1", entropy_change, -1),
+    _of("a", "E2 alone (unlikely, A > 0) raises entropy", "e2", entropy_change),
+    _of("a", "E3 alone (likely, A < 0) raises entropy", "e3", entropy_change),
+    _of("a", "E4 alone (unlikely, A < 0) lowers entropy", "e4", entropy_change, -1),
+    _less("b", "Hi(p) holds more entropy than static 0.2", "hi", STATIC, mean_entropy),
+    _less("b", "Lo(p) holds less entropy than static 0.2", "lo", STATIC, mean_entropy, -1),
     _less("b", "Hi(p) holds more entropy than clip-higher", "hi", "clip-higher", mean_entropy),
-    _less("b", "Hi(p) ends with a higher held-out reward than static", "hi", "static", _held_out),
-    _move("id", "ID: entropy rises over phase 1", 0.0, 0.5, +1),
-    _move("id", "ID: entropy falls over phase 2", 0.5, 1.0, -1),
-    _less(
-        *("c", "ID: more entropy than static in phase 1", "id", "static"),
-        lambda run: mean_entropy(run, 0.0, 0.5),
+    _of("b", "Hi(p) alone raises entropy", "hi", lambda run: moved(run, START, END)),
+    _of("b", "Lo(p) alone lowers entropy", "lo", lambda run: moved(run, START, END), -1),
+    _move("id", "ID: entropy rises to its peak, steps 17-24", START, PEAK, +1),
+    _move("id", "ID: entropy is above its start at the end of phase 1", START, MIDDLE, +1),
+    _move("id", "ID: entropy falls over phase 2", MIDDLE, END, -1),
+    _less("c", "ID holds more entropy than static", "id", STATIC, mean_entropy),
+    _move("did", "DID: entropy falls at first", START, DID_LOW, -1),
+    _move("did", "DID: entropy rises until the end of phase 1", DID_LOW, MIDDLE, +1),
+    _move("did", "DID: entropy falls over phase 2", MIDDLE, END, -1),
+    _of("c", "OD: the controller switches more than once", "od", lambda run: switches(run) - 1),
+    _r(
+        "The logit-space prediction goes with the change of entropy",
+        lambda r: fit(r, "dh_predicted"),
     ),
-    _move("did", "DID: entropy falls over the first quarter", 0.0, 0.25, -1),
-    _move("did", "DID: entropy rises over the second quarter", 0.25, 0.5, +1),
-    _move("did", "DID: entropy falls over phase 2", 0.5, 1.0, -1),
-    _oscillates("od", "OD: the controller switches more than once"),
-    _oscillates("od-0.5", "OD with a floor of 0.5: the controller switches more than once"),
-    *(
-        _less(
-            "d",
-            f"A phase split of 0.5 ends with a higher held-out reward than {split}",
-            "id",
-            f"id-{split}",
-            _held_out,
-        )
-        for split in ("0.3", "0.4", "0.6")
+    _r("So does the derivative along the update", lambda r: fit(r, "dh_directional")),
+    _r(
+        "The derivative along the update predicts better than the logit-space sum",
+        lambda r: fit(r, "dh_directional") - fit(r, "dh_predicted"),
     ),
-    *(
-        _less("e", f"ID ends with a higher held-out reward than {title}", "id", other, _held_out)
-        for other, title in (
-            ("static", "static"),
-            ("clip-higher", "clip-higher"),
-            ("did", "DID"),
-            ("od", "OD"),
-        )
+    _r(
+        "With the second-order term it predicts better still",
+        lambda r: fit(r, "dh_second_order") - fit(r, "dh_directional"),
     ),
-    *(
-        _less(
-            "e",
-            f"ID ends with a higher {name} than static",
-            "id",
-            "static",
-            lambda run, metric=metric: at_end(run, metric),
-        )
-        for metric, name in (
-            ("eval_distinct_right", "number of distinct right answers"),
-            ("eval_pass_at_64", "pass@64"),
-        )
+    _r(
+        f"With the second-order term r exceeds {GOAL_R} (found: by how much)",
+        lambda r: fit(r, "dh_second_order") - GOAL_R,
     ),
-    *(
-        Claim(
-            "f",
-            f"The {name} goes with the measured change of entropy (static; r > 0)",
-            ("static",),
-            lambda s, metric=metric: fit(s["static"], metric),
-            +1,
-        )
-        for metric, name in (
-            ("dh_predicted", "logit-space prediction"),
-            ("dh_directional", "directional derivative along the update"),
-        )
+    _of(
+        *("d", f"On the sums, too, it exceeds {GOAL_R}", "sums-0-static"),
+        lambda run: fit(run, "dh_second_order") - GOAL_R,
     ),
     Claim(
-        "f",
-        "The directional derivative predicts better than the logit-space sum (difference of r)",
-        ("static",),
-        lambda s: fit(s["static"], "dh_directional") - fit(s["static"], "dh_predicted"),
+        "e",
+        "Sums: with coins for rewards Hi(p) and Lo(p) are further apart than without noise",
+        ("sums-1-hi", "sums-1-lo", "sums-0-hi", "sums-0-lo"),
+        lambda s: (
+            (mean_entropy(s["sums-1-hi"]) - mean_entropy(s["sums-1-lo"]))
+            - (mean_entropy(s["sums-0-hi"]) - mean_entropy(s["sums-0-lo"]))
+        ),
         +1,
+    ),
+    _of(
+        *("e", "Sums with coins for rewards: under ID entropy rises over phase 1", "sums-1-id"),
+        lambda run: moved(run, START, MIDDLE),
+    ),
+    _of("f", "A coin for a reward: static clipping lowers entropy", "coin-static", drift, -1),
+    _less(
+        *("f", "A coin for a reward: Hi(p) drifts above static", "coin-hi", "coin-static"), drift
+    ),
+    _less(
+        *("f", "A coin for a reward: Lo(p) drifts below static", "coin-lo", "coin-static"),
+        *(drift, -1),
     ),
 )
 
@@ -225,9 +178,11 @@ class Verdict:
 
 
 def judge(seeds: Sequence[Seed]) -> list[Verdict]:
-    """Every claim whose runs are there."""
+    """Every claim, of the seeds that have its runs; `not measured` where none has."""
     return [
-        Verdict(claim, interval([claim.value(seed) for seed in seeds]))
+        Verdict(
+            claim,
+            interval([claim.value(s) for s in seeds if all(arm in s for arm in claim.arms)]),
+        )
         for claim in CLAIMS
-        if all(arm in seed for seed in seeds for arm in claim.arms)
     ]

@@ -9,66 +9,71 @@ import base64
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import markdown
 import matplotlib as mpl
 import torch
+from arms import (
+    COIN_SETTINGS,
+    COINS,
+    NOISE,
+    REGIONS,
+    SCHEDULES,
+    THRESHOLDS,
+    TITLES,
+    coin_arm,
+    sums_arm,
+)
 from claims import (
-    Interval,
-    Seed,
+    END,
+    MIDDLE,
+    START,
     Verdict,
-    at_end,
+    drift,
     entropy_change,
     fit,
-    interval,
     judge,
+    moved,
+)
+from findings import (
+    STATIC,
+    Number,
+    Seed,
+    difference,
+    draw_over_steps,
+    held_out_numbers,
+    in_all,
+    markdown_table,
     mean_entropy,
+    over,
+    paired_tables,
 )
 from matplotlib.figure import Figure
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.metrics.panels import GROUP_COLOURS, STYLE, save_figure
-from megatron_gpc.metrics.pass_at_k import powers_of_two
-from megatron_gpc.metrics.plots import groups_figure
+from megatron_gpc.metrics.intervals import Interval
+from megatron_gpc.metrics.panels import STYLE, save_figure
 from megatron_gpc.metrics.region_panels import PREDICTIONS, scatter_predictions
-from megatron_gpc.metrics.runs import Run, SeedGroup
 
-TITLES = {
-    "static": "static 0.2",
-    "clip-higher": "clip-higher 0.2 / 0.28",
-    "e1": "E1 alone (likely, A > 0)",
-    "e2": "E2 alone (unlikely, A > 0)",
-    "e3": "E3 alone (likely, A < 0)",
-    "e4": "E4 alone (unlikely, A < 0)",
-    "hi": "Hi(p) alone",
-    "lo": "Lo(p) alone",
-    "id": "ID",
-    "did": "DID",
-    "od": "OD",
-    "od-0.5": "OD, floor 0.5",
-    "id-0.3": "ID, split 0.3",
-    "id-0.4": "ID, split 0.4",
-    "id-0.6": "ID, split 0.6",
-}
-OUTCOME = {
-    "entropy": "entropy [nats a token]",
-    "reward": "reward",
-    "eval_distinct_right": "distinct right answers",
+ENTROPY = {"entropy": "entropy [nats a token]", "reward": "reward"}
+CLIPPED = {
+    "clip_fraction_low": "tokens clipped at the lower bound",
+    "clip_fraction_high": "tokens clipped at the upper bound",
 }
 PARTS = (  # file, title, arms, panels
-    (
-        "a_regions",
-        "(a) One region at a time",
-        ("e1", "e2", "e3", "e4"),
-        {"entropy": OUTCOME["entropy"], "reward": OUTCOME["reward"]},
-    ),
-    ("b_thresholds", "(b) Hi(p) and Lo(p) alone", ("static", "clip-higher", "hi", "lo"), OUTCOME),
-    ("c_schedules", "(c) Schedules", ("static", "id", "did", "od", "od-0.5"), OUTCOME),
-    ("d_split", "(d) Phase split of ID", ("id-0.3", "id-0.4", "id", "id-0.6"), OUTCOME),
+    ("a_regions", "(a) One region at a time", REGIONS, ENTROPY),
+    ("b_thresholds", "(b) Hi(p) and Lo(p) alone", THRESHOLDS, ENTROPY | CLIPPED),
+    ("c_schedules", "(c) Schedules", SCHEDULES, ENTROPY | CLIPPED),
 )
+NUMBERS: dict[str, Number] = {
+    "entropy, mean": mean_entropy,
+    "entropy, end - start": entropy_change,
+    "clipped below, %": lambda run: 100 * run.series("clip_fraction_low").mean(),
+    "clipped above, %": lambda run: 100 * run.series("clip_fraction_high").mean(),
+}
 CSS = """body{font:16px/1.5 sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#333}
 table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}
 td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left}
@@ -79,23 +84,28 @@ def write_report(seeds: Sequence[Seed], out: Path, command: str, seconds: float)
     """Write OUT/report.md with its pictures and OUT/report.html; returns the latter.
 
     Args:
-        seeds: the runs of each seed, the same arms for all.
+        seeds: the runs of each seed that are there.
         command: what made them.
         seconds: that it took.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: there are no runs, or a file cannot be written.
     """
+    if not any(seeds):
+        raise UserError(f"{out}: no run is finished yet")
     verdicts = judge(seeds)
     sections = [
-        "# Which tokens move entropy: the paper's claims on sums with many right answers",
+        "# Which tokens move entropy: the paper's claims where most of the advantage is noise",
         _headline(verdicts),
-        _verdict_table("What does not reproduce", [v for v in verdicts if not v.holds]),
+        _verdict_table("What does not reproduce", [v for v in verdicts if _failed(v)]),
         _verdict_table("What reproduces", [v for v in verdicts if v.holds]),
+        _unmeasured(verdicts),
         _setting(seeds, command, seconds),
         *(_part(seeds, out, *part) for part in PARTS),
-        _outcomes(seeds, out),
         _predictions(seeds, out),
+        _noise(seeds, out),
+        _coins(seeds),
+        _outcomes(seeds),
     ]
     text = "\n\n".join(section for section in sections if section) + "\n"
     try:
@@ -121,12 +131,11 @@ def _html(text: str, out: Path) -> str:
     )
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 # --- what was found ---------------------------------------------------------------------------
+
+
+def _failed(verdict: Verdict) -> bool:
+    return not verdict.holds and verdict.word != "not measured"
 
 
 def _headline(verdicts: Sequence[Verdict]) -> str:
@@ -146,30 +155,46 @@ def _verdict_table(title: str, verdicts: Sequence[Verdict]) -> str:
     order = ("opposite", "not shown")
     ranked = sorted(verdicts, key=lambda v: order.index(v.word) if v.word in order else len(order))
     rows = [
-        (f"({v.claim.part})", v.claim.text, "> 0" if v.claim.sign > 0 else "< 0", v.found, v.word)
+        (
+            *(f"({v.claim.part})", v.claim.text, "> 0" if v.claim.sign > 0 else "< 0"),
+            *(_exact(v.found), v.found.seeds, v.word),
+        )
         for v in ranked
     ]
-    return f"## {title}\n\n" + _table(["", "claim", "claimed", "found", ""], rows)
+    return f"## {title}\n\n" + markdown_table(["", "claim", "claimed", "found", "seeds", ""], rows)
+
+
+def _exact(found: Interval) -> str:
+    """Small numbers, such as a drift in one update, with digits that show them."""
+    if 0 < abs(found.mean) < 0.01:
+        return f"{found.mean:.2g} ± {found.half:.1g}"
+    return str(found)
+
+
+def _unmeasured(verdicts: Sequence[Verdict]) -> str:
+    missing = [v.claim.text for v in verdicts if v.word == "not measured"]
+    if not missing:
+        return ""
+    return "## Not measured yet\n\n" + "\n".join(f"- {text}" for text in missing)
 
 
 def _setting(seeds: Sequence[Seed], command: str, seconds: float) -> str:
-    first = next(iter(seeds[0].values()))
-    steps = sorted({run.steps for seed in seeds for run in seed.values()}, reverse=True)
+    runs = [run for seed in seeds for run in seed.values()]
     keys = ("rollout.prompts_per_step", "rollout.group_size", "train.mini_batches", "train.epochs")
-    prompts, group, mini_batches, epochs = (first.config[key] for key in keys)
-    runs = sum(map(len, seeds))
-    over = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    prompts, group, mini_batches, epochs = (runs[0].config[key] for key in keys)
+    numbers = sorted({run.seed for run in runs})
     return "\n".join(
         [
             "## Setting",
             "",
             f"    {command}",
             "",
-            f"{runs} runs over {over}, {timedelta(seconds=round(seconds))} on "
-            f"{_machine()}. Runs of {' and '.join(map(str, steps))} steps; {prompts} prompts x "
-            f"{group} samples a step, {mini_batches * epochs} updates a rollout, Adam "
-            f"{first.config['optim.lr']:g}; one warm-up for all; TP 1, PP 1. Held-out figures are "
-            f"of {first.config['eval.samples']} samples a prompt after the last step.",
+            f"{len(runs)} runs, seeds {', '.join(map(str, numbers))}, "
+            f"{timedelta(seconds=round(seconds))} on {_machine()}. The task is that of "
+            f"examples/entropy_control: {prompts} prompts x {group} samples a step, "
+            f"{mini_batches * epochs} updates a rollout, Adam {runs[0].config['optim.lr']:g}, runs "
+            "of 60 steps (one region at a time: 10); one warm-up for all; TP 1, PP 1. No seed was "
+            "used for choosing the task, its settings or the claims' windows.",
             "",
             "Numbers are means over seeds ± half a 95 % interval (Student's t); differences are "
             "taken seed by seed. In pictures bands are one standard deviation, thin lines single "
@@ -188,10 +213,6 @@ def _machine() -> str:
 # --- parts ------------------------------------------------------------------------------------
 
 
-def _over(seeds: Sequence[Seed], arm: str, number: Callable[[Run], float]) -> Interval:
-    return interval([number(seed[arm]) for seed in seeds])
-
-
 def _part(
     seeds: Sequence[Seed],
     out: Path,
@@ -200,88 +221,19 @@ def _part(
     arms: Sequence[str],
     panels: dict[str, str],
 ) -> str:
-    arms = [arm for arm in arms if arm in seeds[0]]
-    if not arms:
+    if not in_all(seeds, arms):
         return ""
-    groups = [SeedGroup(TITLES[arm], [seed[arm] for seed in seeds]) for arm in arms]
-    save_figure(groups_figure(groups, panels), out / f"{name}.png")
-    rows = []
-    for arm in arms:
-        cells: list[object] = [
-            _over(seeds, arm, mean_entropy),
-            _over(seeds, arm, entropy_change),
-            *(
-                _over(seeds, arm, lambda run, m=metric: 100 * run.series(m).mean())
-                for metric in ("clip_fraction_low", "clip_fraction_high")
-            ),
-        ]
-        if "static" in arms:
-            pairs = [(seed[arm], seed["static"]) for seed in seeds]
-            less = interval([mean_entropy(run) - mean_entropy(static) for run, static in pairs])
-            cells.append("" if arm == "static" else less)
-        rows.append((TITLES[arm], *cells))
-    headings = ["", "entropy, mean", "entropy, end - start", "clipped below, %", "clipped above, %"]
-    if "static" in arms:
-        headings.append("entropy, mean - static's")
-    return f"## {title}\n\n![{title}]({name}.png)\n\n" + _table(headings, rows)
-
-
-def _outcomes(seeds: Sequence[Seed], out: Path) -> str:
-    """(e): held-out figures of every arm, and their differences from static."""
-    evaluated = [arm for arm in seeds[0] if len(seeds[0][arm].series("eval_reward"))]
-    if not evaluated:
-        return ""
-    samples = seeds[0][evaluated[0]].config["eval.samples"]
-    ks = powers_of_two(samples)
-    names = ["eval_reward", "eval_distinct_right", *(f"eval_pass_at_{k}" for k in ks)]
-    shown = ["held-out reward", "distinct right", *(f"pass@{k}" for k in ks)]
-    rows = [
-        (TITLES[arm], *(_over(seeds, arm, lambda run, n=n: at_end(run, n)) for n in names))
-        for arm in evaluated
-    ]
-    text = "## (e) What the policies can do afterwards\n\n![pass@k](e_pass_at_k.png)\n\n"
-    text += _table(["", *shown], rows)
-    if "static" in evaluated:
-        differences = [
-            (
-                f"{TITLES[arm]} - static",
-                *(
-                    interval([at_end(s[arm], n) - at_end(s["static"], n) for s in seeds])
-                    for n in names
-                ),
-            )
-            for arm in evaluated
-            if arm != "static"
-        ]
-        text += "\n\n" + _table(["", *shown], differences)
-    _pass_at_k_picture(seeds, [a for a in evaluated if not a.startswith("id-")], ks, out)
-    return text
-
-
-def _pass_at_k_picture(
-    seeds: Sequence[Seed], arms: Sequence[str], ks: Sequence[int], out: Path
-) -> None:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        ax = figure.subplots()
-        ax.set_title("pass@k on held-out prompts, after the last step")
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(ks, [str(k) for k in ks])
-        ax.set_xlabel("k")
-        for number, arm in enumerate(arms):
-            found = [
-                _over(seeds, arm, lambda run, k=k: at_end(run, f"eval_pass_at_{k}")) for k in ks
-            ]
-            colour = GROUP_COLOURS[number % len(GROUP_COLOURS)]
-            style = "-" if number < len(GROUP_COLOURS) else "--"
-            ax.plot(ks, [one.mean for one in found], style, color=colour, label=TITLES[arm])
-        figure.legend(loc="outside right upper")
-    save_figure(figure, out / "e_pass_at_k.png")
+    draw_over_steps(seeds, TITLES, arms, panels, out / f"{name}.png")
+    text = f"## {title}\n\n![{title}]({name}.png)\n\n"
+    return text + paired_tables(seeds, TITLES, arms, NUMBERS)
 
 
 def _predictions(seeds: Sequence[Seed], out: Path) -> str:
-    """(f): predicted against measured change of entropy."""
-    arms = [arm for arm in seeds[0] if len(seeds[0][arm].series("dh_measured"))]
+    """(d): predicted against measured change of entropy."""
+    measured = [
+        {arm: run for arm, run in s.items() if len(run.series("dh_measured"))} for s in seeds
+    ]
+    arms = in_all(measured, ["static", "id", *REGIONS, sums_arm(0, STATIC)])
     if not arms:
         return ""
     with mpl.rc_context(STYLE):
@@ -289,25 +241,119 @@ def _predictions(seeds: Sequence[Seed], out: Path) -> str:
         figure = Figure(figsize=(11, 0.6 + 3 * rows), layout="constrained")
         axes = figure.subplots(rows, min(3, len(arms)), squeeze=False).flatten()
         for ax, arm in zip(axes, arms, strict=False):
-            scatter_predictions(ax, [seed[arm] for seed in seeds])
+            scatter_predictions(ax, [seed[arm] for seed in measured if arm in seed])
             ax.set_title(TITLES[arm], pad=18)
         for ax in axes[len(arms) :]:
             ax.set_axis_off()
-    save_figure(figure, out / "f_predictions.png")
+    save_figure(figure, out / "d_predictions.png")
     found = [
-        (
-            TITLES[arm],
-            *(_over(seeds, arm, lambda run, n=name: fit(run, n)) for name, _, _ in PREDICTIONS),
-        )
+        (TITLES[arm], *(over(measured, arm, _fit_of(name)) for name, _, _ in PREDICTIONS))
         for arm in arms
     ]
     return (
-        "## (f) Predicted and measured change of entropy\n\n"
+        "## (d) Predicted and measured change of entropy\n\n"
         "Pearson's r over the steps of a run, of the change of mean entropy on a step's own "
         "samples over its updates. *Logit space*: the sum of <dJ/dx, dH/dx> over tokens and "
-        "updates, baseline term included; it takes every token's logits for free. *Along the "
-        "update*: the exact directional derivative along the change of the weights that was "
-        "really made.\n\n"
-        "![predictions](f_predictions.png)\n\n"
-        + _table(["", "r, logit space", "r, along the update"], found)
+        "updates, baseline term included; it takes every token's logits for free. *First order*: "
+        "the exact directional derivative along the change of the weights that was "
+        "really made. *Second order*: curvature along it as well.\n\n"
+        "![predictions](d_predictions.png)\n\n"
+        + markdown_table(["", *(f"r, {label}" for _, label, _ in PREDICTIONS)], found)
+    )
+
+
+def _fit_of(predicted: str) -> Number:
+    return lambda run: fit(run, predicted)
+
+
+def _noise(seeds: Sequence[Seed], out: Path) -> str:
+    """(e): the sums, where there is much to learn, under rewards that are more and more noise."""
+    title = "## (e) Why the sums do not show it: noise\n\n"
+    shown = [sums_arm(share, arm) for share in NOISE for arm in ("static", "hi", "lo", "id")]
+    if not in_all(seeds, shown):
+        return title + _command_for("noise")
+    draw_over_steps(seeds, TITLES, shown, ENTROPY, out / "e_noise.png")
+    rows = []
+    for share in NOISE:
+        static = sums_arm(share, STATIC)
+        ids = sums_arm(share, "id")
+        rows.append(
+            (
+                f"{share:g}",
+                over(seeds, static, lambda run: run.series("signal_share").mean()),
+                *(
+                    difference(seeds, sums_arm(share, arm), static, mean_entropy)
+                    for arm in ("hi", "lo", "id")
+                ),
+                over(seeds, ids, lambda run: moved(run, START, MIDDLE)),
+                over(seeds, ids, lambda run: moved(run, MIDDLE, END)),
+            )
+        )
+    return (
+        title + "On examples/arithmetic, a share of the answers gets a coin for a reward. "
+        "*Signal share* is the cosine of the gradients of two halves of a step's prompts "
+        "(docs/entropy.md).\n\n![noise](e_noise.png)\n\n"
+        + markdown_table(
+            [
+                *("share of coins", "signal share", "Hi - static", "Lo - static", "ID - static"),
+                *("ID, phase 1", "ID, phase 2"),
+            ],
+            rows,
+        )
+    )
+
+
+def _coins(seeds: Sequence[Seed]) -> str:
+    """(f): what clipping alone does to entropy, where no reward says anything."""
+    title = "## (f) Clipping alone: a coin for a reward\n\n"
+    arms = {setting: [coin_arm(setting, arm) for arm in COINS] for setting in COIN_SETTINGS}
+    if not in_all(seeds, [arm for of in arms.values() for arm in of]):
+        return title + _command_for("coin")
+    rows = [
+        (
+            *(setting.text, f"{setting.lr:g}"),
+            *(_scaled(over(seeds, coin_arm(setting, arm), drift), 1e3) for arm in COINS),
+            *(
+                _scaled(over(seeds, coin_arm(setting, arm), drift), 1 / setting.lr)
+                for arm in ("static",)
+            ),
+        )
+        for setting in COIN_SETTINGS
+    ]
+    return (
+        title + "The main task with a coin for a reward: nothing can be learned, and what entropy "
+        "does is the clip's own doing (arXiv 2509.26114: a lower bound raises entropy, an upper "
+        "one lowers it). Slope of entropy over 12 steps, in thousandths of a nat a token for each "
+        "update; last column: static's, in nats for each update and unit of learning rate.\n\n"
+        + markdown_table(
+            ["updates a rollout", "Adam", *COINS.values(), "static / learning rate"], rows
+        )
+    )
+
+
+def _scaled(found: Interval, factor: float) -> Interval:
+    return Interval(found.mean * factor, found.half * factor, found.seeds)
+
+
+def _command_for(part: str) -> str:
+    return f"Not measured yet: `python examples/entropy_study/study.py --parts {part}`."
+
+
+def _outcomes(seeds: Sequence[Seed]) -> str:
+    """(g): held-out figures of every arm, and their differences from static."""
+    arms = [
+        arm
+        for arm in (*THRESHOLDS, *SCHEDULES)
+        if any(len(seed[arm].series("eval_reward")) for seed in seeds if arm in seed)
+    ]
+    arms = list(dict.fromkeys(arms))
+    if not arms:
+        return ""
+    first = next(seed[arms[0]] for seed in seeds if arms[0] in seed)
+    return (
+        "## (g) Reward\n\n"
+        "Half of it is luck whatever the policy does, so nothing can be learned from it about what "
+        "entropy is worth: examples/exploration asks that. After the last step, on ten held-out "
+        f"prompts with {first.config['eval.samples']} samples each:\n\n"
+        + paired_tables(seeds, TITLES, arms, held_out_numbers(first.config["eval.samples"]))
     )

@@ -63,6 +63,7 @@ def evaluation_metrics(samples: Sequence[Sample], config: EvalConfig) -> dict[st
     return {
         "eval_reward": sum(s.reward for s in samples) / len(samples),
         "eval_distinct_right": distinct_right(samples, config.samples),
+        "eval_solved": sum(2 * count >= config.samples for count in right) / len(right),
         **score_means(samples, "eval_reward_"),
         **{f"eval_pass_at_{k}": pass_at_k(right, config.samples, k) for k in pass_ks(config)},
     }

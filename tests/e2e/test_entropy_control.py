@@ -52,7 +52,8 @@ def test_the_warm_up_teaches_what_its_docstring_says():
 def start(tmp_path, monkeypatch) -> Path:
     """The example's start after two updates."""
     main = parts.find("model.build", f"{SCRIPT}:main", {})
-    monkeypatch.setitem(main.__globals__, "UPDATES", 2)
+    make_start = main.__globals__["make_start"]
+    monkeypatch.setitem(make_start.__globals__, "UPDATES", 2)
     monkeypatch.setattr(sys, "argv", ["build.py", str(tmp_path / "start")])
     threads = torch.get_num_threads()
     main()
