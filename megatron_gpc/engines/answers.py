@@ -49,6 +49,8 @@ class Generation:
     text: str
     finish_reason: Literal["stop", "length", "abort"]
     weight_versions: tuple[Span, ...]
+    weight_loads: int | None = None
+    """How often the server's weights had been replaced by then; SGLang does not say."""
 
 
 def read_generation(answer: Any, rid: str, sampling_params: dict[str, Any]) -> Generation:
@@ -96,7 +98,8 @@ def read_generation(answer: Any, rid: str, sampling_params: dict[str, Any]) -> G
         [start for _, start, _ in spans] == bounds[:-1] and bounds[-1] == len(ids),
         f"weight versions {spans} do not cover {len(ids)} tokens",
     )
-    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans)
+    loads = meta.get("weight_loads")
+    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans, loads)
 
 
 def answer_json(response: httpx.Response) -> Any:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import re
+import secrets
 import threading
 import time
 import uuid
@@ -73,6 +75,8 @@ class Engine:
     """What it has given up, see colocation.py."""
     problem: str = ""
     """Why it is down."""
+    weight_loads: int | None = None
+    """How often its weights had been replaced when it got the current ones; SGLang does not say."""
     unhealthy: int = 0
     """How often in a row it was down and said, when asked, that it is not healthy."""
 
@@ -91,9 +95,9 @@ class Fleet:
         self.starter, self.config = starter, starter.config
         self.engines: list[Engine] = []
         self.current: tuple[str, str] | None = None
-        """(folder, version) that a restarted engine can read; None: weights come otherwise."""
-        self.version: str | None = None
-        """What ready engines have."""
+        """(folder, name) of weights that a restarted engine can read; None: they come otherwise."""
+        self.weights: str | None = None
+        """What ready engines call their weights, see `name_of`."""
         self.asleep = False
         """Whether the GPUs are the policy's (colocation.py); no engine is started then."""
         self.counts = Counter(faults_restarts=0, faults_retries=0, faults_malformed=0)
@@ -228,11 +232,12 @@ class Fleet:
                 return
         engine.state = "stale"
         if self.current is not None:
-            folder, version = self.current
+            folder, name = self.current
             with _failing(engine):
-                await self._insist(engine.client.update_weights_from_disk, folder, version)
-                if (folder, version) == self.current:
-                    engine.state = "ready"
+                await self._insist(engine.client.update_weights_from_disk, folder, name)
+                await self._confirm(engine, name)
+                if (folder, name) != self.current:
+                    engine.state = "stale"
         self._changed.set()
 
     def ready(self) -> list[Engine]:
@@ -284,19 +289,25 @@ class Fleet:
         """`begin_each`, and wait."""
         self.begin_each(engines, call)()
 
-    def confirm(self, engines: Sequence[Engine], version: str) -> None:
-        """Ask for their weight version; those that say `version` are ready, all others stale."""
+    @property
+    def version(self) -> str | None:
+        """Of the weights that ready engines have."""
+        return self.weights and version_of(self.weights)
+
+    def confirm(self, engines: Sequence[Engine], name: str) -> None:
+        """Ask what weights they have; those that have `name` are ready, all others stale."""
         for engine in self.alive():
             engine.state = "stale"
-        self.version = version
+        self.weights = name
+        self.each(engines, lambda engine: self._confirm(engine, name))
 
-        async def ask(engine: Engine) -> None:
-            found = (await engine.client.model_info())["weight_version"]
-            if found != version:
-                raise RolloutError(f"reports weight version {found!r} after {version!r}")
-            engine.state = "ready"
-
-        self.each(engines, ask)
+    async def _confirm(self, engine: Engine, name: str) -> None:
+        info = await engine.client.model_info()
+        found = info["weight_version"]
+        if found != name:
+            raise RolloutError(f"reports weight version {found!r} after {name!r}")
+        engine.weight_loads = info.get("weight_loads")
+        engine.state = "ready"
 
     # ---- samples ----
 
@@ -322,8 +333,7 @@ class Fleet:
         engine.in_flight += len(requests)
         try:
             made = await self._asked_of(self._router_client or engine.client, requests)
-            self._check_versions(engine, made)
-            return made
+            return self._with_versions(engine, made)
         except MalformedAnswer:
             self.counts["faults_malformed"] += 1
             raise
@@ -365,15 +375,33 @@ class Fleet:
             *(self._insist(engine.client.abort, begins) for engine in self.ready())
         )
 
-    def _check_versions(self, engine: Engine, made: Sequence[Generation]) -> None:
-        """Weights do not change while samples are made, so only one version can be right."""
-        found = {version for generation in made for version, _, _ in generation.weight_versions}
-        if found - {self.version}:
-            engine.state = "stale"
-            raise MalformedAnswer(
-                f"{engine.url}: samples made by weights {sorted(found)}, expected "
-                f"{self.version!r}; does someone else use this server?"
+    def _with_versions(self, engine: Engine, made: Sequence[Generation]) -> list[Generation]:
+        """The same, with versions in place of the weights' names.
+
+        Raises:
+            MalformedAnswer: not made by the weights that the engine was given.  They do not change
+                while samples are made, so only one name, and one number of loads, can be right.
+        """
+        names = {name for generation in made for name, _, _ in generation.weight_versions}
+        loads = {generation.weight_loads for generation in made}
+        behind_router = self._router_client is not None  # any engine may have answered then
+        if names - {self.weights} or (loads - {engine.weight_loads} and not behind_router):
+            error = MalformedAnswer(
+                f"{engine.url}: samples made by weights {sorted(names)}, expected {self.weights!r} "
+                "as they were handed over; does someone else use this server?"
             )
+            engine.fail(error)  # it gets the weights again
+            raise error
+        return [
+            dataclasses.replace(
+                generation,
+                weight_versions=tuple(
+                    (version_of(name), start, end)
+                    for name, start, end in generation.weight_versions
+                ),
+            )
+            for generation in made
+        ]
 
     async def ask_each(self, requests: Sequence[SampleRequest]) -> list[Generation]:
         """The same of every ready engine, one after another; `check_probe` judges them."""
@@ -381,7 +409,8 @@ class Fleet:
         found: list[Generation] = []
         for engine in self.ready():
             with _failing(engine):
-                found += await self._insist(self._asked_of, engine.client, requests)
+                made = await self._insist(self._asked_of, engine.client, requests)
+                found += self._with_versions(engine, made)
                 self._asked.append(engine)
         return found
 
@@ -425,6 +454,16 @@ class Fleet:
             f"{what} ({self.counts['faults_restarts']} restarts, "
             f"rollout.server.max_restarts={self.config.max_restarts}):\n{problems}"
         )
+
+
+def name_of(version: str) -> str:
+    """A name for weights as they are handed over once, such as `12~9f86d081884c7d65`: nobody else
+    who loads a version 12 gives it the same name."""
+    return f"{version}~{secrets.token_hex(8)}"
+
+
+def version_of(name: str) -> str:
+    return re.sub("~[0-9a-f]{16}$", "", name)
 
 
 @contextmanager

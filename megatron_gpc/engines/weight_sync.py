@@ -29,8 +29,11 @@ _numbers = itertools.count()  # torch wants a name of its own for every group of
 class WeightSync(Protocol):
     """A way to hand over weights."""
 
-    def push(self, tensors: Iterable[Named], version: str) -> None:
+    def push(self, tensors: Iterable[Named], name: str) -> None:
         """Give every living engine the weights; consumes all tensors whatever happens.
+
+        Args:
+            name: what engines are to call them, see fleet.name_of.
 
         Raises:
             UserError: the shared folder cannot be written.
@@ -52,12 +55,12 @@ def make_sync(config: ServerConfig, fleet: Fleet, folder: Path) -> WeightSync:
     return DistributedSync(fleet, config.bucket_mb * 2**20, config.sync_timeout_s)
 
 
-def read_folder(fleet: Fleet, folder: Path, version: str) -> None:
+def read_folder(fleet: Fleet, folder: Path, name: str) -> None:
     """Have every living engine read its weights from a Hugging Face folder."""
     path, members = str(folder), fleet.alive()
-    fleet.current = (path, version)
-    fleet.each(members, lambda engine: engine.client.update_weights_from_disk(path, version))
-    fleet.confirm(members, version)
+    fleet.current = (path, name)
+    fleet.each(members, lambda engine: engine.client.update_weights_from_disk(path, name))
+    fleet.confirm(members, name)
 
 
 class DiskSync:
@@ -66,9 +69,9 @@ class DiskSync:
     def __init__(self, fleet: Fleet, folder: Path):
         self.fleet, self.folder = fleet, folder
 
-    def push(self, tensors: Iterable[Named], version: str) -> None:
+    def push(self, tensors: Iterable[Named], name: str) -> None:
         write_single(self.folder, tensors)
-        read_folder(self.fleet, self.folder, version)
+        read_folder(self.fleet, self.folder, name)
 
     def close(self) -> None:
         pass
@@ -80,7 +83,7 @@ class TensorSync:
     def __init__(self, fleet: Fleet, bucket_bytes: int):
         self.fleet, self.bucket_bytes = fleet, bucket_bytes
 
-    def push(self, tensors: Iterable[Named], version: str) -> None:
+    def push(self, tensors: Iterable[Named], name: str) -> None:
         members = self.fleet.alive()
         self.fleet.each(members, lambda engine: engine.client.begin_weight_update())
         for bucket in buckets(tensors, self.bucket_bytes):
@@ -88,11 +91,11 @@ class TensorSync:
             self.fleet.each(
                 members,
                 lambda engine, packed=packed: engine.client.update_weights_from_tensor(
-                    packed, version, tp_size=engine.tp_size
+                    packed, name, tp_size=engine.tp_size
                 ),
             )
         self.fleet.each(members, lambda engine: engine.client.end_weight_update())
-        self.fleet.confirm(members, version)
+        self.fleet.confirm(members, name)
 
     def close(self) -> None:
         pass
@@ -111,9 +114,9 @@ class DistributedSync:
         self.members: list[Engine] = []
         self.name = ""
 
-    def push(self, tensors: Iterable[Named], version: str) -> None:
+    def push(self, tensors: Iterable[Named], name: str) -> None:
         self._join()
-        members, name = self.members, self.name
+        members, group = self.members, self.name
         self.fleet.each(members, lambda engine: engine.client.begin_weight_update())
         for bucket in buckets(tensors, self.bucket_bytes):
             if self.group is None:
@@ -122,7 +125,7 @@ class DistributedSync:
             await_received = self.fleet.begin_each(
                 members,
                 lambda engine, described=described: engine.client.update_weights_from_distributed(
-                    described, version, name
+                    described, name, group
                 ),
             )
             try:
@@ -133,7 +136,7 @@ class DistributedSync:
             await_received()
             self._leave_if_broken()
         self.fleet.each(members, lambda engine: engine.client.end_weight_update())
-        self.fleet.confirm(members if self.group is not None else [], version)
+        self.fleet.confirm(members if self.group is not None else [], name)
 
     def close(self) -> None:
         self._leave()

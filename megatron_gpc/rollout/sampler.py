@@ -16,7 +16,7 @@ import torch
 
 from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.colocation import Colocation
-from megatron_gpc.engines.fleet import Fleet, WeightsNeeded
+from megatron_gpc.engines.fleet import Fleet, WeightsNeeded, name_of
 from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import make_sync, read_folder
@@ -83,7 +83,7 @@ class Sampler:
             ServerUnavailable: none did; says what was wrong with each.
         """
         self.fleet.await_started()
-        read_folder(self.fleet, folder, version)
+        read_folder(self.fleet, folder, name_of(version))
         if not self.fleet.ready():
             raise self.fleet.lost(f"no engine has taken the weights of {folder}")
 
@@ -192,7 +192,7 @@ class TrainingSampler(Sampler):
         if self.colocated:
             self._turns.take_weights()
         self.fleet.await_alive()
-        self._sync.push(tensors, str(version))
+        self._sync.push(tensors, name_of(str(version)))
         if self.colocated:
             self._turns.take_cache()
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import megatron_gpc
+from megatron_gpc.engines.keys import read_key
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import decoder, eos_tokens, load_tokenizer
 from megatron_gpc.run.child import die_with_parent
@@ -56,6 +57,8 @@ from megatron_gpc.server.weight_receiver import WeightReceiver
 T = TypeVar("T")
 MOST_BYTES = 32 * 2**20
 """Of a body, for a model of no size."""
+MOST_SAID = 500
+"""Characters of a refusal."""
 COMMAND_TIMEOUT_S = 600.0
 """How long a pause, a weight update and the like may take; a large checkpoint takes longest."""
 PROBE_TIMEOUT_S = 20.0
@@ -100,7 +103,7 @@ class Server:
         while not (await asyncio.wait({future}, timeout=1.0))[0]:
             if await http.is_disconnected():  # a client that gave up must not keep the batch busy
                 await self._command(self.generator.drop(requests))
-        results = future.result()
+        results, loads = future.result(), self.generator.weight_loads
         wanted = [
             (request.rid if request.params.n == 1 else uuid.uuid4().hex, logprob)
             for request, logprob in zip(requests, wants_logprob, strict=True)
@@ -110,7 +113,7 @@ class Server:
         answers = await loop.run_in_executor(
             self._texts,
             lambda: [
-                answer(result, rid, logprob, seconds, self.tokenizer)
+                answer(result, rid, logprob, loads, seconds, self.tokenizer)
                 for result, (rid, logprob) in zip(results, wanted, strict=True)
             ],
         )
@@ -149,6 +152,7 @@ class Server:
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": self.generator.weight_version,
+                "weight_loads": self.generator.weight_loads,
                 "load_format": "auto",
                 "has_image_understanding": False,
                 "has_audio_understanding": False,
@@ -297,7 +301,7 @@ class Server:
 
     def app(self, api_key: str | None = None) -> Gate:
         """The application.  If there is a key, requests must carry it as a bearer token."""
-        app = FastAPI(lifespan=self._lifespan, openapi_url=None)
+        app = FastAPI(lifespan=self._lifespan, openapi_url=None, redirect_slashes=False)
         for path, handler in {
             "/health": self.health,
             "/health_generate": self.health_generate,
@@ -348,20 +352,26 @@ class Server:
 
 
 def _refused(message: str, status: int) -> Response:
-    return JSONResponse({"error": {"message": message}}, status_code=status)
+    return JSONResponse({"error": {"message": _line(message)}}, status_code=status)
 
 
 def _refused_as(http: Request, error: Exception) -> Response:
     """What the user has got wrong, in the shape that SGLang has for this path."""
     if (more := OF_WEIGHTS.get(http.url.path)) is None:
         return _refused(str(error), 400)
-    return JSONResponse({"success": False, "message": str(error), **more}, status_code=400)
+    return JSONResponse({"success": False, "message": _line(str(error)), **more}, status_code=400)
 
 
 def _updated(message: str, version: str | None = None, **more: Any) -> Response:
     if version is not None:
         message += f" Weight version updated to {version}."
     return JSONResponse({"success": True, "message": message, **more})
+
+
+def _line(message: str) -> str:
+    """One that can be sent, whatever names a request has put into it."""
+    text = " ".join(message.encode(errors="backslashreplace").decode().split())
+    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."
 
 
 def _first_problem(error: RequestValidationError) -> str:
@@ -398,9 +408,9 @@ def main() -> None:
     if not args.model_path.is_dir():
         sys.exit(f"--model-path: {args.model_path} is not a folder")
     try:
-        api_key = args.api_key_file.read_text().strip() if args.api_key_file else None
-    except OSError as error:
-        sys.exit(f"--api-key-file: {error}")
+        api_key = read_key(args.api_key_file, "--api-key-file") if args.api_key_file else None
+    except UserError as error:
+        sys.exit(str(error))
     try:
         tokenizer = load_tokenizer(args.model_path)
         generator = Generator(

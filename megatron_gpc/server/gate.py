@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from hmac import compare_digest
 from typing import Any
 
@@ -19,6 +20,8 @@ HEADER_TIMEOUT_S = 20.0
 """From connecting, or the first byte of a further request, to the last header [s]."""
 BODY_TIMEOUT_S = 120.0
 """From the last header to the last byte of the body [s]."""
+FORGET_S = 1.0
+"""How long a body that is too large is still read [s]."""
 
 
 class Gate:
@@ -36,6 +39,8 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["http_version"] not in ("1.0", "1.1"):
+            return await _refuse(400, "HTTP/1.1 is spoken here")(scope, receive, send)
         headers = dict(scope["headers"])
         if not self._may_enter(scope["path"], headers.get(b"authorization", b"")):
             return await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
@@ -46,6 +51,7 @@ class Gate:
         except TimeoutError:
             return await _refuse(408, "the body did not come in time")(scope, receive, send)
         except OverflowError:
+            await _forget(receive)
             return await _refuse(413, f"the body has more than {most} bytes")(scope, receive, send)
         if body is None:
             return None
@@ -78,6 +84,14 @@ async def _body(receive: Receive, most: int, announced: int) -> bytes | None:
     if size > most:
         raise OverflowError
     return b"".join(pieces)
+
+
+async def _forget(receive: Receive) -> None:
+    """Read on for a moment: who still sends when the connection is closed never sees the answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(FORGET_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _refuse(status: int, message: str) -> JSONResponse:

@@ -65,6 +65,7 @@ def answer(
     result: sequence.Result,
     rid: str,
     logprob: bool,
+    weight_loads: int,
     seconds: float,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def answer(
         "finish_reason": result.finish,
         "prompt_tokens": result.prompt_tokens,
         "weight_version": result.weight_version,
+        "weight_loads": weight_loads,
         "num_retractions": result.num_retractions,
     }
     if logprob:

@@ -82,6 +82,8 @@ class Generator:
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.max_running = max_running
         self.weight_version = "default"
+        self.weight_loads = 0
+        """How often weights were replaced; a name can be given twice."""
         self.paused = False
         self.released: set[str] = set()
         """Of MEMORY."""
@@ -449,6 +451,7 @@ class Generator:
             raise UserError("weights are released; resume them before an update.")
         with torch.inference_mode(False):
             self._model = load()
+        self.weight_loads += 1
         if version is not None:
             self._set_version(version)
 
