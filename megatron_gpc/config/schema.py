@@ -126,7 +126,8 @@ class ServerConfig:
     router: bool = False
     """Put sglang-router in front of the engines; weights and pauses go to the engines directly."""
     api_key_file: Path | None = None
-    """File with the key that the servers ask for; also of those that are started."""
+    """File with the key that the servers ask for, mode 0600.  Left out: servers that are started
+    get a random one; for urls_file the file of that name with `.key` behind it, if it is there."""
     start_timeout_s: PositiveFloat = 180.0
     """How long a server may take to become healthy [s]."""
     request_timeout_s: PositiveFloat = 300.0

@@ -328,9 +328,10 @@ class SGLangClient:
         if response.status_code >= 500:
             raise ServerUnavailable(f"{what}: {response.status_code} {error_message(response)}")
         if response.status_code >= 400:
-            raise RequestRefused(
-                response.status_code, f"{what}: {response.status_code} {error_message(response)}"
-            )
+            said = f"{what}: {response.status_code} {error_message(response)}"
+            if response.status_code == 401:
+                said += "; name the file with its key in rollout.server.api_key_file"
+            raise RequestRefused(response.status_code, said)
         return response
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import tempfile
 from pathlib import Path
 
 from megatron_gpc.errors import UserError
@@ -60,11 +61,41 @@ def new_key(file: Path) -> Path:
     return write_secret(file, secrets.token_urlsafe(32) + "\n")
 
 
+def key_beside(urls_file: Path) -> Path:
+    """Where `serve` puts the key of its engines, and runs look for it."""
+    return urls_file.with_name(f"{urls_file.name}.key")
+
+
+def shared_key(file: Path) -> Path:
+    """A file with a random key; it stays if it is there, and of several at a time one makes it.
+
+    Raises:
+        UserError: it cannot be written, or what is there is no key.
+    """
+    made = new_key(file.with_name(f".{file.name}.{secrets.token_hex(4)}"))
+    try:
+        os.link(made, file)
+    except FileExistsError:
+        read_key(file, "the engines' key")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+    finally:
+        made.unlink()
+    return file
+
+
 def write_secret(file: Path, text: str) -> Path:
-    """A new file that only the user can read; no link is followed, no old mode is kept."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(file, flags, 0o600), "w") as stream:
-        stream.write(text)
+    """A new file that only the user can read; no link is followed, no old mode is kept.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, made = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+        os.replace(made, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
     return file

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_gpc.config import Config
 from megatron_gpc.engines.fleet import Fleet
+from megatron_gpc.engines.keys import key_beside, shared_key
 from megatron_gpc.engines.process import ServerError
 from megatron_gpc.engines.starter import Starter, check_start
 from megatron_gpc.errors import RunStopped, UserError
@@ -43,7 +44,10 @@ def serve(config: Config, stop: StopRequest) -> None:
     server = config.rollout.server
     urls_file = server.urls_file
     assert urls_file is not None  # check_serving has seen to it
-    started_here = dataclasses.replace(server, urls=(), urls_file=None, router=False)
+    key = server.api_key_file or shared_key(key_beside(urls_file))
+    started_here = dataclasses.replace(
+        server, urls=(), urls_file=None, router=False, api_key_file=key
+    )
     nodes, _ = environment.step()
     number = environment.number("SLURM_PROCID", 0, nodes - 1, default=0)
     check_start(started_here, config.sglang, _address(nodes))
@@ -56,9 +60,7 @@ def serve(config: Config, stop: StopRequest) -> None:
     if not _await_file(model, server.start_timeout_s, "model.hf", stop):
         return
     log_dir = config.run_dir / "logs" / f"serve_{number}"
-    starter = Starter(
-        started_here, config.sglang, config.model.hf, log_dir, _address(nodes), with_key=False
-    )
+    starter = Starter(started_here, config.sglang, config.model.hf, log_dir, _address(nodes))
     say(starter.what_happens())
     with Fleet(starter) as fleet:
         try:
@@ -68,7 +70,7 @@ def serve(config: Config, stop: StopRequest) -> None:
             raise RunStopped(f"{socket.gethostname()}: {error}") from None
         urls = [engine.url for engine in fleet.engines]
         _publish(urls_file, urls, number, nodes, server.start_timeout_s, stop)
-        say(f"serving on {', '.join(urls)}")
+        say(f"serving on {', '.join(urls)}; the key is in {key}")
         while not _over(stop):
             if fleet.exhausted():
                 raise RunStopped(

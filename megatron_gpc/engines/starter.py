@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from megatron_gpc.config import ServerConfig, SGLangConfig
 from megatron_gpc.config.types import http_url
 from megatron_gpc.engines.client import SGLangClient
-from megatron_gpc.engines.keys import new_key, read_key, write_secret
+from megatron_gpc.engines.keys import key_beside, new_key, read_key, write_secret
 from megatron_gpc.engines.process import (
     EmbeddedServer,
     ServerProcess,
@@ -42,7 +43,6 @@ class Starter:
         model_path: Hugging Face folder that engines start from.
         log_dir: where started engines log.
         host: this machine's address that they listen on.
-        with_key: make a key if none is configured; False: others, who cannot know it, use them.
     """
 
     def __init__(
@@ -52,9 +52,8 @@ class Starter:
         model_path: Path,
         log_dir: Path,
         host: str = "127.0.0.1",
-        with_key: bool = True,
     ):
-        self.config, self.sglang, self.with_key = config, sglang, with_key
+        self.config, self.sglang = config, sglang
         self.model_path, self.log_dir, self.host = model_path, log_dir, host
         self.python = sglang.python or Path(sys.executable)
         self._own_key: Path | None = None
@@ -100,8 +99,7 @@ class Starter:
                 given_up=self.given_up,
             )
         args = dict(self.sglang.args)
-        if self.config.api_key_file is not None:
-            args["config"] = self._secrets()
+        args["config"] = self._secrets()
         if self.config.colocated:
             args["enable_memory_saver"] = True
         several = "base_gpu_id" in args or self.config.engines > 1
@@ -149,22 +147,20 @@ class Starter:
         )
 
     def key_file(self) -> Path | None:
-        """With the key that engines ask for: the configured one, or a new one for embedded servers
-        that are started for this run alone.
+        """With the key that engines ask for: the configured one, that of `serve` beside its list of
+        addresses, or a new one for engines that are started for this run alone.
 
         Raises:
             UserError: it cannot be written.
         """
         config = self.config
-        others = config.urls or config.urls_file or config.router or config.kind != "embedded"
-        if config.api_key_file is not None or others or not self.with_key:
+        if config.api_key_file is not None or config.urls:
             return config.api_key_file
+        if config.urls_file is not None:
+            beside = key_beside(config.urls_file)
+            return beside if beside.exists() else None
         with self._own_key_lock:  # engines start side by side
-            if self._own_key is None:
-                try:
-                    self._own_key = new_key(self.log_dir / "api_key")
-                except OSError as error:
-                    raise UserError(f"{self.log_dir}/api_key: {error.strerror}") from None
+            self._own_key = self._own_key or new_key(self.log_dir / "api_key")
         return self._own_key
 
     def _api_key(self) -> str | None:
@@ -172,8 +168,20 @@ class Starter:
         return None if file is None else read_key(file)
 
     def _secrets(self) -> Path:
-        """Arguments of SGLang that no process list may show, in a file only the user can read."""
-        text = yaml.safe_dump({"api-key": self._api_key()})
+        """Arguments of SGLang that no process list may show, in a file only the user can read; and
+        those of a file that the user gives it.
+
+        Raises:
+            UserError: the user's file cannot be read.
+        """
+        given: Any = {}
+        if own := self.sglang.args.get("config"):
+            try:
+                given = dict(yaml.safe_load(Path(own).read_text()) or {})
+            except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"sglang.args.config: {own}: cannot be read: {reason}") from None
+        text = yaml.safe_dump({**given, "api-key": self._api_key()})
         return write_secret(self.log_dir / "sglang_secrets.yaml", text)
 
     async def running_urls(self) -> Sequence[str]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from rollout_models import build_model
 
 from megatron_gpc.config import ServerConfig, SGLangConfig
 from megatron_gpc.config.file import load
 from megatron_gpc.engines.fleet import Fleet
-from megatron_gpc.engines.keys import new_key, read_key, write_secret
+from megatron_gpc.engines.keys import key_beside, new_key, read_key, shared_key, write_secret
 from megatron_gpc.engines.starter import Starter, check_start
 from megatron_gpc.errors import UserError
 
@@ -81,6 +83,37 @@ def test_an_embedded_server_of_a_run_has_a_key_of_its_own(tmp_path: Path):
         assert stranger.status_code == 401
         assert fleet.run(engine.client.model_info())["weight_version"] == "default"
     assert (tmp_path / "logs" / "api_key").stat().st_mode & 0o777 == 0o600
+
+
+def test_engines_of_serve_have_a_key_beside_their_addresses(tmp_path):
+    """`serve` on several nodes makes one, a later one keeps it, and runs find it."""
+    urls = tmp_path / "urls"
+
+    def client_key() -> str | None:
+        return Starter(ServerConfig(urls_file=urls), SGLangConfig(), tmp_path, tmp_path)._api_key()
+
+    assert client_key() is None, "whoever started them made none"
+    with ThreadPoolExecutor(8) as nodes:
+        made = set(nodes.map(lambda _: read_key(shared_key(key_beside(urls))), range(8)))
+    assert made == {client_key()} and os.listdir(tmp_path) == ["urls.key"]
+    key_beside(urls).chmod(0o644)
+    with pytest.raises(UserError, match="mode 0644"):
+        shared_key(key_beside(urls))
+
+
+def test_sglangs_own_file_of_arguments_is_kept(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("tp-size: 2\n")
+    sglang = SGLangConfig(args={"config": str(own)})
+    starter = Starter(ServerConfig(kind="sglang"), sglang, tmp_path, tmp_path / "logs")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "sglang_secrets.yaml").symlink_to(own)
+    given = yaml.safe_load(starter._secrets().read_text())
+    assert given == {"tp-size": 2, "api-key": read_key(tmp_path / "logs" / "api_key")}
+    assert own.read_text() == "tp-size: 2\n"
+    own.write_text("- 1\n")
+    with pytest.raises(UserError, match="sglang.args.config"):
+        starter._secrets()
 
 
 @pytest.mark.parametrize(

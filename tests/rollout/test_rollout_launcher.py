@@ -12,8 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from tiny import run_config
 
+from megatron_gpc.engines.keys import read_key
 from megatron_gpc.engines.process import EmbeddedServer, server_environment
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.run.network import free_port
@@ -136,9 +138,14 @@ def test_sglang_is_started_on_its_port_with_what_is_configured(tmp_path, overrid
     with starter.engine(1, port) as server:
         assert server.url == f"http://127.0.0.1:{port}"
         found = httpx.get(f"{server.url}/arguments", trust_env=False).json()
+    secrets = tmp_path / "logs" / "sglang_secrets.yaml"
     always = {"--host": "127.0.0.1", "--port": str(port), "--model-path": str(tmp_path / "hf")}
+    always["--config"] = str(secrets)
     expected = [word for pair in (always | given).items() for word in pair if word is not None]
     assert sorted(found) == sorted(expected)
+    key = read_key(tmp_path / "logs" / "api_key")
+    assert yaml.safe_load(secrets.read_text()) == {"api-key": key}
+    assert secrets.stat().st_mode & 0o777 == 0o600 and key not in " ".join(found)
 
 
 def test_sglang_inherits_nothing_that_a_rank_sets_for_itself(monkeypatch):
