@@ -371,7 +371,8 @@ def _updated(message: str, version: str | None = None, **more: Any) -> Response:
 def _line(message: str) -> str:
     """One that can be sent, whatever names a request has put into it."""
     text = " ".join(message.encode(errors="backslashreplace").decode().split())
-    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."
+    half = MOST_SAID // 2
+    return text if len(text) <= MOST_SAID else f"{text[:half]} ... {text[-half:]}"
 
 
 def _first_problem(error: RequestValidationError) -> str:

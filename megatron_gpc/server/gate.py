@@ -20,7 +20,7 @@ HEADER_TIMEOUT_S = 20.0
 """From connecting, or the first byte of a further request, to the last header [s]."""
 BODY_TIMEOUT_S = 120.0
 """From the last header to the last byte of the body [s]."""
-FORGET_S = 1.0
+READ_ON_S = 10.0
 """How long a body that is too large is still read [s]."""
 
 
@@ -51,8 +51,8 @@ class Gate:
         except TimeoutError:
             return await _refuse(408, "the body did not come in time")(scope, receive, send)
         except OverflowError:
-            await _forget(receive)
-            return await _refuse(413, f"the body has more than {most} bytes")(scope, receive, send)
+            large = _refuse(413, f"the body has more than {most} bytes")
+            return await large(scope, receive, _reading_on(receive, send))
         if body is None:
             return None
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -86,12 +86,21 @@ async def _body(receive: Receive, most: int, announced: int) -> bytes | None:
     return b"".join(pieces)
 
 
-async def _forget(receive: Receive) -> None:
-    """Read on for a moment: who still sends when the connection is closed never sees the answer."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(FORGET_S):
-            while (await receive()).get("more_body", False):
-                pass
+def _reading_on(receive: Receive, send: Send) -> Send:
+    """Sends an answer, and reads on for a while before it ends: whoever still writes when the
+    connection is closed never sees the answer."""
+
+    async def answer(message: Message) -> None:
+        if message["type"] != "http.response.body":
+            return await send(message)
+        await send({**message, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(READ_ON_S):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b""})
+
+    return answer
 
 
 def _refuse(status: int, message: str) -> JSONResponse:

@@ -7,7 +7,6 @@ before is never touched.
 from __future__ import annotations
 
 import base64
-import collections
 import io
 import json
 import os
@@ -20,14 +19,16 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch._utils import _rebuild_tensor_v2
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import check_regular
 from megatron_gpc.weights.families import FAMILIES
 from megatron_gpc.weights.fields import refuse_two_spellings
+from megatron_gpc.weights.hf_files import HFReader
+from megatron_gpc.weights.unpickler import RestrictedUnpickler
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 """Layers whose state is keys and values; the generator's cache has no other kind."""
@@ -57,6 +58,9 @@ def load_folder(
             f"{folder}: no such folder; give a Hugging Face checkpoint folder "
             "(config.json, safetensors)"
         )
+    for file in folder.glob("*.json"):
+        check_regular(file)
+    HFReader(folder)  # what it refuses, transformers would wait for, follow or unpickle
     if config is None:
         _refuse_two_spellings(folder)
     model = _load(AutoModelForCausalLM, str(folder), str(folder), dtype=dtype, config=config)
@@ -146,26 +150,25 @@ def _load(loader: Any, what: str, folder: str | None, **options: Any) -> PreTrai
     return model.eval()
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles plain tensors only, because a pickle can otherwise run any code.
+class _TensorUnpickler(RestrictedUnpickler):
+    """Unpickles plain tensors only, because a pickle can otherwise run any code."""
 
-    What it hands out is made anew each time: a pickle may set attributes of it (BUILD), and those
-    of torch's own functions would stay for good.
-    """
+    allowed = {
+        "torch._utils": {"_rebuild_tensor_v2"},
+        "torch.storage": {"_load_from_bytes"},
+        "collections": {"OrderedDict"},
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        made = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
-            ("torch.storage", "_load_from_bytes"): _load_storage,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-        }.get((module, name))
-        if made is None:
-            raise pickle.UnpicklingError(f"{module}.{name} is not part of a plain tensor")
-        return lambda *arguments: made(*arguments)
+        found = super().find_class(module, name)
+        return _load_storage if name == "_load_from_bytes" else found
 
 
 def _load_storage(content: bytes) -> Any:
-    """torch.storage._load_from_bytes without its weights_only=False."""
+    """torch.storage._load_from_bytes without its weights_only=False, and without archives: a small
+    one can be unpacked to any size."""
+    if content.startswith(b"PK"):
+        raise pickle.UnpicklingError("a storage is no archive")
     return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 

@@ -7,13 +7,13 @@ torch read it after that is safe.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.weights.unpickler import RestrictedUnpickler
 
 _DCP = "torch.distributed.checkpoint."
 _ALLOWED = {
@@ -33,30 +33,15 @@ _ALLOWED = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "device"},
 }
-_BUILD = pickle.BUILD[0]
 
 
-_PythonUnpickler: Any = pickle._Unpickler
-"""Python's own, which has one method an opcode; the one in C cannot be asked about BUILD."""
-
-
-class _DescriptionUnpickler(_PythonUnpickler):
-    dispatch = dict(_PythonUnpickler.dispatch)
+class _DescriptionUnpickler(RestrictedUnpickler):
+    allowed = _ALLOWED
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a description")
-
-    def _set_attributes(self) -> None:
-        kind = type(self.stack[-2])
-        if kind.__name__ not in _ALLOWED.get(kind.__module__, ()):
-            raise pickle.UnpicklingError(f"it would change {kind.__module__}.{kind.__name__}")
-        self.load_build()
-
-    dispatch[_BUILD] = _set_attributes
+        return super().find_class(module, name)
 
 
 def read_metadata(file: Path) -> Any:

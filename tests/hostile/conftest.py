@@ -1,10 +1,26 @@
-"""Says at the end what became of the inputs that cannot be."""
+"""The embedded server in this process; and, at the end, what became of the inputs that cannot be."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
+from rollout_models import build_model
+
+from megatron_gpc.rollout.tokenizer import decoder, load_tokenizer
+from megatron_gpc.server.app import Server
+from megatron_gpc.server.generator import Generator
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A test can look inside."""
+    folder = build_model(tmp_path_factory.mktemp("hostile") / "model", seed=0)
+    tokenizer = load_tokenizer(folder)
+    generator = Generator(folder, decode=decoder(tokenizer))
+    yield Server(generator, tokenizer, str(folder))
+    generator.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
