@@ -2,7 +2,8 @@
 
 import re
 
-_CREDENTIALS = re.compile(r"://[^/\s'\"]*@")
+CREDENTIALS = re.compile(r"://[^\s'\"]*@")
+"""A user's name and password in an address."""
 
 
 class UserError(ValueError):
@@ -14,7 +15,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(_CREDENTIALS.sub("://...@", str(message)))
+        super().__init__(CREDENTIALS.sub("://...@", str(message)))
 
 
 class RunStopped(RuntimeError):

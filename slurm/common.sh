@@ -69,6 +69,12 @@ newest_step() { # the newest complete checkpoint's; 0 if there is none
     sed -n 's/.*step_0*\([0-9][0-9]*\)$/\1/p' | sort -n | tail -n 1 | grep . || echo 0
 }
 
+# The environment but for what may be secret, by its name or as an address with a password.
+kept_environment() {
+  env -0 | grep -zEiv '^[^=]*(key|token|secret|pass|credential|cookie|auth|jwt)[^=]*=|^[^=]*=.*://[^[:space:]]*@' |
+    sort -z | tr '\0' '\n'
+}
+
 # begin_attempt: numbers this attempt, keeps what it starts from, refuses to go on in vain.
 begin_attempt() {
   ATTEMPT=${SLURM_RESTART_COUNT:-0}
@@ -98,7 +104,7 @@ begin_attempt() {
   if [[ -d $RUN_DIR/logs ]]; then mv "$RUN_DIR/logs" "$ATTEMPT_DIR/logs_before"; fi
   git -C "$ROOT" rev-parse HEAD >"$ATTEMPT_DIR/commit" 2>/dev/null || echo unknown >"$ATTEMPT_DIR/commit"
   printf '%s\n' "$RESOLVED" >"$ATTEMPT_DIR/config.yaml"
-  (umask 077 && env -0 | grep -zEiv '^[^=]*(key|token|secret|pass|credential|cookie)[^=]*=|^[^=]*=[^=]*://[^/]*@' | sort -z | tr '\0' '\n' >"$ATTEMPT_DIR/environment")
+  (umask 077 && kept_environment >"$ATTEMPT_DIR/environment")
   say "job $SLURM_JOB_ID, attempt $ATTEMPT, from step $step, run $RUN_DIR"
 }
 

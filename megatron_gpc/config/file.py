@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_gpc.config import Config
 from megatron_gpc.config.types import Part
-from megatron_gpc.errors import UserError
+from megatron_gpc.errors import CREDENTIALS, UserError
 from megatron_gpc.run.files import check_regular
 
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4000
@@ -51,8 +51,9 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     flat, origin = _read(Path(path))
     for override in overrides:
         key, found, text = override.partition("=")
+        said = f"override {key if '@' in text else override!r}"  # it may have a password
         if not found:
-            raise UserError(f"override {override!r}: expected key=value")
+            raise UserError(f"{said}: expected key=value")
         try:
             value = _parse(text)
         except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, brackets
@@ -60,9 +61,9 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        given = _flatten(nested, f"override {override!r}")
+        given = _flatten(nested, said)
         flat = _over(flat, _resolve_paths(given, Path.cwd()))
-        origin.update(dict.fromkeys(given, f"override {override!r}"))
+        origin.update(dict.fromkeys(given, said))
     return _build(flat, str(path), origin)
 
 
@@ -277,6 +278,12 @@ def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
         for parent in parents:
             here = here.setdefault(parent, {})
         here[name] = value
+        if CREDENTIALS.search(str(value)):
+            raise UserError(
+                f"{origin.get(key, file)}: {key}: config.yaml would keep the password in that "
+                "address; give it through the environment, or for engines by "
+                "rollout.server.api_key_file"
+            )
     kinds = keys()
     for key, value in flat.items():
         if isinstance(value, bool) and kinds.get(key, bool) is not bool:  # pydantic takes it for 1
@@ -295,7 +302,8 @@ def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
             what = problem["msg"].replace("Input", "input").removeprefix("Value error, ")
-            what += f", got {problem['input']!r:.300}"
+            if "@" not in str(problem["input"]):  # there may be a password before it
+                what += f", got {problem['input']!r:.300}"
             if problem["type"] == "missing":
                 what = "is required"
             blamed = next((origin[k] for k in origin if f"{key}.".startswith(f"{k}.")), file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,6 +117,25 @@ def test_sglangs_own_file_of_arguments_is_kept(tmp_path):
         starter._secrets()
 
 
+def test_a_slurm_job_keeps_no_secret_of_its_environment():
+    script = (Path(__file__).parents[2] / "slurm" / "common.sh").read_text()
+    begin = script.index("kept_environment() {")
+    kept = script[begin : script.index("\n}\n", begin) + 3] + "kept_environment"
+    secret = {
+        **{"PGPASSWORD": "hunter2", "WANDB_API_KEY": "hunter2", "SLURM_JWT": "hunter2"},
+        **{
+            "https_proxy": "http://me:hunter2@proxy:1",
+            "OPTIONS": "-x --url=db://me:hunter2@host/a",
+        },
+        **{"MULTI": "a\nhttp://me:hun/hunter2@host", "git_credentials": "hunter2"},
+    }
+    plain = {"PATH": os.environ["PATH"], "PLAIN": "http://host/x", "LINES_OF": "a\nb"}
+    found = subprocess.run(
+        ["bash", "-c", kept], env=secret | plain, capture_output=True, text=True, check=True
+    ).stdout
+    assert "hunter2" not in found and "PLAIN=http://host/x\n" in found and "LINES_OF=a\nb" in found
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -124,6 +144,10 @@ def test_sglangs_own_file_of_arguments_is_kept(tmp_path):
         "rollout.server.urls=ftp://me:hunter2@host",
         "rollout.server.url=http://me:hunter2@host:1",
         "model.dtype=http://me:hunter2@host:1",
+        "rollout.server.urls=me:hunter2@host:1",
+        "rollout.server.urls=http://me:hun/hunter2@host:1",
+        "sglang.environment.HTTPS_PROXY=http://me:hunter2@proxy",
+        "log.sinks_arguments={mlflow: {tracking_uri: 'http://me:hunter2@host'}}",
         "sglang.args.api_key=hunter2",
         "sglang.args={api-key: hunter2}",
         "sglang.args.admin_api_key=hunter2",
