@@ -44,10 +44,7 @@ def serve(config: Config, stop: StopRequest) -> None:
     server = config.rollout.server
     urls_file = server.urls_file
     assert urls_file is not None  # check_serving has seen to it
-    key = server.api_key_file or shared_key(key_beside(urls_file))
-    started_here = dataclasses.replace(
-        server, urls=(), urls_file=None, router=False, api_key_file=key
-    )
+    started_here = dataclasses.replace(server, urls=(), urls_file=None, router=False)
     nodes, _ = environment.step()
     number = environment.number("SLURM_PROCID", 0, nodes - 1, default=0)
     check_start(started_here, config.sglang, _address(nodes))
@@ -56,6 +53,8 @@ def serve(config: Config, stop: StopRequest) -> None:
         urls_file.unlink(missing_ok=True)  # of engines that are gone
     except OSError as error:
         raise UserError(f"rollout.server.urls_file: {urls_file}: {error.strerror}") from None
+    key = server.api_key_file or shared_key(key_beside(urls_file))
+    started_here = dataclasses.replace(started_here, api_key_file=key)
     model = hf_folder(config.model.hf) / "config.json"
     if not _await_file(model, server.start_timeout_s, "model.hf", stop):
         return

@@ -50,9 +50,10 @@ class Gate:
                 body = await _body(receive, most, int(headers.get(b"content-length", b"0")))
         except TimeoutError:
             return await _refuse(408, "the body did not come in time")(scope, receive, send)
-        except OverflowError:
+        except OverflowError as error:
+            answer = _reading_on(receive, send) if error.args else send
             large = _refuse(413, f"the body has more than {most} bytes")
-            return await large(scope, receive, _reading_on(receive, send))
+            return await large(scope, receive, answer)
         if body is None:
             return None
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -69,12 +70,16 @@ class Gate:
 
 
 async def _body(receive: Receive, most: int, announced: int) -> bytes | None:
-    """The whole body; None if the client left.  Raises OverflowError if it is too large."""
+    """The whole body; None if the client left.
+
+    Raises:
+        OverflowError: it is too large; has an argument if some of it is unread.
+    """
     pieces: list[bytes] = []
     size, more = 0, True
     while more:
         if max(size, announced) > most:
-            raise OverflowError
+            raise OverflowError("unread")
         message = await receive()
         if message["type"] == "http.disconnect":
             return None

@@ -1,4 +1,4 @@
-"""The embedded server in this process; and, at the end, what became of the inputs that cannot be."""
+"""The embedded server in this process; at the end, what became of inputs that cannot be."""
 
 from __future__ import annotations
 
