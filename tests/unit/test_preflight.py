@@ -237,7 +237,7 @@ WITHOUT_PROMPTS: dict[str, tuple[Callable[[Job], object], str]] = {
     ),
     "run_dir: a name too long": (
         lambda j: j.overrides.append(f"run_dir={'x' * 300}"),
-        "File name too long",
+        "is too long",
     ),
     "run_dir: a link to nothing": (
         lambda j: j.run_dir.symlink_to("nowhere"),
