@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"megatron-gpc: {error.filename!r:.100}: name too long; shorten it", file=sys.stderr)
+        print(f"megatron-gpc: {error.filename!r:.100}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("interrupted")

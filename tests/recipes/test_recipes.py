@@ -38,7 +38,7 @@ def test_a_recipe_is_accepted_and_uses_all_of_its_gpus(name, tmp_path, capsys):
     prompts.write_text('{"prompt": "1+1=", "label": "2"}\n')
     model = byte_tokenizer(hollow_weights(shutil.copytree(HERE / name, tmp_path / "model")))
     with_sglang = tmp_path / "python"  # an interpreter that has every package
-    with_sglang.write_text("#!/bin/sh\n")
+    with_sglang.write_text("#!/bin/sh\necho True\n")
     with_sglang.chmod(0o755)
     there = [
         *(f"model.hf={model}", f"data.prompts={prompts}", f"eval.prompts={prompts}"),
