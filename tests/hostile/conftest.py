@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from rollout_models import build_model
+from starlette.testclient import TestClient
 
 from megatron_gpc.rollout.tokenizer import decoder, load_tokenizer
 from megatron_gpc.server.app import Server
@@ -21,6 +22,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     generator = Generator(folder, decode=decoder(tokenizer))
     yield Server(generator, tokenizer, str(folder))
     generator.close()
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> TestClient:
+    """`raise_server_exceptions=False` shows what the network would."""
+    return TestClient(server.app(), raise_server_exceptions=False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_server_requests import client, server  # noqa: F401 - fixtures
 
 from megatron_gpc.config import RolloutConfig
 from megatron_gpc.config.file import keys, load
@@ -114,7 +113,7 @@ BODIES = st.dictionaries(
 
 @settings(max_examples=1500, **OFTEN)
 @given(VALUES | BODIES)
-def test_requests(client, body):  # noqa: F811
+def test_requests(client, body):
     content = json.dumps(body).encode()
     answer = client.post("/generate", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text

@@ -18,16 +18,10 @@ from listening import listening
 from starlette.testclient import TestClient
 
 from megatron_gpc.server import gate, sampling, weight_receiver
-from megatron_gpc.server.app import Server
 from megatron_gpc.server.gate import Gate
 from megatron_gpc.server.weight_receiver import MOST_GROUPS
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> TestClient:
-    return TestClient(server.app(), raise_server_exceptions=False)
 
 
 def works(client: TestClient) -> None:
