@@ -77,6 +77,8 @@ def test_uniforms_follow_from_seed_index_and_position_alone():
     assert np.array_equal(first(10, 7, 0), long[:10])
     assert not np.intersect1d(long, first(1000, 7, 1)).size
     assert not np.intersect1d(long, first(1000, 8, 0)).size
+    philox = np.random.Philox(key=np.array([7, 0], dtype=np.uint64))
+    assert np.array_equal(long, (philox.random_raw(1000) >> np.uint64(11)) * 2.0**-53)
     assert long.min() >= 0 and long.max() < 1 and abs(long.mean() - 0.5) < 0.05
 
 
