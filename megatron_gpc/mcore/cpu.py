@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import sys
 import types
@@ -68,6 +69,7 @@ def install() -> None:
         _patch_random()
         _patch_p2p()
         _patch_split_sizes()
+        _patch_groups_of_one()
     _patch_checkpoint_writer()
     _patch_router()
     _patch_norms()
@@ -213,7 +215,11 @@ def _torch_for_cpu() -> types.ModuleType:
     fake.cuda = _cuda_for_cpu()
     fake.distributed = types.ModuleType("torch.distributed")
     fake.distributed.__dict__.update(
-        torch.distributed.__dict__, all_gather=_all_gather, reduce_scatter=_reduce_scatter
+        torch.distributed.__dict__,
+        all_gather=_all_gather,
+        reduce_scatter=_reduce_scatter,
+        all_reduce=_unless_alone(torch.distributed.all_reduce),
+        broadcast=_unless_alone(torch.distributed.broadcast),
     )
     fake.distributed.__getattr__ = lambda name: getattr(torch.distributed, name)
     return fake
@@ -259,6 +265,36 @@ def _reduce_scatter(
     rank = torch.distributed.get_rank(group)
     output.copy_(whole.split([len(t) for t in inputs])[rank])
     return None
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective that works in place, and has nothing to do in a group of one rank.
+
+    Why: DDP's buffers, the gradient norm and the token count ask for it in every update, whatever
+    the size of their group; gloo takes it through two threads and back, and on a busy machine these
+    turns were a tenth of a small update.  Gone when: core looks at the size, as its mappings do.
+    """
+
+    signature = inspect.signature(collective)
+
+    @functools.wraps(collective)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if torch.distributed.get_world_size(given.get("group")) == 1:
+            return _Done() if given.get("async_op") else None
+        return collective(*args, **kwargs)
+
+    return call
+
+
+def _patch_groups_of_one() -> None:
+    """DDP's buffers are cut over ranks, and made whole, only if there are several.
+
+    A rank's part of them is a view; alone it is all of them.  Why and until when: `_unless_alone`.
+    """
+    buffers = _core("distributed.param_and_grad_buffer")
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
 
 
 def _patch_random() -> None:

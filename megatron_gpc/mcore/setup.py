@@ -97,6 +97,8 @@ def is_main() -> bool:
 
 def from_main(value: T) -> T:
     """Rank 0's value on every rank.  A collective: every rank enters it."""
+    if dist.get_world_size() == 1:
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -109,6 +111,8 @@ def wait_for_all() -> None:
 
 def on_any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank.  A collective: every rank enters it."""
+    if dist.get_world_size() == 1:
+        return flag
     box = torch.tensor(int(flag))
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return bool(box)
@@ -119,5 +123,6 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
     Where exactly one rank contributes an element and all others 0, the sum is exact.
     """
-    dist.all_reduce(tensor)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
     return tensor

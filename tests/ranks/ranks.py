@@ -290,6 +290,22 @@ def collectives_of_token_stats(given: Any, vocab_size: int) -> tuple[list[str], 
     return calls, sizes, torch.equal(local_TV.detach(), before_TV)
 
 
+def collectives_of_update(
+    config: Config, hf: Path, batch: RolloutBatch, bounds: Bounds
+) -> set[str]:
+    """Names of the process groups' operations that scoring and an update take."""
+    from megatron_gpc.mcore.policy import UPDATE_MAXIMA
+    from megatron_gpc.metrics.reduce import Sums
+
+    with policy_of(replace(config, model=replace(config.model, hf=hf))) as (policy, _):
+        sums, samples = Sums(policy.update_means, UPDATE_MAXIMA), list(range(batch.num_samples))
+        with torch.profiler.profile() as profile:
+            policy.score(batch)
+            policy.update(batch, samples, plain_streams(batch), bounds, sums)
+    names = (event.key for event in profile.key_averages())
+    return {name for name in names if name.startswith("c10d::")}
+
+
 def saved_sizes_of_token_stats(given: Any, vocab_size: int, entropy_grad: bool) -> list[int]:
     """Elements of every tensor that is kept for backward."""
     from megatron_gpc.kernels.vocab_parallel import token_stats

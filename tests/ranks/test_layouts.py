@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import ranks
 from layouts import (
     CP2,
     DP2,
@@ -17,6 +18,8 @@ from layouts import (
     measure,
     two_models_each,
 )
+from problems import BOUNDS
+from tiny import run_config
 
 
 @pytest.mark.parametrize("layout", two_models_each(LAYOUTS), ids=str)
@@ -118,3 +121,15 @@ def test_the_entropy_bonus_has_the_same_gradient_too(problems, pool, tmp_path, l
         slots = range(len(reference.logp_T))
         found = differences([result[name] for result in results], reference, slots)
         assert found.within_tolerance(), (name, found)
+
+
+def test_groups_of_one_rank_exchange_nothing(problems, pool, tmp_path):
+    problem = problems["dense"]
+    given = (problem.hf, problem.batch, BOUNDS)
+    config = run_config(tmp_path, tmp_path)
+    assert pool(1).run(ranks.collectives_of_update, config, *given) == [set()]
+    for found in pool(2).run(
+        ranks.collectives_of_update, run_config(tmp_path, tmp_path, TP2), *given
+    ):
+        assert "c10d::allreduce_" in found
+        assert not any("coalesced" in name for name in found), "there is one data-parallel rank"
