@@ -20,7 +20,7 @@ from megatron_gpc.config import ServerConfig
 from megatron_gpc.engines.client import pack_tensors
 from megatron_gpc.engines.fleet import Engine, Fleet
 from megatron_gpc.engines.weight_group import join_group, leave_group
-from megatron_gpc.weights import write_single
+from megatron_gpc.weights import SINGLE_HEADER_BYTES, write_single
 
 Named = tuple[str, torch.Tensor]
 _numbers = itertools.count()  # torch wants a name of its own for every group of a process
@@ -68,9 +68,10 @@ class DiskSync:
 
     def __init__(self, fleet: Fleet, folder: Path):
         self.fleet, self.folder = fleet, folder
+        self.header_bytes = SINGLE_HEADER_BYTES  # until a hand-over has shown what is needed
 
     def push(self, tensors: Iterable[Named], name: str) -> None:
-        write_single(self.folder, tensors)
+        self.header_bytes = write_single(self.folder, tensors, self.header_bytes)
         read_folder(self.fleet, self.folder, name)
 
     def close(self) -> None:

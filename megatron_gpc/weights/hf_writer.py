@@ -24,7 +24,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 _HEADER_BYTES = 2**18
 """Room for the JSON of a shard: about 2000 tensors; then the next one begins."""
-_SINGLE_HEADER_BYTES = 2**23
+SINGLE_HEADER_BYTES = 2**23
 """Room for the JSON of the one file that `write_single` makes: about 60,000 tensors."""
 
 
@@ -56,11 +56,19 @@ def write_hf(
         _write_shards(partial, tensors, dtype, max_shard_bytes)
 
 
-def write_single(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_single(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], header_bytes: int = SINGLE_HEADER_BYTES
+) -> int:
     """Put `model.safetensors` into an existing folder, in place of an older one.
 
     For weight sync: quick, because it does not wait for the disk; and a reader finds the old file
     or the new one, never a mixture.
+
+    Args:
+        header_bytes: room for the JSON that describes the tensors.
+
+    Returns:
+        The room that the same tensors need, should they come again.
 
     Raises:
         UserError: as `write_hf`.
@@ -69,11 +77,12 @@ def write_single(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     partial = folder / f".{SINGLE}.partial-{os.getpid()}"
     try:
         with partial.open("wb") as file:
-            writer = _Shard(file, _SINGLE_HEADER_BYTES)
+            writer = _Shard(file, header_bytes)
             for name, tensor in tensors:
                 writer.add(name, _plain(name, tensor, None))
             writer.finish()
         partial.replace(folder / SINGLE)
+        return -(-writer.json_bytes // 8) * 8  # tensors stand at multiples of 8 bytes
     except OSError as error:
         raise UserError(f"{folder / SINGLE}: cannot be written: {error.strerror}") from None
     finally:

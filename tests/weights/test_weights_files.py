@@ -17,7 +17,15 @@ from tiny_models import Checkpoint, Checkpoints, content, names, same
 from torch import Tensor
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.weights import HFReader, family_of, to_hf, to_megatron, write_hf, write_single
+from megatron_gpc.weights import (
+    SINGLE_HEADER_BYTES,
+    HFReader,
+    family_of,
+    to_hf,
+    to_megatron,
+    write_hf,
+    write_single,
+)
 from megatron_gpc.weights.hf_files import INDEX, SINGLE
 
 
@@ -145,6 +153,17 @@ def test_a_tied_checkpoint_may_hold_its_head_twice(single: Path) -> None:
         HFReader(single).check(family.params(config), family.copies(config))
 
 
+def test_the_same_tensors_need_the_room_that_the_first_file_of_them_has_shown(tmp_path: Path):
+    tensors = [("a" * length, torch.full((length, 3), 1.5)) for length in range(1, 9)]
+    room = write_single(tmp_path, tensors)
+    assert (tmp_path / SINGLE).stat().st_size > SINGLE_HEADER_BYTES
+    assert write_single(tmp_path, tensors, room) == room
+    assert (tmp_path / SINGLE).stat().st_size < 1000 + 36 * 12
+    assert same(load_file(tmp_path / SINGLE), dict(tensors))
+    with pytest.raises(UserError, match="no room for tensor c"):
+        write_single(tmp_path, [*tensors, ("c", torch.ones(1))], room)
+
+
 def test_weight_sync_replaces_one_file_at_once(tmp_path: Path) -> None:
     write_single(tmp_path, [("a", torch.zeros(3))])
     with safe_open(tmp_path / SINGLE, "pt") as reader:
@@ -166,7 +185,7 @@ def test_weight_sync_replaces_one_file_at_once(tmp_path: Path) -> None:
 MEMORY = """
 import re, sys
 from pathlib import Path
-from megatron_gpc.weights import HFReader, write_hf
+from megatron_gpc.weights import SINGLE_HEADER_BYTES, HFReader, write_hf
 status = Path("/proc/self/status")
 kib = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1])
 before, reader = kib(), HFReader(Path(sys.argv[1]))
