@@ -180,10 +180,11 @@ def draw(
         distribution before top-k and top-p cut it; greedy rows are taken at temperature 1.
     """
     greedy_B = torch.tensor([p.greedy for p in params])
-    temperature_B = torch.tensor([1.0 if p.greedy else p.temperature for p in params])
+    temperature_B = torch.tensor([p.temperature for p in params], dtype=torch.float32)
+    temperature_B[greedy_B] = 1.0
     logp_BV = torch.log_softmax(logits_BV / temperature_B[:, None], dim=-1)
     probs_BV = logp_BV.exp().double()
-    cut = [row for row, p in enumerate(params) if not p.greedy and (p.top_k > 0 or p.top_p < 1)]
+    cut = [row for row, p in enumerate(params) if (p.top_k > 0 or p.top_p < 1) and not p.greedy]
     if cut:
         probs_BV[cut] = _cut_tail(probs_BV[cut], [params[row] for row in cut])
     cumulative_BV = probs_BV.cumsum(dim=-1)
