@@ -5,7 +5,10 @@
 
 Runs go side by side, one process each (TP1 PP1: layouts give the same numbers, and small ones are
 faster), as many as there are cores.  A run that is finished is not made again; one that was
-interrupted continues.  They lie in runs/compare/ARM-SEED, picture and table beside them.
+interrupted continues.  They lie in runs/compare/ARM-SEED; beside them the picture, and static.json,
+which is what the main job's last sentence compares with:
+
+    cp runs/compare/static.json examples/entropy_control/
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
 from side_by_side import compare  # noqa: E402
+
+from megatron_gpc.metrics.baseline import record  # noqa: E402
 
 CONFIG = Path(__file__).with_name("config.yaml")
 OUT = Path(__file__).parents[2] / "runs" / "compare"
@@ -32,17 +37,21 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_args()
 
-    overrides = ["parallel.tp=1", "parallel.pp=1", "plots=false", *given.overrides]
     runs = {
         f"{arm}-{seed}": [
-            *overrides,
+            *("parallel.tp=1", "parallel.pp=1", "plots=false", "log.baseline=null"),
             *([TARGET] if arm == "target" else []),
+            *given.overrides,
             f"clip.schedule={arm}",
             f"seed={seed}",
         ]
         for seed, arm in product(given.seeds, given.arms)
     }
-    return compare(CONFIG, given.out, runs)
+    failed = compare(CONFIG, given.out, runs)
+    if not failed and "static" in given.arms:
+        static = [given.out / f"static-{seed}" for seed in given.seeds]
+        print(f"record: {record(static, given.out / 'static.json')}")
+    return failed
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_gpc.metrics.baseline import record
 from megatron_gpc.metrics.plots import plot_run, plot_runs
 from megatron_gpc.metrics.tables import compare_table, print_table
 
@@ -12,6 +13,12 @@ from megatron_gpc.metrics.tables import compare_table, print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, help="picture to write")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="also record these runs, seeds of one experiment, as log.baseline of others",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,4 +27,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(plot_runs(arguments.runs, arguments.out or Path("comparison.png")))
         print_table(compare_table(arguments.runs))
+    if arguments.record:
+        print(record(arguments.runs, arguments.record))
     return 0

@@ -428,6 +428,9 @@ class LogConfig:
     sinks_arguments: dict[str, Arguments] = dataclasses.field(default_factory=dict)
     """What sinks take by keyword, by their names, such as {wandb: {project: mine}}; that of your
     own is what follows the colon."""
+    baseline: Path | None = None
+    """A record of other runs, which `megatron-gpc plot RUN... --record FILE` writes: the table at
+    the end says in one sentence how the run differs from them."""
 
     def __post_init__(self) -> None:
         names = [name.rpartition(":")[2] for name in self.sinks]

@@ -24,6 +24,7 @@ from megatron_gpc.engines.starter import check_start
 from megatron_gpc.errors import UserError
 from megatron_gpc.mcore import cpu
 from megatron_gpc.mcore.checkpoint.folder import checkpoints
+from megatron_gpc.metrics.baseline import read_baseline
 from megatron_gpc.metrics.jsonl import EVAL_NAME, FILE_NAME, read_metrics
 from megatron_gpc.metrics.pass_at_k import pass_ks
 from megatron_gpc.metrics.sinks import check_sinks
@@ -61,6 +62,8 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     check_verifier(config.data)
     check_schedule(config.clip, config.train.steps)
     check_sinks(config.log)
+    if config.log.baseline is not None:
+        read_baseline(config.log.baseline)
     pass_ks(config.eval)
     cpu.check_transformer_engine()
     if any((config.megatron.transformer, config.megatron.ddp, config.megatron.optimizer)):

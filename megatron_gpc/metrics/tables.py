@@ -15,7 +15,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_gpc.metrics.baseline import against
 from megatron_gpc.metrics.drawn import CURVE_WIDTH, curve
+from megatron_gpc.metrics.intervals import interval
 from megatron_gpc.metrics.runs import (
     PLOT_NAME,
     Run,
@@ -33,7 +35,8 @@ def summary_table(run_dir: Path) -> Table:
 
     Start and end are means over 5 % of the steps, at least one; the peak of entropy is that of the
     mean over as many steps.  Held-out rows are the first and the last evaluation, if there are any.
-    The picture is named once it lies in the run's folder.
+    A sentence compares the run with its baseline (log.baseline).  The picture is named once it lies
+    in the run's folder.
 
     Raises:
         UserError: not a run directory, or a damaged one.
@@ -66,6 +69,8 @@ def summary_table(run_dir: Path) -> Table:
         table.add_row(title, "", "", "", value)
     drawn = curve(entropy.values.tolist(), CURVE_WIDTH, rich.console.Console().options.ascii_only)
     table.caption = f"entropy: {drawn}"
+    if sentence := against(run):
+        table.caption += f"\n{escape(sentence)}"
     plot = run.folder / PLOT_NAME
     if plot.exists():
         table.caption += f"\nplots: {escape(min(str(plot), os.path.relpath(plot), key=len))}"
@@ -105,23 +110,29 @@ def _whole_run(run: Run) -> dict[str, str]:
 
 def _tracking(run: Run) -> dict[str, str]:
     """How well entropy followed clip.target, and how often that was all the thresholds could do."""
-    measured, target = paired(run.series("entropy"), run.series("entropy_target"))
     limits = np.abs(run.series("clip_lambda").known().values) >= 1
-    distance = np.sqrt(np.mean((measured - target) ** 2)) if len(measured) else math.nan
     at_limit = limits.mean() if len(limits) else math.nan
     return {
-        "entropy's distance from target, nats": _text(distance),
+        "entropy's distance from target, nats": _text(_distance(run)),
         "steps at a limit of lambda, %": _text(100 * at_limit, 0),
     }
+
+
+def _distance(run: Run) -> float:
+    """Of entropy from clip.target, root of the mean square [nats]; nan without one."""
+    measured, target = paired(run.series("entropy"), run.series("entropy_target"))
+    return float(np.sqrt(np.mean((measured - target) ** 2))) if len(measured) else math.nan
 
 
 _COMPARED: Mapping[str, Callable[[Run], float]] = {
     "reward, end": lambda run: run.series("reward").last(),
     "entropy, start": lambda run: run.series("entropy").first(),
     "peak": lambda run: run.series("entropy").peak()[1],
+    "mean": lambda run: run.series("entropy").mean(),
     "phase 1": lambda run: _phase_mean(run, first=True),
     "phase 2": lambda run: _phase_mean(run, first=False),
     "end": lambda run: run.series("entropy").last(),
+    "from target": _distance,
     "distinct right, end": lambda run: _last_evaluation(run.series("eval_distinct_right")),
 }
 
@@ -142,14 +153,17 @@ def compare_table(run_dirs: Sequence[Path]) -> Table:
 
     Numbers are mean ± standard deviation (n - 1) over seeds.  Start, peak and end of entropy are as
     in `summary_table`, phases 1 and 2 are its means before and after clip.phase_split of the run.
-    Differences are taken seed by seed and only over seeds that both groups have: what the seed
-    decides (prompts, first samples) cancels.
+    Differences are taken seed by seed and only over seeds that both groups have, since what the
+    seed decides (prompts, first samples) cancels; they are mean ± half of a 95 % interval of
+    Student's t.
 
     Raises:
         UserError: not a run directory, or a damaged one.
     """
     first, *others = group_runs([load_run(run_dir) for run_dir in run_dirs])
-    table = _table("mean ± standard deviation over seeds")
+    table = _table(
+        "mean ± standard deviation over seeds; below, seed by seed, ± half a 95 % interval"
+    )
     table.add_column("runs")
     for heading in ("seeds", *_COMPARED):
         table.add_column(heading, justify="right")
@@ -163,7 +177,7 @@ def compare_table(run_dirs: Sequence[Path]) -> Table:
             table.add_row(
                 escape(f"{group.label} - {first.label}"),
                 f"{len(seeds)} paired",
-                *map(_mean_and_spread, columns),
+                *(str(interval(column)) for column in columns),
             )
     return table
 

@@ -15,6 +15,7 @@ from commands import ROOT, command_line, metrics
 from compare_runs import untimed
 
 from megatron_gpc.config import parts
+from megatron_gpc.metrics.baseline import read_baseline
 
 EXAMPLE = ROOT / "examples" / "entropy_control"
 SCRIPT = str(EXAMPLE / "build.py")
@@ -105,6 +106,7 @@ def test_schedules_are_compared_and_one_that_steers_goes_on_bit_for_bit(start, t
     assert done.returncode == 0, done.stdout + done.stderr
     assert "target - static" in done.stdout
     assert (tmp_path / "runs" / "comparison.png").stat().st_size > 50_000
+    assert read_baseline(tmp_path / "runs" / "static.json").label == "static"
     static, target = (metrics(tmp_path / "runs" / f"{arm}-0") for arm in ("static", "target"))
     assert "clip_lambda" not in static[0] and len(static) == len(target) == 4
     assert target[0]["entropy_target"] == target[0]["entropy"] == static[0]["entropy"]

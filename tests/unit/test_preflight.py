@@ -282,6 +282,14 @@ WITHOUT_PROMPTS: dict[str, tuple[Callable[[Job], object], str]] = {
         lambda j: j.overrides.append(f"rollout.server.urls_file={j.model}"),
         "is a folder",
     ),
+    "baseline: absent": (
+        lambda j: j.overrides.append("log.baseline=/nowhere"),
+        "log.baseline: /no",
+    ),
+    "baseline: something else": (
+        lambda j: j.overrides.append(f"log.baseline={j.prompts}"),
+        "is no record of runs",
+    ),
     "SGLang: not installed": (
         lambda j: j.overrides.extend(
             ["rollout.server.kind=sglang", f"sglang.python={sys.executable}"]
