@@ -333,10 +333,10 @@ class ClipConfig:
     """What clip.schedule=target steers entropy to (docs/entropy.md): nats a token (`0.9`), a
     share of the first step's entropy (`80%`), or a curve through points [share of the run, either],
     such as `[[0, 100%], [0.5, 115%], [1, 70%]]`: straight between them, level before and after."""
-    target_gain: PositiveFloat = 10.0
-    """How much lambda `target` gives for a relative error of 1: at 10, entropy that is 10 % off its
+    target_gain: PositiveFloat = 20.0
+    """How much lambda `target` gives for a relative error of 1: at 20, entropy that is 5 % off its
     target opens a threshold fully."""
-    target_integral_gain: NonNegativeFloat = 1.0
+    target_integral_gain: NonNegativeFloat = 4.0
     """How much lambda grows every step for a relative error of 1 that stays; 0: not at all."""
     eps_low: PositiveShare = 0.2
     """Standard lower threshold (eps_std in the paper)."""
