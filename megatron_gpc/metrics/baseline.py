@@ -21,8 +21,11 @@ _NUMBERS: Mapping[str, Callable[[Run], float]] = {
 }
 _DECIDES = ("model.", "data.", "rollout.", "train.", "optim.", "kl.")
 """Sections that a run has to share with its baseline ..."""
-_BUT_FOR = ("rollout.server.", "train.micro_batch_", "model.build")
-"""... but for these, which change no number, or show in what was made of them."""
+_BUT_FOR = (
+    *("model.build", "data.verifier_timeout_s", "rollout.server.", "rollout.save_samples"),
+    *("train.micro_batch_", "train.logit_chunk_tokens", "optim.distributed"),
+)
+"""... but for these, which change no number."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from commands import ROOT, command_line, metrics
 from compare_runs import untimed
 
 from megatron_gpc.config import parts
-from megatron_gpc.metrics.baseline import read_baseline
+from megatron_gpc.config.file import dump, load
+from megatron_gpc.metrics.baseline import against, read_baseline
+from megatron_gpc.metrics.runs import load_run
 
 EXAMPLE = ROOT / "examples" / "entropy_control"
 SCRIPT = str(EXAMPLE / "build.py")
@@ -47,6 +49,13 @@ def test_the_warm_up_teaches_what_its_docstring_says():
     plain = chances[0, :15]
     entropy = -(plain * plain.clamp(min=1e-30).log()).sum(-1)
     assert torch.allclose(entropy, entropy[0].expand(15))
+
+
+def test_the_record_of_static_clipping_is_of_the_main_jobs_settings(tmp_path):
+    steps = "".join(f'{{"step": {n}, "entropy": 0.9, "reward": 0.5}}\n' for n in range(1, 61))
+    (tmp_path / "metrics.jsonl").write_text(steps)
+    (tmp_path / "config.yaml").write_text(dump(load(EXAMPLE / "config.yaml")))
+    assert against(load_run(tmp_path)).startswith("against static (")
 
 
 @pytest.fixture
