@@ -114,14 +114,23 @@ def _tracking(run: Run) -> dict[str, str]:
     at_limit = limits.mean() if len(limits) else math.nan
     return {
         "entropy's distance from target, nats": _text(_distance(run)),
+        "the same while lambda has room, nats": _text(_distance(run, limit=1.0)),
         "steps at a limit of lambda, %": _text(100 * at_limit, 0),
     }
 
 
-def _distance(run: Run) -> float:
-    """Of entropy from clip.target, root of the mean square [nats]; nan without one."""
-    measured, target = paired(run.series("entropy"), run.series("entropy_target"))
-    return float(np.sqrt(np.mean((measured - target) ** 2))) if len(measured) else math.nan
+def _distance(run: Run, limit: float = math.inf) -> float:
+    """Of entropy from clip.target, root of the mean square [nats]; nan without one.
+
+    Args:
+        limit: only over steps at which |lambda| was below.
+    """
+    opened, target = run.series("clip_lambda"), run.series("entropy_target")
+    at_limit = opened.steps[np.abs(opened.values) >= limit]
+    kept = ~np.isin(target.steps, at_limit)
+    wanted = Series(target.steps[kept], target.values[kept])
+    found, aims = paired(run.series("entropy"), wanted)
+    return float(np.sqrt(np.mean((found - aims) ** 2))) if len(found) else math.nan
 
 
 _COMPARED: Mapping[str, Callable[[Run], float]] = {

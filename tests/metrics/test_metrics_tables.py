@@ -97,4 +97,5 @@ def test_the_summary_of_a_steered_run_says_how_well_it_followed(write_run, capsy
     rows = _rows(summary_table(folder), capsys)
     assert float(rows["entropy's distance from target, nats"][0]) == pytest.approx(0.5, abs=0.01)
     assert rows["steps at a limit of lambda, %"] == ["100"]
+    assert rows["the same while lambda has room, nats"] == ["-"]
     assert "steps at a limit of lambda, %" not in _rows(summary_table(write_run("b")), capsys)
