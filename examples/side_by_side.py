@@ -25,6 +25,7 @@ from megatron_gpc.run.folder import make_model
 POLL_S = 0.5
 NO_MATTER = (
     *("run_dir", "resume", "timeout_s", "plots", "rollout.server.", "checkpoint.", "guard."),
+    "log.",
 )
 """Keys and sections that may differ between a run that is there and the one that is asked for."""
 
