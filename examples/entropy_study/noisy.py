@@ -6,10 +6,10 @@ another reward the next time, or there would be something to learn.
 
 import random
 
-from megatron_gpc.rewards import verifier
+from megatron_gpc.rewards import VERIFIERS
 
 _coins = random.Random()
-_addition = verifier("addition")
+_addition = VERIFIERS["addition"]
 
 
 def coin(text: str, label: object) -> float:
@@ -20,5 +20,5 @@ def coin(text: str, label: object) -> float:
 def sum_or_coin(text: str, label: int, share: float) -> dict[str, float]:
     """The verdict of `addition`, replaced by a coin for this share of the answers; `sum` is what it
     would have been."""
-    judged = _addition(text, label)
+    (judged,) = _addition([(text, label)])
     return {"reward": coin(text, label) if _coins.random() < share else judged, "sum": judged}
