@@ -18,7 +18,7 @@ def test_hugging_face_to_megatron_to_training_to_hugging_face(
 ) -> None:
     converted, run_dir = tmp_path / "converted", tmp_path / "run"
     assert call("convert_hf_to_megatron", "--hf", with_tokenizer, "--out", converted) == 0
-    lines = [json.dumps({"prompt": f"{n}=", "label": str(n)}) for n in range(100, 120)]
+    lines = [json.dumps({"prompt": f"{n}=", "label": n}) for n in range(100, 120)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     done = command_line(
         *("train", str(CONFIG), f"run_dir={run_dir}", f"model.hf={converted}"),
