@@ -203,11 +203,15 @@ class CheckedSchedule:
         with self._blamed("metrics()"):
             found = getattr(self._schedule, "metrics", dict)()
         try:
-            return {str(name): float(value) for name, value in dict(found).items()}
+            named = {name: float(value) for name, value in dict(found).items()}
         except (TypeError, ValueError):
-            raise PartError(
-                f"{SCHEDULE_KEY}: {self.name}: metrics() gave {found!r}; expected numbers by name"
-            ) from None
+            named = {"": math.nan}
+        if all(isinstance(name, str) and name not in ("", "step") for name in named):
+            return named
+        raise PartError(
+            f"{SCHEDULE_KEY}: {self.name}: metrics() gave {found!r}; expected numbers by name, and "
+            "no name `step`"
+        )
 
     def state(self) -> dict[str, Any]:
         """As it reads when it comes back from a checkpoint."""

@@ -181,7 +181,8 @@ def _module(key: str, source: str) -> ModuleType:
     if source.endswith(".py"):
         file = Path(source).absolute()
         if not file.is_file():
-            raise UserError(f"{key}: {file} is not there; name the file of your part")
+            is_not = "is no file" if file.exists() else "is not there"
+            raise UserError(f"{key}: {file} {is_not}; name the file of your part")
         stem = re.sub(r"\W", "_", file.stem)
         module = f"{__name__}.{stem}_{str(file).encode().hex()}"
         folder, path = file.parent, contextlib.nullcontext()  # _FileLoader sees to it

@@ -47,6 +47,11 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
             f"{type(error).__name__}: {error!s:.300}"
         ) from None
     metrics = run_dir / FILE_NAME
+    if not metrics.exists() and not last_start(run_dir):
+        raise UserError(
+            f"{run_dir}: not the folder of a run: none has begun here; runs of its config.yaml are "
+            f"in the folder that run_dir there names, {config['run_dir']}"
+        )
     records = read_metrics(run_dir) if metrics.exists() else []
     done = records[-1]["step"] if records else 0
     lines = [f"{run_dir}: step {done} of {steps}"]

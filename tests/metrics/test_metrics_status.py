@@ -67,6 +67,11 @@ def test_a_run_that_is_starting_has_no_step_yet(tmp_path):
         status_lines(tmp_path / "none", None)
 
 
+def test_a_configuration_s_folder_is_told_where_its_runs_are(tmp_path):
+    with pytest.raises(UserError, match="none has begun here; .* run_dir there names, r$"):
+        status_lines(_run(tmp_path), None)
+
+
 def test_an_error_is_shown_that_the_newest_attempt_ended_by(tmp_path):
     run = _run(tmp_path)
     take(run).close()

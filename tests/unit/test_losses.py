@@ -247,6 +247,11 @@ def test_a_loss_of_one_s_own_is_called_with_its_arguments(tmp_path):
         (lambda s: s + "\nreinforce.prepare = lambda *given: {'a': 1}\n", r"prepare\(\)\['a'\]"),
         (lambda s: s + "\nreinforce.prepare = lambda streams: {}\n", "takes 1 positional"),
         (lambda s: s.replace("def reinforce", "def other"), "no 'reinforce'"),
+        (lambda s: s.replace("ratio_T = (", "ratio_T = float('nan') * ("), "ratio_T is not finite"),
+        (
+            lambda s: s.replace("    ratio_T =", "    inputs.advantages_T.mul_(0)\n    ratio_T ="),
+            "changed inputs.advantages_T in place",
+        ),
     ],
 )
 def test_a_loss_that_would_fail_or_depend_on_the_layout_is_refused(
@@ -267,6 +272,24 @@ def test_a_loss_that_fails_later_is_named_and_keeps_its_traceback(tmp_path):
     with pytest.raises(PartError, match="train.loss: .*mine.py:reinforce .*ZeroDiv") as caught:
         loss(replace(made_up(False), mini_batch_samples=0))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ("loss_sum.expand(2), ratio_T,", "expected a tensor of one value"),
+        ("loss_sum.detach(), ratio_T,", "loss_sum has no gradient"),
+        ("loss_sum, ratio_T[:1],", r"ratio_T is torch.float32 \[1\], expected a tensor of shape"),
+    ],
+)
+def test_a_loss_that_gives_something_else_later_is_named(tmp_path, late, said):
+    text = GOOD.replace("loss_sum, ratio_T,", f"*(({late}) if LATE else (loss_sum, ratio_T)),")
+    (tmp_path / "mine.py").write_text("LATE = False\n" + text)
+    loss = objective(tmp_path, f"train.loss={tmp_path}/mine.py:reinforce")
+    loss(made_up(False))
+    loss.loss.__globals__["LATE"] = True
+    with pytest.raises(PartError, match=f"train.loss: .*mine.py:reinforce failed at .*{said}"):
+        loss(made_up(False))
 
 
 def test_reference_log_probs_are_there_if_the_run_has_a_reference(tmp_path):

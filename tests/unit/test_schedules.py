@@ -226,6 +226,11 @@ def test_a_users_schedule_is_built_asked_and_restored(own):
             {},
             "metrics() gave {'x': 'y'}; expected numbers by",
         ),
+        (
+            ("def state", METRICS.replace("'y'", "1").replace("'x'", "'step'") + "def state"),
+            {},
+            "metrics() gave {'step': 1}; expected numbers by name, and no name `step`",
+        ),
     ],
     ids=str,
 )

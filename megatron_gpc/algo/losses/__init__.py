@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_gpc.algo.losses.check import prepared_streams, try_out
+from megatron_gpc.algo.losses.check import check_outputs, prepared_streams, try_out
 from megatron_gpc.algo.losses.cispo import CISPO
 from megatron_gpc.algo.losses.clip import clip
 from megatron_gpc.algo.losses.clip_cov import ClipCov
@@ -55,6 +55,7 @@ class Objective:
         """What the loss gives; `metrics` under the names that they are logged by."""
         with parts.blamed(LOSS_KEY, self.name, f"a micro-batch of {len(inputs.logp_T)} tokens"):
             outputs = self.loss(inputs)
+            check_outputs(outputs, len(inputs.logp_T))
         named = {f"loss_{name}": values_T.detach() for name, values_T in outputs.metrics.items()}
         if set(named) != set(self.metrics):
             raise PartError(

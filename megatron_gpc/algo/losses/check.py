@@ -108,26 +108,41 @@ def part(inputs: LossInputs, held_T: torch.Tensor) -> LossInputs:
     )
 
 
-def _called(loss: Any, inputs: LossInputs) -> tuple[LossOutputs, float]:
-    """Outputs and the loss; ValueError if they cannot be trained with."""
-    outputs, tokens = loss(inputs), len(inputs.logp_T)
-    what = f"for {tokens} tokens"
+def check_outputs(outputs: Any, tokens: int) -> None:
+    """Hold what a loss gave for some tokens to LossOutputs, by shapes and types alone.
+
+    Raises:
+        ValueError: says what it is instead.
+    """
     if not isinstance(outputs, LossOutputs):
         raise ValueError(f"it returned {type(outputs).__name__}, expected LossOutputs")
-    if not isinstance(outputs.loss_sum, torch.Tensor) or outputs.loss_sum.shape != ():
-        raise ValueError(f"{what} loss_sum is {outputs.loss_sum!r}, expected a tensor of one value")
-    if not outputs.loss_sum.requires_grad:
-        raise ValueError(f"{what} loss_sum has no gradient; it has to depend on inputs.logp_T")
-    (grad_T,) = torch.autograd.grad(outputs.loss_sum, inputs.logp_T, allow_unused=True)
-    if grad_T is None:
-        raise ValueError(f"{what} loss_sum does not depend on inputs.logp_T")
-    if not (outputs.loss_sum.isfinite() and grad_T.isfinite().all()):
-        raise ValueError(f"{what} loss_sum or its gradient is not finite")
+    what, loss_sum = f"for {tokens} tokens loss_sum", outputs.loss_sum
+    if not isinstance(loss_sum, torch.Tensor) or loss_sum.shape != ():
+        raise ValueError(f"{what} is {loss_sum!r}, expected a tensor of one value")
+    if not loss_sum.requires_grad:
+        raise ValueError(f"{what} has no gradient; it has to depend on inputs.logp_T")
     flags = ("clipped_low_T", "clipped_high_T")
     for name in ("ratio_T", *flags):
         _check_values(name, getattr(outputs, name), tokens, name in flags)
     for name, values_T in outputs.metrics.items():
         _check_values(f"metrics[{name!r}]", values_T, tokens)
+
+
+def _called(loss: Any, inputs: LossInputs) -> tuple[LossOutputs, float]:
+    """Outputs and the loss; ValueError if they cannot be trained with."""
+    tokens, given_T = len(inputs.logp_T), inputs.advantages_T.clone()
+    outputs = loss(inputs)
+    check_outputs(outputs, tokens)
+    if not torch.equal(inputs.advantages_T, given_T):
+        raise ValueError("it changed inputs.advantages_T in place; work on a copy")
+    what = f"for {tokens} tokens"
+    (grad_T,) = torch.autograd.grad(outputs.loss_sum, inputs.logp_T, allow_unused=True)
+    if grad_T is None:
+        raise ValueError(f"{what} loss_sum does not depend on inputs.logp_T")
+    if not (outputs.loss_sum.isfinite() and grad_T.isfinite().all()):
+        raise ValueError(f"{what} loss_sum or its gradient is not finite")
+    if not outputs.ratio_T.isfinite().all():
+        raise ValueError(f"{what} ratio_T is not finite")
     return outputs, float(outputs.loss_sum.detach())
 
 
