@@ -120,8 +120,8 @@ class Updates:
         if len(self.skipped) > limit:
             raise RunStopped(
                 f"loss or gradient was not finite in {len(self.skipped)} updates "
-                f"(guard.max_skipped_updates={limit}); lower optim.lr, or look at their "
-                "mini-batches: " + ", ".join(str(self._folder / name) for name in self.skipped)
+                f"(guard.max_skipped_updates={limit}); lower optim.lr, or look at train.loss, "
+                "if it is your own, and at their mini-batches: " + ", ".join(str(self._folder / name) for name in self.skipped)
             )
 
 
