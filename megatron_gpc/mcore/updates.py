@@ -121,7 +121,8 @@ class Updates:
             raise RunStopped(
                 f"loss or gradient was not finite in {len(self.skipped)} updates "
                 f"(guard.max_skipped_updates={limit}); lower optim.lr, or look at train.loss, "
-                "if it is your own, and at their mini-batches: " + ", ".join(str(self._folder / name) for name in self.skipped)
+                "if it is your own, and at their mini-batches: "
+                + ", ".join(str(self._folder / name) for name in self.skipped)
             )
 
 
