@@ -47,7 +47,8 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
             f"{type(error).__name__}: {error!s:.300}"
         ) from None
     metrics = run_dir / FILE_NAME
-    if not metrics.exists() and not last_start(run_dir):
+    begun = metrics.exists() or (run_dir / "checkpoints").exists() or last_start(run_dir)
+    if not begun:
         raise UserError(
             f"{run_dir}: not the folder of a run: none has begun here; runs of its config.yaml are "
             f"in the folder that run_dir there names, {config['run_dir']}"
