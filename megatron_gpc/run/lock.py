@@ -11,9 +11,8 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_gpc.errors import UserError
 
@@ -62,11 +61,7 @@ def take(run_dir: Path, name: str = RUNNING) -> TextIO:
 
 def last_start(run_dir: Path) -> float:
     """When a run last took the folder [s since 1970]; 0 if none did, or no lock says it."""
-    found = [0.0]
-    for name in (RUNNING, PREPARING):
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            found.append(float(json.loads((run_dir / name).read_text())["since"]))
-    return max(found)
+    return max(_holder(run_dir / name, "since", 0.0) for name in (RUNNING, PREPARING))
 
 
 def life(run_dir: Path) -> str:
@@ -80,13 +75,17 @@ def life(run_dir: Path) -> str:
                 who = _said(file)
             state = "it is running" if running else "it is starting, or ending"
             return state + (who and f": {who}")
-    try:
-        with (run_dir / RUNNING).open() as file:
-            host = json.loads(file.read())["host"]
-    except (OSError, ValueError, TypeError, KeyError):
-        host = socket.gethostname()
+    host = _holder(run_dir / RUNNING, "host", socket.gethostname())
     elsewhere = f"; it ran on {host}, and not every file system shows this host its locks"
     return "it is not running" + (elsewhere if host != socket.gethostname() else "")
+
+
+def _holder(path: Path, name: str, default: Any) -> Any:
+    """What the lock's file says of the process that took it last; the default if it does not."""
+    try:
+        return type(default)(json.loads(path.read_text())[name])
+    except (OSError, ValueError, TypeError, KeyError):
+        return default
 
 
 def _held(path: Path) -> bool | None:

@@ -7,6 +7,7 @@ import importlib.util
 import head_ranks
 import pytest
 import torch
+from float64_stats import float64_stats
 
 VOCAB = 151  # real tokens; padded to 160, so that at TP 4 the last rank holds padding
 PADDED = 160
@@ -37,21 +38,8 @@ def reference(hidden_TD, weight_VD, targets_T, weights_2T, temperature, entropy_
     x = h @ w[:VOCAB].T
     x = x + (x.detach().to(hidden_TD.dtype).double() - x.detach())
     x.register_hook(lambda gradient: gradient.to(hidden_TD.dtype).double())
-    logp_TV = (x / temperature).log_softmax(-1)
-    p_TV = logp_TV.exp()
-    values = torch.stack(
-        [
-            logp_TV.gather(1, targets_T[:, None])[:, 0],
-            -(p_TV * logp_TV).sum(-1),
-            (p_TV**2).sum(-1),
-            (p_TV**2 * logp_TV).sum(-1),
-        ]
-    )
-    loss = (values[0] * weights_2T[0]).sum()
-    if entropy_grad:
-        loss = loss + (values[1] * weights_2T[1]).sum()
-    loss.backward()
-    return values.detach(), h.grad, w.grad
+    values = float64_stats(x, targets_T, weights_2T, temperature, entropy_grad)
+    return values, h.grad, w.grad
 
 
 def options(entropy_grad=True, keep_logits=False, chunk=None, temperature=1.0):

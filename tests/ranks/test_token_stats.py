@@ -7,6 +7,7 @@ import math
 import pytest
 import ranks
 import torch
+from float64_stats import float64_stats
 from pool import Pool
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,23 +43,9 @@ def problem(dtype: torch.dtype, tokens: int = 23, scale: float = 4.0, seed: int 
 
 
 def reference(logits_TV, targets_T, weights_2T, temperature, entropy_grad):
-    """float64, whole vocabulary, autograd."""
     x = logits_TV.double().requires_grad_()
-    logp_TV = (x[:, :VOCAB] / temperature).log_softmax(-1)
-    p_TV = logp_TV.exp()
-    values = torch.stack(
-        [
-            logp_TV.gather(1, targets_T[:, None])[:, 0],
-            -(p_TV * logp_TV).sum(-1),
-            (p_TV**2).sum(-1),
-            (p_TV**2 * logp_TV).sum(-1),
-        ]
-    )
-    loss = (values[0] * weights_2T[0]).sum()
-    if entropy_grad:
-        loss = loss + (values[1] * weights_2T[1]).sum()
-    loss.backward()
-    return values.detach(), x.grad
+    values = float64_stats(x[:, :VOCAB], targets_T, weights_2T, temperature, entropy_grad)
+    return values, x.grad
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
