@@ -387,6 +387,20 @@ def _die_with(parent: int) -> None:
         sys.exit(f"parent process {parent} has ended")
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, at port 0 at any free one; its connections send at once.
+
+    Without TCP_NODELAY an answer's body waits 40 ms until its headers are acknowledged.  asyncio
+    sets it only on sockets that name their protocol, which create_server's do not.
+
+    Raises:
+        OSError, OverflowError: it cannot.
+    """
+    listener = socket.create_server((host, port), backlog=1024)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="megatron_gpc.server",
@@ -425,7 +439,7 @@ def main() -> None:
     except (UserError, OSError) as error:
         sys.exit(f"--model-path: {error}")
     try:
-        listener = socket.create_server((args.host, args.port), backlog=1024)
+        listener = listen(args.host, args.port)
     except (OSError, OverflowError) as error:
         sys.exit(f"--host, --port: cannot listen on {args.host}:{args.port}: {error}")
     port = listener.getsockname()[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from megatron_gpc.engines.keys import read_key
 from megatron_gpc.engines.process import EmbeddedServer, server_environment
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.run.network import free_port
+from megatron_gpc.server.app import listen
 
 
 def gone(pid: int, within_s: float) -> bool:
@@ -154,3 +156,10 @@ def test_sglang_inherits_nothing_that_a_rank_sets_for_itself(monkeypatch):
     found = server_environment({"PYTORCH_CUDA_ALLOC_CONF": "given"})
     assert found["PYTORCH_CUDA_ALLOC_CONF"] == "given" and found["NCCL_DEBUG"] == "of the rank"
     assert not {"RANK", "CUDA_DEVICE_MAX_CONNECTIONS"} & found.keys()
+
+
+def test_connections_of_the_embedded_server_do_not_wait_for_acknowledgements():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
