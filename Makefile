@@ -7,11 +7,12 @@ SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run compare study exploration test test-slow test-slurm test-sglang chaos lint bench layouts docs clean help
+.PHONY: run compare tracking study exploration test test-slow test-slurm test-sglang chaos lint bench layouts docs clean help
 
 help:
 	@echo "make run      set up .venv and run the main job (examples/entropy_control)"
 	@echo "make compare  every schedule over 5 seeds, in one picture"
+	@echo "make tracking  how closely entropy follows three curves on two tasks, over 5 seeds"
 	@echo "make study    the paper's claims over 5 seeds, in one report (examples/entropy_study)"
 	@echo "make exploration  ways to keep entropy over 10 seeds: does it pay? (examples/exploration)"
 	@echo "make test     set up .venv and run the tests"
@@ -42,6 +43,9 @@ compare: .venv/.installed
 
 study: .venv/.installed
 	$(BIN)/python examples/entropy_study/study.py
+
+tracking: .venv/.installed
+	$(BIN)/python examples/entropy_control/tracking.py
 
 exploration: .venv/.installed
 	$(BIN)/python examples/exploration/compare.py

@@ -113,13 +113,13 @@ def _tracking(run: Run) -> dict[str, str]:
     limits = np.abs(run.series("clip_lambda").known().values) >= 1
     at_limit = limits.mean() if len(limits) else math.nan
     return {
-        "entropy's distance from target, nats": _text(_distance(run)),
-        "the same while lambda has room, nats": _text(_distance(run, limit=1.0)),
+        "entropy's distance from target, nats": _text(target_distance(run)),
+        "the same while lambda has room, nats": _text(target_distance(run, limit=1.0)),
         "steps at a limit of lambda, %": _text(100 * at_limit, 0),
     }
 
 
-def _distance(run: Run, limit: float = math.inf) -> float:
+def target_distance(run: Run, limit: float = math.inf) -> float:
     """Of entropy from clip.target, root of the mean square [nats]; nan without one.
 
     Args:
@@ -141,7 +141,7 @@ _COMPARED: Mapping[str, Callable[[Run], float]] = {
     "phase 1": lambda run: _phase_mean(run, first=True),
     "phase 2": lambda run: _phase_mean(run, first=False),
     "end": lambda run: run.series("entropy").last(),
-    "from target": _distance,
+    "from target": target_distance,
     "distinct right, end": lambda run: _last_evaluation(run.series("eval_distinct_right")),
 }
 

@@ -1,0 +1,157 @@
+"""How closely entropy follows a drawn curve: three curves on two tasks, over seeds, in one report.
+
+    python examples/entropy_control/tracking.py [--seeds 20 21 22 23 24] [--tasks exploration]
+        [--curves waves] [--report] [--jobs 2] [--out FOLDER] [key=value ...]
+
+Runs go side by side, one process each.  A run that is finished is not made again; one that was
+interrupted continues.  They lie in runs/tracking/TASK-CURVE-SEED; report.md and a picture of each
+task beside them.  With --report no run is made: the report is of those that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
+from findings import Seed, draw_over_steps, finished_runs, in_all, markdown_table, over  # noqa: E402
+from side_by_side import run_side_by_side  # noqa: E402
+
+from megatron_gpc.config.file import load  # noqa: E402
+from megatron_gpc.errors import RunStopped, UserError  # noqa: E402
+from megatron_gpc.metrics.runs import Run  # noqa: E402
+from megatron_gpc.metrics.tables import target_distance  # noqa: E402
+from megatron_gpc.run.folder import make_model  # noqa: E402
+
+EXAMPLES = Path(__file__).parents[1]
+OUT = EXAMPLES.parent / "runs" / "tracking"
+TASKS = {
+    "control": (
+        EXAMPLES / "entropy_control" / "config.yaml",
+        ("parallel.tp=1", "parallel.pp=1", "log.baseline=null"),
+    ),
+    "exploration": (
+        EXAMPLES / "exploration" / "config.yaml",
+        ("train.steps=60", "optim.lr=5e-4"),
+    ),
+}
+CURVES = {
+    "hill": "[[0,100%],[0.5,110%],[1,75%]]",
+    "waves": "[[0,100%],[0.33,88%],[0.67,104%],[1,80%]]",
+    "line": "[[0,100%],[1,70%]]",
+}
+ARMS = {f"{task}-{curve}": (task, curve) for task, curve in product(TASKS, CURVES)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
+    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
+    parser.add_argument("--curves", choices=CURVES, nargs="+", default=list(CURVES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--report", action="store_true", help="make no run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    given = parser.parse_args()
+    try:
+        for task in () if given.report else given.tasks:
+            make_runs(task, given)
+        seeds = [s for s in finished_runs(given.out, list(ARMS), given.seeds) if s]
+        if not seeds:
+            raise UserError(f"{given.out}: no run is finished yet")
+        text = report(seeds, given.out)
+        (given.out / "report.md").write_text(text)
+    except (UserError, RunStopped) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    print(text)
+    return 0
+
+
+def make_runs(task: str, given: argparse.Namespace) -> None:
+    config, common = TASKS[task]
+    make_model(load(config, given.overrides))  # once, not by every run
+    common = (*common, "plots=false", "eval.prompts=null", "clip.schedule=target")
+    runs = {
+        f"{task}-{curve}-{seed}": [
+            *(*common, f"clip.target={CURVES[curve]}", f"seed={seed}", *given.overrides)
+        ]
+        for seed, curve in product(given.seeds, given.curves)
+    }
+    run_side_by_side(config, given.out, runs, given.jobs)
+
+
+def percent_of_range(run: Run, limit: float = np.inf) -> float:
+    """Root of the mean square of entropy's distance from the curve, in percent of what the curve
+    spans; `limit` as of `target_distance`."""
+    return 100 * target_distance(run, limit) / np.ptp(run.series("entropy_target").known().values)
+
+
+def percent_of_mean(runs: Sequence[Run]) -> float:
+    """As `percent_of_range` with room, but of entropy averaged over the runs: less of the noise."""
+    apart = [
+        np.where(
+            np.abs(run.series("clip_lambda").values) < 1,
+            (run.series("entropy").values - target) / np.ptp(target),
+            np.nan,
+        )
+        for run in runs
+        for target in [run.series("entropy_target").values]
+    ]
+    known = [column[~np.isnan(column)] for column in np.transpose(apart)]
+    return 100 * float(np.sqrt(np.mean([column.mean() ** 2 for column in known if len(column)])))
+
+
+def with_room(run: Run) -> float:
+    """Percent of the steps at which lambda was within its limits."""
+    return 100 * float(np.mean(np.abs(run.series("clip_lambda").known().values) < 1))
+
+
+def report(seeds: Sequence[Seed], out: Path) -> str:
+    """Markdown, and its pictures in `out`."""
+    there = in_all(seeds, list(ARMS))
+    numbers = (
+        lambda run: np.ptp(run.series("entropy_target").known().values),
+        *(target_distance, percent_of_range),
+        *(lambda run: percent_of_range(run, limit=1.0), with_room),
+    )
+    runs = {arm: [seed[arm] for seed in seeds if arm in seed] for arm in there}
+    rows = [
+        (
+            *(*ARMS[arm], len(runs[arm]), *(over(seeds, arm, n) for n in numbers)),
+            f"{percent_of_mean(runs[arm]):.3f}",
+        )
+        for arm in there
+    ]
+    pictures = []
+    for task in dict.fromkeys(ARMS[arm][0] for arm in there):
+        arms = [arm for arm in there if ARMS[arm][0] == task]
+        titles = {arm: f"{ARMS[arm][1]} {CURVES[ARMS[arm][1]]}" for arm in arms}
+        panels = {"entropy": "entropy [nats a token]", "clip_lambda": "lambda"}
+        draw_over_steps(seeds, titles, arms, panels, out / f"{task}.png")
+        pictures.append(f"![{task}]({task}.png)")
+    headings = (
+        *("task", "curve", "seeds", "range, nats", "distance, nats", "distance, % of range"),
+        *("with room, % of range", "steps with room, %", "mean of seeds, with room, % of range"),
+    )
+    return "\n\n".join(
+        [
+            "# How closely entropy follows a curve",
+            "Distance: root of the mean square of entropy's distance from its target, over a run's "
+            "steps; *with room*: over those at which lambda was within its limits. Means over "
+            "seeds ± half a 95 % interval (Student's t). Last column: the distance with room "
+            "after entropy was averaged over seeds, which leaves less of the noise.",
+            markdown_table(headings, rows),
+            *pictures,
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
