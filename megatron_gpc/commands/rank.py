@@ -9,6 +9,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.file import load
 from megatron_gpc.errors import RunStopped
 from megatron_gpc.run.imports import many_imports
+from megatron_gpc.run.launch import outcome
 from megatron_gpc.run.stop import SAVED, StopRequest
 
 
@@ -40,4 +41,4 @@ def train_rank(config: Config) -> int:
 
     finished = trained()
     stop.over()
-    return 0 if finished else SAVED
+    return outcome(0 if finished else SAVED)

@@ -15,13 +15,16 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
+from asyncio import CancelledError
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import current_thread, main_thread
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_gpc.config.file import keys
 from megatron_gpc.errors import PartError, UserError
@@ -54,6 +57,8 @@ def find(key: str, name: str, built_in: Mapping[str, Any]) -> Any:
     """
     if name in built_in:
         return built_in[name]
+    global _process  # noqa: PLW0603 - os._exit is as global
+    os._exit, _process = _exit_of_a_part, os.getpid()
     source, _, path = name.rpartition(":")
     found: Any = _module(key, source)
     for attribute in path.split("."):
@@ -65,6 +70,18 @@ def find(key: str, name: str, built_in: Mapping[str, Any]) -> Any:
     if not callable(found):
         raise UserError(f"{key}: {name} is {found!r}, which cannot be called")
     return found
+
+
+def _exit_of_a_part(code: int) -> NoReturn:
+    """What os._exit is once there is a part of the user's: in this process it is exit(), which
+    `blamed` hears; or a run, a check, an evaluation would end with 0 and without a word."""
+    if os.getpid() == _process:
+        raise SystemExit(code)
+    _leave(code)
+
+
+_leave, _process = os._exit, 0
+"""os._exit itself, which ends what is forked, and the process that it does not end."""
 
 
 def wanted(key: str, name: str) -> str:
@@ -140,14 +157,16 @@ def blamed(key: str, name: str, doing: str) -> Iterator[None]:
         doing: what it was asked, such as `bounds of step 3`.
 
     Raises:
-        PartError: the part raised an exception, or called exit().
+        PartError: the part raised an exception, or called exit() or os._exit().
         UserError: the part raised one, which says by itself what to do.
     """
     try:
         yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, CancelledError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
+            raise  # Ctrl-C is not the part's
         source = name.rpartition(":")[0]
         folder = Path(source).parent if source.endswith(".py") else None
         raise PartError(f"{key}: {name} failed at {doing}: {describe(error, folder)}") from error

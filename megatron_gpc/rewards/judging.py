@@ -27,6 +27,7 @@ VERIFIER_KEY = "data.verifier"
 MADE_UP = "The answer is 42."
 """What a user's verifier is tried out on."""
 VERDICT_POLL_S = 0.05
+ENDED = "it has ended the thread that it ran in"
 _ELSEWHERE = (
     {"prompt", "prompts", "query", "queries", "question", "data_source", "args"},
     {"prompt", "prompts", "completion", "completions", "response", "solution_str", "text"},
@@ -95,7 +96,8 @@ class Judge:
         if self._call.batch:
             what = f"a batch of {len(answers)}, first {_shown(answers[0])}"
             found = await self._result(what, *zip(*answers, strict=True))
-            results = list(found) if isinstance(found, Iterable) else []
+            with parts.blamed(VERIFIER_KEY, self.data.verifier, what):
+                results = list(found) if isinstance(found, Iterable) else []
             if isinstance(found, str | Mapping) or len(results) != len(answers):
                 raise self._wrong(what, found, f"expected a list of {len(answers)} results")
         elif self._call.is_async:
@@ -126,7 +128,8 @@ class Judge:
             raise self._wrong(_shown(answer), result, why)
         found = {}
         for name, value in values.items():
-            number = _number(value)
+            with parts.blamed(VERIFIER_KEY, self.data.verifier, _shown(answer)):
+                number = _number(value)
             if not isinstance(name, str) or number is None or not math.isfinite(number):
                 raise self._wrong(_shown(answer), result, f"{name} is no finite number")
             found[name] = number
@@ -159,7 +162,7 @@ def check_verifier(data: DataConfig, *prompts: Prompt) -> None:
     for prompt in prompts:
         try:
             judge.check_label(prompt.label)
-        except Exception as error:  # of whatever quality
+        except (Exception, SystemExit) as error:  # of whatever quality
             why = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"{prompt.place or f'prompt {prompt.index}'}: label {prompt.label!r:.80} can match "
@@ -266,7 +269,8 @@ class _Thread:
                 if waited > self._data.verifier_timeout_s + 1 or not self._thread.is_alive():
                     self._loop = None  # whoever asks next gets another
                     where = f"{VERIFIER_KEY}: {self._data.verifier} for {self._doing}"
-                    raise PartError(f"{where}: {_late(self._data)}")
+                    alive = self._thread.is_alive()
+                    raise PartError(f"{where}: {_late(self._data) if alive else ENDED}")
             return future.result()
 
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -30,6 +30,8 @@ QUIET_S = 0.5
 STACKS_SIGNAL = signal.SIGUSR2
 """Has a rank write the stacks of its threads to its `stacks_file` and go on."""
 CHILD_POLL_S = 0.02
+OUTCOME_FD = "GPC_OUTCOME_FD"
+"""In a rank's environment: the file descriptor where `outcome` goes."""
 
 MAIN_RANK_FAILED = "the main rank failed"
 """What the others say then (mcore/main_rank.py)."""
@@ -65,7 +67,8 @@ def run_ranks(
 
     Returns:
         0; SAVED if the ranks were asked to end and did; or the exit code of the rank that failed
-        first (1 if a signal ended it).
+        first (1 if a signal ended it).  If there are signals to pass on, the ranks are a run's, and
+        one that ends with 0 or SAVED without its `outcome` has failed.
 
     Raises:
         KeyboardInterrupt: SIGINT is passed on and came a second time; the ranks were killed.
@@ -82,7 +85,8 @@ def run_ranks(
             say(f"starting {share.ranks} of {share.world} ranks, logs in {log_dir}")
         try:
             for number in numbers:
-                started.append(Rank(number, share, master, log_dir, [module, *arguments]))
+                command = [module, *arguments]
+                started.append(Rank(number, share, master, log_dir, command, bool(pass_on)))
             failed = _watch(started, pass_on, asked)
         except KeyboardInterrupt:
             for rank in started:  # at once: their stacks are of no interest then
@@ -97,6 +101,14 @@ def run_ranks(
     first = min(failed, key=Rank.innocence)
     _report(first, started)
     return first.exit_code()
+
+
+def outcome(code: int) -> int:
+    """Called by a rank once its work is over: the launcher may now take its exit code for what it
+    says.  A part of the user's, or a library, may end the process with 0 as well."""
+    if number := os.environ.pop(OUTCOME_FD, ""):
+        os.write(int(number), b".")
+    return code
 
 
 @contextmanager
@@ -117,7 +129,11 @@ def _noted_interrupts(pass_on: Sequence[signal.Signals]) -> Iterator[list[int]]:
 
 
 class Rank(Child):
-    """One process of a run, and what it leaves behind in log_dir."""
+    """One process of a run, and what it leaves behind in log_dir.
+
+    Args:
+        says: it says by `outcome` that it is done.
+    """
 
     def __init__(
         self,
@@ -126,14 +142,17 @@ class Rank(Child):
         master: tuple[str, int],
         log_dir: Path,
         command: Sequence[str],
+        says: bool,
     ):
-        self.number = number
+        self.number, self._says = number, says
         self.error = log_dir / f"rank_{number}.error.json"
         self.stacks = stacks_file(log_dir, number)
         self.failed_at = 0.0
         """When it failed, as far as is known [s since 1970]; 0 if it has not failed."""
         self.state = ""
         """What the kernel said of it before it was ended, if that tells anything."""
+        self._outcome, writer = os.pipe()
+        os.set_blocking(self._outcome, False)
         super().__init__(
             [sys.executable, "-P", "-m", *command],  # see own_search_path
             {
@@ -147,18 +166,31 @@ class Rank(Child):
                 "MASTER_ADDR": master[0],
                 "MASTER_PORT": str(master[1]),
                 "TORCHELASTIC_ERROR_FILE": str(self.error),
+                OUTCOME_FD: str(writer),
             },
             log_dir / f"rank_{number}.log" if number > 0 else None,
+            pass_fds=[writer],
         )
+        os.close(writer)
 
     def has_failed(self) -> bool:
         """Whether it has ended badly, or has written down that it is about to."""
         if not self.failed_at:
             if self.error.exists():
                 self.failed_at = self.error.stat().st_mtime
-            elif self.process.poll() not in (None, 0, SAVED):
+            elif self.process.poll() is not None and (not self.may_end_so() or self.left_early()):
                 self.failed_at = time.time()
         return bool(self.failed_at)
+
+    def may_end_so(self) -> bool:
+        return self.process.returncode in (0, SAVED)
+
+    def left_early(self) -> bool:
+        """Whether it has ended as one does that is done, and was not."""
+        if self._says and self.may_end_so():
+            with suppress(BlockingIOError):  # a process that it has forked may hold the other end
+                self._says = not os.read(self._outcome, 1)
+        return self._says and self.may_end_so()
 
     def said(self) -> tuple[str, str]:
         """(error, traceback) as `record` wrote them, or else the end of the log for both."""
@@ -174,7 +206,7 @@ class Rank(Child):
         Times alone would not do: one look may find a rank that was killed and its victims.
         """
         error, _ = self.said()
-        if self.was_killed() or self.is_silent():
+        if self.was_killed() or self.is_silent() or self.left_early():
             return 0, self.failed_at
         lost_a_peer = any(words in error for words in _LOST_A_PEER)
         return 2 if lost_a_peer or not error else 1, self.failed_at
@@ -186,8 +218,8 @@ class Rank(Child):
 
     def exit_code(self) -> int:
         """Its exit code: 2 for a user's error, 1 if a signal ended it."""
-        code = self.process.returncode
-        return 2 if self.said()[0].startswith("UserError: ") else max(code, 1)
+        code = 1 if self.may_end_so() else max(self.process.returncode, 1)
+        return 2 if self.said()[0].startswith("UserError: ") else code
 
     def where(self) -> str:
         """The line that its main thread was at in the end, and whether it was stopped."""
@@ -278,6 +310,11 @@ def _report(first: Rank, ranks: Sequence[Rank]) -> None:
     if error.startswith(_SPEAK_FOR_THEMSELVES):
         if ranks[0].log or error != ranks[0].said()[0]:
             say(f"rank {first.number}: {error.partition(': ')[2]}")
+    elif first.left_early():
+        say(
+            f"rank {first.number} ended with exit code {first.process.returncode} before the run "
+            "was over: a part of yours or a library has ended the process"
+        )
     elif first.is_silent():
         say(
             f"rank {first.number} ended the run: no sign of life for guard.silent_minutes; the "

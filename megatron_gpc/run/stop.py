@@ -27,6 +27,8 @@ _HANGUP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.S
 BATCH_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, *_HANGUP)
 """From the batch system, or from a terminal that was closed."""
 STOP_SIGNALS = (*BATCH_SIGNALS, signal.SIGINT)
+leave = os._exit
+"""Ends this process at once; a part of the user's may not (config/parts.py)."""
 AT_ONCE = "interrupted: ended at once; what no checkpoint holds is lost"
 
 
@@ -90,7 +92,7 @@ class StopRequest:
                 say(self._answer(interrupt))
             elif interrupt and not self._launched:
                 say(AT_ONCE)
-                os._exit(INTERRUPTED)  # the kernel ends what this process has started
+                leave(INTERRUPTED)  # the kernel ends what this process has started
             heard.add(number)
 
     def _answer(self, interrupt: bool) -> str:

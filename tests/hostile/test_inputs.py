@@ -73,7 +73,25 @@ NUMBERS = {
     "parallel.tp": ("1000000000",),
     "train.entropy_coef": ("1e300",),
 }
+LEAVES = "import os\nclass Own:\n    def __init__(self, *given): os._exit(0)\n"
+"""A part that would end whoever tries it, with 0."""
+
+
+def own_part(j: Job, override: str, text: str) -> None:
+    """Give it a part of the user's; FILE stands for its file."""
+    (j.folder / "own.py").write_text(text)
+    j.overrides.append(override.replace("FILE", f"{j.folder}/own.py"))
+
+
 INPUTS: dict[str, tuple[Change, str]] = {
+    **{
+        f"{key}: ends the process{where}": (
+            lambda j, override=f"{key}=FILE:Own", text=text: own_part(j, override, text),
+            f"{key}: ",
+        )
+        for key in ("data.verifier", "train.loss", "clip.schedule")
+        for where, text in {"": LEAVES, " at import": "import os\nos._exit(0)\n"}.items()
+    },
     **{
         f"{key}={value}": (saying(f"{key}={value}"), key)
         for key, values in NUMBERS.items()

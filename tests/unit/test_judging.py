@@ -106,6 +106,19 @@ def test_what_is_right_can_be_set(own):
         ("def f(text, label): raise TimeoutError('mine')", "failed at {}: TimeoutError: mine"),
         ("def f(text, label): exit(3)", "failed at {}: SystemExit: 3"),
         ("async def f(text, label): exit(3)", "failed at {}: SystemExit: 3"),
+        ("import os\ndef f(text, label): os._exit(0)", "failed at {}: SystemExit: 0"),
+        ("async def f(text, label): raise asyncio.CancelledError", "failed at {}: asyncio.exc"),
+        ("def f(text, label): raise KeyboardInterrupt", "failed at {}: KeyboardInterrupt"),
+        (
+            "async def f(text, label):\n    asyncio.get_running_loop().stop()\n"
+            "    await asyncio.sleep(9)",
+            "has ended the thread that it ran in",
+        ),
+        (
+            "class N(int):\n    def __float__(self): exit(0)\ndef f(text, label): return N()",
+            "failed at {}: SystemExit: 0",
+        ),
+        ("def f(texts, labels):\n    yield exit(0)\nf.batch = True", "failed at a batch of 1"),
         ("def f(text, label): time.sleep(60)", "no result after data.verifier_timeout_s=0.2"),
         ("async def f(text, label): await asyncio.sleep(60)", "no result after data.verifier_tim"),
         ("def f(texts, labels): return [1, 2]\nf.batch = True", "expected a list of 1 results"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+
+import pytest
+
 from megatron_gpc import __version__
-from megatron_gpc.run.launch import run_ranks
+from megatron_gpc.run.launch import OUTCOME_FD, run_ranks
 from megatron_gpc.run.placement import Share
 
 
@@ -16,3 +20,38 @@ def test_ranks_run_this_package_and_not_one_that_lies_in_the_current_folder(
     assert run_ranks(["--version"], Share.alone(2), tmp_path / "logs") == 0
     assert capfd.readouterr().out.strip() == __version__
     assert (tmp_path / "logs" / "rank_1.log").read_text().strip() == __version__
+
+
+ENDS = """
+import os, sys
+from megatron_gpc.run.launch import outcome
+how, code = sys.argv[1], int(sys.argv[2])
+if how == "says" or (how == "rank 1 does not" and os.environ["RANK"] == "0"):
+    sys.exit(outcome(code))
+if how == "another program":
+    os.execv("/bin/true", ["true"])
+os._exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "ends"),
+    [
+        *(("says", code, code) for code in (0, 75)),
+        *(("os._exit", code, 1) for code in (0, 75)),
+        ("another program", 0, 1),
+        ("rank 1 does not", 0, 1),
+        ("rank 1 does not", 75, 1),
+    ],
+)
+def test_a_rank_of_a_run_that_ends_as_if_it_were_done_has_failed(
+    tmp_path, monkeypatch, capfd, how, code, ends
+):
+    (tmp_path / "rank_that_ends.py").write_text(ENDS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    logs, words = tmp_path / "logs", [how, str(code)]
+    passed_on = (signal.SIGUSR1,)
+    assert run_ranks(words, Share.alone(2), logs, "rank_that_ends", passed_on) == ends
+    said = capfd.readouterr().err
+    line = f"ended with exit code {code} before the run was over: a part of yours or a library"
+    assert (line in said) == (ends == 1) and OUTCOME_FD not in said

@@ -105,6 +105,7 @@ def test_what_is_not_there_is_refused(tmp_path):
         ("import no_such_package\n", "No module named 'no_such_package'", 1),
         ("import json\n\njson.loads('{')\n", "JSONDecodeError: Expecting property name", 3),
         ("exit(3)\n", "SystemExit: 3", 1),
+        ("import os\nos._exit(0)\n", "SystemExit: 0", 2),
         ("raise ValueError('two\\nlines')\n", "ValueError: two lines", 1),
     ],
 )
@@ -119,6 +120,14 @@ def test_an_error_of_a_file_beside_it_is_placed_there(tmp_path):
     (tmp_path / "fails_beside.py").write_text("\n\nint('x')\n")
     (tmp_path / "own.py").write_text("import fails_beside\n")
     assert refused(f"{tmp_path}/own.py:f").endswith(f"({tmp_path}/fails_beside.py, line 3)")
+
+
+def test_what_a_part_forks_still_ends_by_os_exit(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import os\ndef f():\n    child = os.fork()\n    if not child: os._exit(7)\n"
+        "    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+    )
+    assert find(f"{tmp_path}/own.py:f")() == 7
 
 
 def takes_two(clip, steps, *, rate=1):
