@@ -35,7 +35,7 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import decoder, eos_tokens, load_tokenizer
 from megatron_gpc.run.child import die_with_parent
 from megatron_gpc.server import loading, sequence
-from megatron_gpc.server.gate import Gate, TimedProtocol
+from megatron_gpc.server.gate import BoundedProtocol, Gate, room_for_connections
 from megatron_gpc.server.generate import MOST_CHARACTERS, answer, parse
 from megatron_gpc.server.generator import MEMORY, Generator, GeneratorEnded
 from megatron_gpc.server.protocol import (
@@ -85,6 +85,7 @@ class Server:
         self.model_path = model_path
         self.in_update = False
         self.receiver = WeightReceiver(most_elements=2 * generator.num_parameters)
+        self._probes: dict[str, Future] = {}
         self._texts = ThreadPoolExecutor(1, "texts")
         """Where texts become tokens and tokens texts, so that /health need not wait for it."""
 
@@ -122,19 +123,23 @@ class Server:
     # ---- state ----
 
     async def health(self) -> Response:
-        return await self._healthy(self.generator.load)
+        return await self._healthy("load", self.generator.load)
 
     async def health_generate(self) -> Response:
         params = SamplingParams(max_new_tokens=1, temperature=0.0)
         probe = sequence.Request("HEALTH_CHECK_" + uuid.uuid4().hex, (0,), params)
-        return await self._healthy(lambda: self.generator.submit([probe]))
+        return await self._healthy("generate", lambda: self.generator.submit([probe]))
 
-    async def _healthy(self, work: Callable[[], Future]) -> Response:
-        """200 if the generator does some work in time."""
+    async def _healthy(self, kind: str, work: Callable[[], Future]) -> Response:
+        """200 if the generator does some work in time.  All who ask meanwhile wait for the same:
+        nobody needs a key to ask."""
         if self.generator.paused:
             return Response(status_code=503)
+        if kind not in self._probes or self._probes[kind].done():
+            self._probes[kind] = work()
+        probe = asyncio.shield(asyncio.wrap_future(self._probes[kind]))
         try:
-            await asyncio.wait_for(asyncio.wrap_future(work()), PROBE_TIMEOUT_S)
+            await asyncio.wait_for(probe, PROBE_TIMEOUT_S)
         except (GeneratorEnded, RequestFailed, FloatingPointError, TimeoutError):
             return Response(status_code=503)
         return Response()
@@ -447,7 +452,8 @@ def main() -> None:
         os.write(args.port_fd, f"{port}\n".encode())
         os.close(args.port_fd)
     app = Server(generator, tokenizer, str(args.model_path)).app(api_key)
-    settings: dict[str, Any] = {"http": TimedProtocol, "ws": "none", "log_level": "warning"}
+    BoundedProtocol.most = room_for_connections()
+    settings: dict[str, Any] = {"http": BoundedProtocol, "ws": "none", "log_level": "warning"}
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, **settings))
     signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn's own two end it too, if they come
     with suppress(KeyboardInterrupt):  # which uvicorn raises once it has ended

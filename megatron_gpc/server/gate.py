@@ -1,12 +1,14 @@
 """What stands before the embedded server's routes: the key, and bounds on size and time.
 
 A route sees a request only if it carries the key and its whole body is there.  So nobody without
-the key makes the server read anything, and nobody at all keeps half a request open for long.
+the key makes the server read much, and nobody at all keeps half a request open for long, or an
+answer that it does not read.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 from hmac import compare_digest
@@ -16,8 +18,13 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-HEADER_TIMEOUT_S = 20.0
-"""From connecting, or the first byte of a further request, to the last header [s]."""
+CLIENT_TIMEOUT_S = 20.0
+"""From connecting, or the end of an answer, to the last header of the next request; and for how
+long a client may read nothing of what it is sent [s]."""
+MOST_CONNECTIONS = 4096
+"""Of one more the one is ended that has been without a request for longest."""
+KEYLESS_BYTES = 1024
+"""Of a body that comes without the key."""
 BODY_TIMEOUT_S = 120.0
 """From the last header to the last byte of the body [s]."""
 READ_ON_S = 10.0
@@ -44,7 +51,8 @@ class Gate:
         headers = dict(scope["headers"])
         if not self._may_enter(scope["path"], headers.get(b"authorization", b"")):
             return await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
-        most = self.most_bytes(scope["path"])
+        keyless = self._expected is not None and scope["path"].startswith("/health")
+        most = KEYLESS_BYTES if keyless else self.most_bytes(scope["path"])
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await _body(receive, most, int(headers.get(b"content-length", b"0")))
@@ -67,6 +75,16 @@ class Gate:
         if self._expected is None or path.startswith("/health"):
             return True
         return compare_digest(given, self._expected)
+
+
+def room_for_connections() -> int:
+    """How many there may be: half of the files that this process may open, of which it lets itself
+    have as many as it can."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return min(MOST_CONNECTIONS, soft // 2)
 
 
 async def _body(receive: Receive, most: int, announced: int) -> bytes | None:
@@ -112,36 +130,49 @@ def _refuse(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message}}, status, headers={"connection": "close"})
 
 
-class TimedProtocol(AutoHTTPProtocol):
-    """uvicorn's HTTP, which by itself waits for the rest of a header for ever."""
+_Protocol: Any = AutoHTTPProtocol  # one of several classes, without a type of their own
 
-    _late: asyncio.TimerHandle | None = None
-    transport: Any
-    cycle: Any
+
+class BoundedProtocol(_Protocol):
+    """uvicorn's HTTP with an end to every wait for a client, and a bound on connections.
+
+    By itself it waits for ever for the rest of a header, and for a client to read an answer.
+    """
+
+    most = MOST_CONNECTIONS
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait_for_header()
-
-    def data_received(self, data: bytes) -> None:
-        if self._late is None and not self._in_request():
-            self._wait_for_header()
-        super().data_received(data)
-        if self._in_request():
-            self._stop_waiting()
+        self._unread, self._ended = 0, False
+        self._since = self.loop.time()
+        self._looking = self.loop.call_later(0, self._look)
+        others = [other for other in self.connections if not other._ended]
+        if len(others) > self.most:  # who says something in time keeps its connection
+            idle = [other for other in others if not other._in_request()]
+            min(idle, key=lambda other: other._since)._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._looking.cancel()
         super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
 
     def _in_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _wait_for_header(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._late = loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+    def _look(self) -> None:
+        """End the connection if its client has let us wait for too long."""
+        before, self._unread = self._unread, self.transport.get_write_buffer_size()
+        now = self.loop.time()
+        if self._unread < before or (self._in_request() and not self._unread):
+            self._since = now  # it reads, or waits for us
+        if now - self._since > CLIENT_TIMEOUT_S:
+            self._end()
+        else:
+            self._looking = self.loop.call_later(CLIENT_TIMEOUT_S / 8, self._look)
 
-    def _stop_waiting(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _end(self) -> None:
+        self._ended = True
+        self.transport.abort()

@@ -18,7 +18,7 @@ from listening import listening
 from starlette.testclient import TestClient
 
 from megatron_gpc.server import gate, sampling, weight_receiver
-from megatron_gpc.server.gate import Gate
+from megatron_gpc.server.gate import BoundedProtocol, Gate
 from megatron_gpc.server.weight_receiver import MOST_GROUPS
 
 pytestmark = pytest.mark.timeout(120)
@@ -144,7 +144,7 @@ def test_bodies_have_a_bound(server):
 
 
 def test_half_a_request_is_not_waited_for(server, monkeypatch):
-    monkeypatch.setattr(gate, "HEADER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(gate, "CLIENT_TIMEOUT_S", 0.3)
     monkeypatch.setattr(gate, "BODY_TIMEOUT_S", 0.3)
     whole = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
     with listening(server.app()) as port:
@@ -168,7 +168,7 @@ def until_closed(connection: socket.socket) -> bytes:
 
 
 def test_400_half_requests_keep_nobody_waiting_and_are_closed(server, monkeypatch):
-    monkeypatch.setattr(gate, "HEADER_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(gate, "CLIENT_TIMEOUT_S", 4.0)
     with listening(server.app()) as port, ExitStack() as opened:
         half = [
             opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
@@ -180,3 +180,102 @@ def test_400_half_requests_keep_nobody_waiting_and_are_closed(server, monkeypatc
         url = f"http://127.0.0.1:{port}/generate"
         assert httpx.post(url, json=body, trust_env=False, timeout=10).status_code == 200
         assert {until_closed(connection) for connection in half} == {b""}
+
+
+def test_idle_connections_take_no_place_from_who_asks(server, monkeypatch):
+    monkeypatch.setattr(BoundedProtocol, "most", 50)
+    with listening(server.app()) as port, ExitStack() as opened:
+        idle = []
+        for _ in range(300):  # as few as the bound at a time, whoever else there is
+            connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+            idle.append(opened.enter_context(connection))
+            connection.sendall(b"GET /p")
+        asks(port)
+        ended = [connection for connection in idle if is_ended(connection)]
+        assert 240 < len(ended) <= 260, "all but the newest, of what waits for longest"
+        asks(port)
+
+
+def is_ended(connection: socket.socket) -> bool:
+    connection.settimeout(0.01)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def asks(port: int) -> None:
+    body = {"input_ids": [53], "sampling_params": {"max_new_tokens": 2}}
+    url = f"http://127.0.0.1:{port}/generate"
+    assert httpx.post(url, json=body, trust_env=False, timeout=10).status_code == 200
+
+
+READERS = {
+    "one large answer": (b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n", 1),
+    "many answers to many requests": (b"GET /some HTTP/1.1\r\nHost: x\r\n\r\n", 2000),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_client_that_does_not_read_is_left_alone(monkeypatch, name):
+    monkeypatch.setattr(gate, "CLIENT_TIMEOUT_S", 0.4)
+    request, times = READERS[name]
+    protocols: set[BoundedProtocol] = set()
+    made = BoundedProtocol.connection_made
+    monkeypatch.setattr(
+        BoundedProtocol,
+        "connection_made",
+        lambda self, transport: (protocols.add(self), made(self, transport)),
+    )
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        size = 2**24 if scope["path"] == "/large" else 2**16
+        headers = [(b"content-length", str(size).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    with listening(Gate(app, None, lambda path: 10)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+            slow.sendall(request * times)
+            begin, found = time.monotonic(), 0
+            while found < 2**22 and time.monotonic() < begin + 1.5:  # it goes on for who reads
+                found += len(slow.recv(2**16))
+                time.sleep(0.02)
+            deadline = time.monotonic() + 10
+            while any(protocol.connections for protocol in protocols):
+                assert time.monotonic() < deadline, "the connection stays open"
+                time.sleep(0.02)
+        assert found > 2**20 and len(protocols) == 1
+
+
+def test_a_body_without_the_key_has_a_small_bound(server):
+    client = TestClient(server.app("key"), raise_server_exceptions=False)
+    assert client.request("GET", "/health", content=b"x" * 1024).status_code == 200
+    assert client.request("GET", "/health", content=b"x" * 1025).status_code == 413
+    assert client.request("GET", "/server_info", content=b"x" * 1025).status_code == 401
+
+
+def test_those_who_ask_for_health_share_one_probe(server, monkeypatch):
+    asked, load, held = [], server.generator.load, threading.Event()
+    monkeypatch.setattr(server.generator, "load", lambda: (asked.append(1), load())[1])
+    server.generator._call(lambda: held.wait(20))
+    statuses: list[int] = []
+    with listening(server.app()) as port:
+        url = f"http://127.0.0.1:{port}/health"
+
+        def ask() -> None:
+            statuses.append(httpx.get(url, trust_env=False, timeout=20).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 10
+        while not asked and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)  # for those that would ask for themselves
+        held.set()
+        for thread in threads:
+            thread.join(20)
+    assert statuses == [200] * 20 and len(asked) < 10
