@@ -34,7 +34,18 @@ def pack(samples: list[Sample], advantages_N: torch.Tensor) -> RolloutBatch:
         rollout_logp_T=torch.tensor([p for s in samples for p in s.logprobs], dtype=torch.float32),
         rewards_N=torch.tensor([s.reward for s in samples], dtype=torch.float32),
         advantages_N=advantages_N,
+        routes=_routes(samples) if samples and all(s.routes for s in samples) else None,
     )
+
+
+def _routes(samples: list[Sample]) -> torch.Tensor:
+    """RolloutBatch.routes of samples that all say where their tokens went."""
+    parts = []
+    for sample in samples:
+        known = len(sample.prompt.token_ids) + len(sample.token_ids) - 1
+        part = torch.frombuffer(bytearray(sample.routes), dtype=torch.int16).view(known, -1)
+        parts += [part, part.new_full((1, part.shape[1]), -1)]
+    return torch.cat(parts)
 
 
 def token_streams(
@@ -214,6 +225,7 @@ def context_part(micro: MicroBatch, rank: int, ranks: int) -> MicroBatch:
         rows_T=rows_T[mine_T],
         targets_T=micro.targets_T[mine_T],
         slots_T=micro.slots_T[mine_T],
+        routes=None if micro.routes is None else micro.routes[held],
     )
 
 
@@ -227,6 +239,10 @@ def _micro_batch(
     sizes_B = prompts_B + responses_B
     tokens_S, lengths_B = join(batch.tokens[ranges(starts_B, sizes_B)], sizes_B, multiple_of)
     begins_B = (lengths_B.cumsum(0) - lengths_B)[: len(samples)]
+    routes = None
+    if batch.routes is not None:
+        routes = batch.routes.new_full((len(tokens_S), batch.routes.shape[1]), -1)
+        routes[ranges(begins_B, sizes_B)] = batch.routes[ranges(starts_B, sizes_B)]
     return MicroBatch(
         tokens_S,
         tuple(lengths_B.tolist()),
@@ -234,4 +250,5 @@ def _micro_batch(
         rows_T=ranges(begins_B + prompts_B - 1, responses_B),  # the position before predicts
         targets_T=batch.tokens[ranges(starts_B + prompts_B, responses_B)],
         slots_T=ranges(first_slots_B, responses_B),
+        routes=routes,
     )

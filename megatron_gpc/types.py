@@ -27,6 +27,23 @@ Span = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
+class Experts:
+    """What the choices of a mixture's routers look like.
+
+    >>> Experts(count=128, topk=8, layers=(1, 2, 3), model_layers=4)
+    """
+
+    count: int
+    """Of a layer."""
+    topk: int
+    """How many of them a token goes to."""
+    layers: tuple[int, ...]
+    """Which layers have experts, counted from 0."""
+    model_layers: int
+    """All layers, those without experts included."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One task instance.
 
@@ -84,6 +101,10 @@ class Sample:
     right: bool = False
     """The verifier's word, whatever the length."""
     scores: dict[str, float] = field(default_factory=dict)
+    routes: bytes = b""
+    """Which experts every token of prompt and response went to, but for the last, which the server
+    has not computed: int16 [tokens - 1, layers with experts, experts a token], little-endian.
+    Empty: nobody asked (train.routing_replay)."""
 
     def judged(self, verdict: Verdict, penalty: float = 0.0) -> Sample:
         """The sample with its verdict and the penalty for its length."""
@@ -159,6 +180,9 @@ class RolloutBatch:
     """The server's log-probs of the response tokens."""
     rewards_N: torch.Tensor
     advantages_N: torch.Tensor
+    routes: torch.Tensor | None = None
+    """Which experts the rollout sent each of `tokens` to, int16 [tokens, layers with experts *
+    experts a token]; -1 for a sample's last token, which it has not computed.  None: not known."""
 
     @property
     def num_samples(self) -> int:
@@ -202,6 +226,8 @@ class MicroBatch:
     rows_T: torch.Tensor
     targets_T: torch.Tensor
     slots_T: torch.Tensor
+    routes: torch.Tensor | None = None
+    """As RolloutBatch's, for tokens_S; -1 for padding too."""
 
 
 @dataclass(frozen=True)

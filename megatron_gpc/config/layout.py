@@ -135,6 +135,8 @@ def check_layout(config: Config, hf: dict[str, Any] | None, cuda: bool) -> None:
             "diagnostics.signal compares two halves of a step's prompts, and "
             "rollout.prompts_per_step=1; set it to 2 or more, or diagnostics.signal to 0"
         )
+    if config.train.routing_replay and r.replay is None:
+        _check_routes(config)
     check_batch(config, p.dp or 1)
     if hf is not None:
         _check_model(p, hf)
@@ -175,6 +177,20 @@ def _check_colocated(config: Config, cuda: bool) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"rollout.server.colocated=true cannot work: {reason}")
+
+
+def _check_routes(config: Config) -> None:
+    server, sglang = config.rollout.server, config.sglang
+    if server.router:
+        raise UserError(
+            "train.routing_replay=true needs answers that say which experts tokens went to, and "
+            "sglang-router does not pass that on; set rollout.server.router=false"
+        )
+    if server.kind == "sglang" and sglang.args.get("enable_return_routed_experts") is False:
+        raise UserError(
+            "train.routing_replay=true needs engines that tell which experts tokens went to; leave "
+            "sglang.args.enable_return_routed_experts out"
+        )
 
 
 def _check_nccl(config: Config) -> None:

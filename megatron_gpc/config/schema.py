@@ -251,6 +251,11 @@ class TrainConfig:
     (default: the upper threshold of the section `clip`), how far the weight may go below and above
     1.  `clip-cov`: share (2e-4) of all tokens that are left out, drawn among those with a
     covariance between low (1.0) and high (5.0)."""
+    routing_replay: bool = False
+    """Send every token to the experts that the rollout's routers sent it to (R3, arXiv 2510.11370),
+    in every pass over a step's samples but the reference model's.  Numbers of trainer and engines
+    differ in their last bits, so that their routers differ now and then, and log-probs jump where
+    they do.  Needs a mixture of experts, and engines that tell (docs/rollouts.md)."""
     advantage: Literal["std", "mean"] = "std"
     """Reward minus the group's mean, divided by the group's standard deviation (GRPO) or not
     (`mean`, Dr. GRPO)."""

@@ -33,7 +33,8 @@ from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.run import environment
 from megatron_gpc.run.files import check_regular
-from megatron_gpc.weights import check_reference, check_weights, family_of
+from megatron_gpc.types import Experts
+from megatron_gpc.weights import check_reference, check_weights, family_of, replayed_experts
 from megatron_gpc.weights.folders import COMMON, is_converted, read_hf_config
 
 CHECKED_BYTES = 2**25
@@ -58,6 +59,7 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     check_layout(config, hf, torch.cuda.is_available())
     check_batch(config, _data_parallel_size(config))
     check_reference(config, hf)
+    experts = None if hf is None else replayed_experts(config, hf)
     Objective(config)  # calls it on a made-up example
     check_verifier(config.data)
     check_schedule(config.clip, config.train.steps)
@@ -72,7 +74,7 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
 
         check_overrides(config, None if hf is None else family_of(hf).model_fields(hf))
     if config.rollout.replay is not None:
-        _check_replay(config.rollout.replay, config, hf)
+        _check_replay(config.rollout.replay, config, hf, experts)
     else:
         check_file("data.prompts", config.data.prompts, to_be_made=hf is None)
         if config.eval.prompts is not None:
@@ -224,9 +226,12 @@ def _check_run_folder(config: Config) -> None:
             read_metrics(config.run_dir, name)
 
 
-def _check_replay(run_dir: Path, config: Config, hf: Mapping[str, Any] | None) -> None:
+def _check_replay(
+    run_dir: Path, config: Config, hf: Mapping[str, Any] | None, experts: Experts | None
+) -> None:
     from megatron_gpc.rollout.samples import (
         check_groups,
+        check_routes,
         read_samples,
         samples_file,
         saved_steps,
@@ -250,6 +255,7 @@ def _check_replay(run_dir: Path, config: Config, hf: Mapping[str, Any] | None) -
             break
         read = read_samples(run_dir, step)
         check_groups(read, config.rollout)
+        check_routes(read, experts, run_dir)
         highest = max(max(*s.prompt.token_ids, *s.token_ids) for s in read.samples)
         if highest >= vocabulary:
             raise UserError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
+import numpy as np
 
-from megatron_gpc.types import Span
+from megatron_gpc.types import Experts, Span
 
 LOGPROB_TOLERANCE = 1e-3
 """A log-probability above 0 by more than this is no rounding error."""
@@ -51,10 +53,22 @@ class Generation:
     weight_versions: tuple[Span, ...]
     weight_loads: int | None = None
     """How often the server's weights had been replaced by then; SGLang does not say."""
+    routes: bytes = b""
+    """As Sample's."""
 
 
-def read_generation(answer: Any, rid: str, sampling_params: dict[str, Any]) -> Generation:
+def read_generation(
+    answer: Any,
+    rid: str,
+    sampling_params: dict[str, Any],
+    input_tokens: int = 0,
+    experts: Experts | None = None,
+) -> Generation:
     """One answer of /generate, checked.
+
+    Args:
+        input_tokens: how many were sent.
+        experts: which of them the tokens went to was asked for.
 
     Raises:
         MalformedAnswer: names the rid and what is wrong.
@@ -96,8 +110,45 @@ def read_generation(answer: Any, rid: str, sampling_params: dict[str, Any]) -> G
         [start for _, start, _ in spans] == bounds[:-1] and bounds[-1] == len(ids),
         f"weight versions {spans} do not cover {len(ids)} tokens",
     )
-    loads = meta.get("weight_loads")
-    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans, loads)
+    loads, routes = meta.get("weight_loads"), b""
+    if experts is not None and ids:
+        try:
+            routes = _routes(meta.get("routed_experts"), input_tokens + len(ids) - 1, experts)
+        except ValueError as error:
+            raise MalformedAnswer(f"request {rid}: routed_experts: {error}") from None
+    return Generation(tuple(ids), tuple(map(float, logprobs)), text, reason, spans, loads, routes)
+
+
+def _routes(encoded: Any, tokens: int, experts: Experts) -> bytes:
+    """Routes as a sample has them, of base64 of int32 [tokens, all layers, experts a token].
+
+    Raises:
+        ValueError: they are no such thing.
+    """
+    if not isinstance(encoded, str):
+        raise ValueError(
+            "the server does not tell them; start SGLang with --enable-return-routed-experts"
+        )
+    values = np.frombuffer(base64.b64decode(encoded, validate=True), dtype="<i4")
+    shape = tokens, experts.model_layers, experts.topk
+    if values.size != math.prod(shape):
+        raise ValueError(f"{values.size} numbers, and not {' x '.join(map(str, shape))}")
+    routes = values.reshape(shape)[:, list(experts.layers)]
+    if why := untrue_routes(routes, experts):
+        raise ValueError(why)
+    return routes.astype("<i2").tobytes()
+
+
+def untrue_routes(routes: np.ndarray, experts: Experts) -> str:
+    """Why these cannot be a token's experts; "" if they can.
+
+    Args:
+        routes: [..., experts a token].
+    """
+    if routes.size and not (routes.min() >= 0 and routes.max() < experts.count):
+        return f"experts are numbered from 0 to {experts.count - 1}"
+    ordered = np.sort(routes, axis=-1)
+    return "an expert comes twice" if (ordered[..., 1:] == ordered[..., :-1]).any() else ""
 
 
 def answer_json(response: httpx.Response) -> Any:

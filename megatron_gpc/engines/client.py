@@ -32,6 +32,7 @@ from megatron_gpc.engines.answers import (
     error_message,
     read_generation,
 )
+from megatron_gpc.types import Experts
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,8 @@ class SampleRequest:
     input_ids: Sequence[int]
     sampling_params: dict[str, Any]
     rid: str | None = None
+    experts: Experts | None = None
+    """If it is to be told which of them the tokens went to."""
 
 
 class SGLangClient:
@@ -126,6 +129,8 @@ class SGLangClient:
         given = lists if self._batched else {name: one for name, (one,) in lists.items()}
         async with self._reserved(len(requests)):
             body = {**given, "return_logprob": True}
+            if any(request.experts for request in requests):
+                body["return_routed_experts"] = True
             found = answer_json(await self._request("POST", "/generate", body))
         answers = found if self._batched else [found]
         if not isinstance(answers, list) or len(answers) != len(requests):
@@ -133,7 +138,9 @@ class SGLangClient:
                 f"requests {rids[0]} and following: expected {len(requests)} answers"
             )
         return [
-            read_generation(answer, rid, request.sampling_params)
+            read_generation(
+                answer, rid, request.sampling_params, len(request.input_ids), request.experts
+            )
             for answer, rid, request in zip(answers, rids, requests, strict=True)
         ]
 

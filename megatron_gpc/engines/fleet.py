@@ -36,6 +36,7 @@ from megatron_gpc.engines.client import SampleRequest, SGLangClient, retrying
 from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.process import ServerError, ServerProcess, SGLangServer
 from megatron_gpc.engines.starter import Starter
+from megatron_gpc.errors import UserError
 from megatron_gpc.run.network import own_address
 
 T = TypeVar("T")
@@ -245,6 +246,20 @@ class Fleet:
 
     def alive(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.state != "down"]
+
+    def check_routes(self) -> None:
+        """Hold the engines to telling which experts a token went to (train.routing_replay).
+
+        Raises:
+            UserError: one does not.
+        """
+        for engine in self.engines:
+            info = self.run(self._insist(engine.client.server_info))
+            if not info.get("enable_return_routed_experts"):
+                raise UserError(
+                    f"train.routing_replay: {engine.url} does not tell which experts a token went "
+                    "to; start SGLang with --enable-return-routed-experts"
+                )
 
     # ---- weights ----
 

@@ -12,7 +12,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.keys import key_beside, shared_key
 from megatron_gpc.engines.process import ServerError
-from megatron_gpc.engines.starter import Starter, check_start
+from megatron_gpc.engines.starter import Starter, check_start, sglang_of
 from megatron_gpc.errors import RunStopped, UserError
 from megatron_gpc.run import environment
 from megatron_gpc.run.files import replace_text
@@ -59,7 +59,7 @@ def serve(config: Config, stop: StopRequest) -> None:
     if not _await_file(model, server.start_timeout_s, "model.hf", stop):
         return
     log_dir = config.run_dir / "logs" / f"serve_{number}"
-    starter = Starter(started_here, config.sglang, config.model.hf, log_dir, _address(nodes))
+    starter = Starter(started_here, sglang_of(config), config.model.hf, log_dir, _address(nodes))
     say(starter.what_happens())
     with Fleet(starter) as fleet:
         try:

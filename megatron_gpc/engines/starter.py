@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatron_gpc.config import ServerConfig, SGLangConfig
+from megatron_gpc.config import Config, ServerConfig, SGLangConfig
 from megatron_gpc.config.types import http_url
 from megatron_gpc.engines.client import SGLangClient
 from megatron_gpc.engines.keys import key_beside, new_key, read_key, write_secret
@@ -202,6 +203,14 @@ class Starter:
                 )
             await asyncio.sleep(URLS_POLL_S)
         return _urls(file)
+
+
+def sglang_of(config: Config) -> SGLangConfig:
+    """The section `sglang`, with what else the run needs of engines that are started."""
+    if not config.train.routing_replay:
+        return config.sglang
+    args = {**config.sglang.args, "enable_return_routed_experts": True}
+    return dataclasses.replace(config.sglang, args=args)
 
 
 def check_start(config: ServerConfig, sglang: SGLangConfig, host: str = "127.0.0.1") -> None:

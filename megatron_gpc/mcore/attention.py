@@ -33,6 +33,8 @@ class Pack(PackedSeqParams):
 
     lengths_B: tuple[int, ...] = ()
     """How long each sequence is."""
+    routes: torch.Tensor | None = None
+    """MicroBatch.routes (mcore/routing.py)."""
 
 
 _ONLY = {

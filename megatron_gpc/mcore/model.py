@@ -67,6 +67,7 @@ class PolicyModel(GPTModel):
         lengths_B: tuple[int, ...],
         rows_T: torch.Tensor,
         targets_T: torch.Tensor,
+        routes: torch.Tensor | None = None,
     ) -> torch.Tensor | TokenStats:
         """Hidden states [S, 1, D] before the last pipeline stage, TokenStats on it.
 
@@ -75,6 +76,7 @@ class PolicyModel(GPTModel):
             lengths_B: how long each is.
             rows_T: positions that predict targets_T.
             targets_T: the tokens predicted there.
+            routes: which experts they are sent to; None: as the routers choose.
         """
         self._rows_T, self._targets_T = rows_T, targets_T
         begins: Any = None
@@ -88,6 +90,7 @@ class PolicyModel(GPTModel):
             max_seqlen_q=max(lengths_B),
             max_seqlen_kv=max(lengths_B),
             lengths_B=lengths_B,
+            routes=routes,
         )
         # Rotary embeddings need the lengths alone, so no positions are given, and attention is
         # causal inside each sequence without a mask.

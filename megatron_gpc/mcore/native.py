@@ -38,6 +38,7 @@ _OWN_KEYS = {  # fields that follow from keys of ours; setting them too could co
     "expert_model_parallel_size": "parallel.ep",
     "expert_tensor_parallel_size": "parallel.tp",
     "sequence_parallel": "parallel.sequence_parallel",
+    "moe_enable_routing_replay": "train.routing_replay",
     "params_dtype": "model.dtype",
     "pipeline_dtype": "model.dtype",
     "bf16": "model.dtype",
@@ -199,6 +200,11 @@ def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:
     }
     fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
     made = TransformerConfig(**fields)
+    if config.train.routing_replay and made.moe_router_fusion:
+        raise UserError(
+            "megatron.transformer.moe_router_fusion=true leaves no room for train.routing_replay; "
+            "leave one out"
+        )
     for name, value in model.config_attributes.items():
         setattr(made, name, value)
     return made

@@ -55,6 +55,7 @@ from megatron_gpc.batching import context_part, micro_batches, multiples
 from megatron_gpc.config import Config
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
+from megatron_gpc.mcore.routing import RoutingReplay
 from megatron_gpc.mcore.setup import device, from_main, on_any_rank, sum_over_ranks
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats, TokenStreams
@@ -70,6 +71,8 @@ UPDATE_MEANS = (
     *(*CLIP_FRACTIONS, *GRADIENT_SHARES, *DH_PREDICTED, "dh_predicted"),
 )
 UPDATE_MAXIMA = ("ratio_max",)
+ROUTING_CHANGED = "routing_changed"
+"""The mean with train.routing_replay."""
 KL = "kl"
 """The mean with kl.coef above 0."""
 
@@ -84,9 +87,13 @@ class Policy:
             *UPDATE_MEANS,
             *self.objective.metrics,
             *((KL,) if config.kl.coef else ()),
+            *((ROUTING_CHANGED,) if config.train.routing_replay else ()),
         )
         """UPDATE_MEANS, and what the configured loss and penalty measure."""
         self.models = build_model(config, fields)
+        self.routing = None
+        if config.train.routing_replay and fields.experts is not None:
+            self.routing = RoutingReplay(self.models, fields.experts)
         core: Any = self.models[0].config
         ddp = ddp_config(config)
         self.chunks = [
@@ -188,6 +195,8 @@ class Policy:
                 for micro, loss, regions in results:
                     _add(sums, micro, loss)
                     _add_regions(sums, micro, regions)
+            if self.routing is not None:
+                sums.add(ROUTING_CHANGED, *self.routing.counts())
             self._step(grad_norm)
         return made | {"grad_norm": grad_norm, "skipped": skipped, "empty": False}
 
@@ -274,6 +283,8 @@ class Policy:
         made = [
             context_part(micro, parallel_state.get_context_parallel_rank(), p.cp) for micro in whole
         ]
+        if self.routing is not None:
+            self.routing.forget()
         iterators = [iter(made) for _ in self.chunks]
         model: Any = self.chunks if p.vpp else self.chunks[0]
         return get_forward_backward_func()(
@@ -290,8 +301,9 @@ class Policy:
 
 def _forward(iterator: Iterator[MicroBatch], model: Any, loss: Any) -> tuple[Any, Any]:
     micro, to = next(iterator), device()
+    routes = None if micro.routes is None else micro.routes.to(to)
     output = model(
-        micro.tokens_S.to(to), micro.lengths_B, micro.rows_T.to(to), micro.targets_T.to(to)
+        micro.tokens_S.to(to), micro.lengths_B, micro.rows_T.to(to), micro.targets_T.to(to), routes
     )
     return output, partial(loss, micro)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -31,10 +32,11 @@ class Reference:
         self._change_places()
 
     def score(self, batch: RolloutBatch) -> torch.Tensor:
-        """Its log-probs of a rollout's response tokens, as `Policy.score` gives them."""
+        """Its log-probs of a rollout's response tokens, as `Policy.score` gives them; tokens go to
+        the experts that its own routers choose."""
         self._change_places()
         try:
-            return self.policy.score(batch).logp_T
+            return self.policy.score(replace(batch, routes=None)).logp_T
         finally:
             self._change_places()
 

@@ -25,7 +25,7 @@ from megatron_gpc.rewards.judging import Answer
 from megatron_gpc.rollout.evaluation import score_means
 from megatron_gpc.rollout.groups import Choice, Group, Rollout, blanks, rollout_metrics
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
-from megatron_gpc.types import Prompt, Sample, Verdict, joined
+from megatron_gpc.types import Experts, Prompt, Sample, Verdict, joined
 
 
 def sample_seed(run_seed: int, stream: str, position: int, sample_index: int) -> int:
@@ -55,6 +55,7 @@ class Collector:
             verifier to judge, and servers differ in what they trim.
         stop_token_ids: tokens that end a response.
         sampling: further sampling parameters, in SGLang's names.
+        experts: of the model, if samples are to tell which of them their tokens went to.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Collector:
         decode: Callable[[Sequence[int]], str],
         stop_token_ids: Sequence[int],
         sampling: Mapping[str, Any] = MappingProxyType({}),
+        experts: Experts | None = None,
     ):
         self.config, self.engines, self.source = config, engines, source
         self.judge, self.decode = judge, decode
         self.stop_token_ids, self.sampling = list(stop_token_ids), sampling
+        self.experts = experts
         self.unfinished: dict[int, list[Sample]] = {}
         """Position -> samples of an aborted group that go on in the next step (rollout.partial)."""
 
@@ -94,8 +97,9 @@ class Collector:
             UserError: the prompts are others, and data.changed does not allow that.
         """
         made_of = self._made_of()
-        # what older checkpoints do not know is taken to be as it was
-        changed = [key for key, value in made_of.items() if state.get(key, value) != value]
+        # what older checkpoints do not know is taken to be as it was, but for routes
+        before = {**made_of, "routes": False, **state}
+        changed = [key for key, value in made_of.items() if before[key] != value]
         refuse_changed(self.source, state.get("prompts"), self.config.data)
         self.source.restore(state["source"])
         if not changed:
@@ -114,6 +118,7 @@ class Collector:
             "seed": self.config.seed,
             "verifier": self.config.data.verifier,
             "verifier_arguments": self.config.data.verifier_arguments,
+            "routes": self.experts is not None,
             **{name: getattr(rollout, name) for name in settings},
         }
 
@@ -229,6 +234,7 @@ class Collector:
                 ),
             },
             rid=f"{_rid_prefix(stream)}{position}-{sample.sample_index}",
+            experts=self.experts,
         )
 
     def _extended(self, sample: Sample, generation: Generation) -> Sample:
@@ -247,6 +253,8 @@ class Collector:
             text=text,
             finish_reason=generation.finish_reason,
             weight_versions=joined([*sample.weight_versions, *new]),
+            # a token's are those of the weights that it, or the one after it, was drawn with
+            routes=sample.routes + generation.routes[len(sample.routes) :],
         )
 
     def _judged(self, samples: Sequence[Sample]) -> list[Sample]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_gpc.config import Config
 from megatron_gpc.rollout.groups import Rollout, newest_version
+from megatron_gpc.weights import replayed_experts
 
 
 class Replay:
@@ -37,14 +39,17 @@ class Replay:
         """The samples that the earlier run trained this step on.
 
         Raises:
-            UserError: it saved none of this step, or in groups of another size.
+            UserError: it saved none of this step, in groups of another size, or without the routes
+                that training needs.
         """
-        from megatron_gpc.rollout.samples import check_groups, read_samples  # pyarrow: 0.3 s
+        from megatron_gpc.rollout import samples  # pyarrow: 0.3 s
 
-        saved = read_samples(self.run_dir, step)
-        check_groups(saved, self.config.rollout)
-        newest = newest_version(saved.samples)
-        return Rollout(saved.samples, saved.positions, {"weight_version": newest})
+        saved = samples.read_samples(self.run_dir, step)
+        samples.check_groups(saved, self.config.rollout)
+        experts = replayed_experts(self.config)
+        samples.check_routes(saved, experts, self.run_dir)
+        found = saved.samples if experts else [replace(s, routes=b"") for s in saved.samples]
+        return Rollout(found, saved.positions, {"weight_version": newest_version(found)})
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Nothing: that would need engines."""

@@ -18,7 +18,7 @@ from megatron_gpc.config import Config, RolloutConfig
 from megatron_gpc.engines.colocation import Colocation
 from megatron_gpc.engines.fleet import Fleet, WeightsNeeded, name_of
 from megatron_gpc.engines.probe import Tolerance
-from megatron_gpc.engines.starter import Starter
+from megatron_gpc.engines.starter import Starter, sglang_of
 from megatron_gpc.engines.weight_sync import make_sync, read_folder
 from megatron_gpc.rewards.judging import Judge
 from megatron_gpc.rollout.collector import Collector
@@ -30,8 +30,8 @@ from megatron_gpc.rollout.prompts import PromptSource
 from megatron_gpc.rollout.replay import Replay
 from megatron_gpc.rollout.tokenizer import special_tokens
 from megatron_gpc.run.say import say
-from megatron_gpc.types import Prompt, Sample
-from megatron_gpc.weights import carry_over, check_weights, write_single
+from megatron_gpc.types import Experts, Prompt, Sample
+from megatron_gpc.weights import carry_over, check_weights, replayed_experts, write_single
 from megatron_gpc.weights.convert import hf_tensors
 from megatron_gpc.weights.folders import hf_folder, is_converted
 from megatron_gpc.weights.megatron_files import MegatronReader
@@ -57,12 +57,17 @@ class Sampler:
         self.evaluator = self.collector_of(as_evaluated(config), self.held_out, nucleus(config))
 
     def collector_of(
-        self, config: Config, prompts: list[Prompt], sampling: Mapping[str, Any]
+        self,
+        config: Config,
+        prompts: list[Prompt],
+        sampling: Mapping[str, Any],
+        experts: Experts | None = None,
     ) -> Collector:
         """What asks the engines about some prompts.
 
         Args:
             sampling: parameters besides those of `config.rollout`, in SGLang's names.
+            experts: see Collector.
         """
         decode: Any = self.reader.tokenizer.decode  # declared to give a list as well
         return Collector(
@@ -73,6 +78,7 @@ class Sampler:
             decode,
             self.reader.stops.token_ids,
             {**self.reader.stops.sampling, **sampling},
+            experts,
         )
 
     def read_weights(self, folder: Path, version: str) -> None:
@@ -107,6 +113,7 @@ class TrainingSampler(Sampler):
 
     Raises:
         ServerError, RolloutError: an engine did not start or does not answer.
+        UserError: training needs to know where tokens were routed, and an engine does not tell.
     """
 
     takes_weights = True
@@ -115,7 +122,8 @@ class TrainingSampler(Sampler):
         files = filter(None, (config.data.prompts, config.eval.prompts))
         say(f"reading prompts: {', '.join(map(str, files))}")
         super().__init__(config, fleet, reader)
-        self.collector = self.collector_of(config, reader.training(), {})
+        experts = replayed_experts(config)
+        self.collector = self.collector_of(config, reader.training(), {}, experts)
         self.colocated = config.rollout.server.colocated
         """Whether engines and policy take turns on the GPUs."""
         self._ahead = Prefetch(fleet, self.collector)
@@ -125,6 +133,8 @@ class TrainingSampler(Sampler):
         # Before the policy is built: engines take their share of what memory a GPU has left, and on
         # one that the policy takes meanwhile nothing may be left.
         fleet.await_started()
+        if experts is not None:
+            fleet.check_routes()
         if self.colocated:
             self.rest()
 
@@ -233,7 +243,7 @@ def fleet_of(config: Config, model: Path, logs: Path) -> Iterator[Fleet]:
     Args:
         logs: folder.
     """
-    starter = Starter(config.rollout.server, config.sglang, model, logs)
+    starter = Starter(config.rollout.server, sglang_of(config), model, logs)
     say(starter.what_happens())
     with Fleet(starter) as fleet:
         yield fleet

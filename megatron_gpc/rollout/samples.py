@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_gpc.config import RolloutConfig
 from megatron_gpc.config.layout import MOST_STEP_SAMPLES
+from megatron_gpc.engines.answers import untrue_routes
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import replacing, strict_json
-from megatron_gpc.types import Prompt, Sample
+from megatron_gpc.types import Experts, Prompt, Sample
 
 FOLDER = "samples"
 MOST_LOGPROB = 1e-3
@@ -46,8 +48,11 @@ SCHEMA = pa.schema(
         ("right", pa.bool_()),  # null in files of older versions
         ("scores", pa.string()),  # JSON
         ("advantage", pa.float32()),
+        ("routes", pa.binary()),  # as Sample has them; absent in files of older versions
     ]
 )
+LATER = {"right": None, "routes": b""}
+"""Columns that came with a later version -> what stands for them in older files."""
 
 
 def samples_file(run_dir: Path, step: int) -> Path:
@@ -96,6 +101,7 @@ def write_samples(run_dir: Path, step: int, saved: SavedStep) -> Path:
             "right": sample.right,
             "scores": json.dumps(sample.scores),
             "advantage": saved.advantages[n],
+            "routes": sample.routes,
         }
         for n, sample in enumerate(saved.samples)
     ]
@@ -139,9 +145,9 @@ def read_samples(run_dir: Path, step: int) -> SavedStep:
 
 
 def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
-    """A column in the type that we write; all null if it came with a later version."""
-    if field.name == "right" and field.name not in table.column_names:
-        return pa.chunked_array([pa.nulls(len(table), field.type)])
+    """A column in the type that we write."""
+    if field.name in LATER and field.name not in table.column_names:
+        return pa.chunked_array([pa.repeat(pa.scalar(LATER[field.name], field.type), len(table))])
     column = table.column(field.name).cast(field.type)
     if column.null_count and field.name != "right":
         raise ValueError(f"{field.name} is null in a row")
@@ -166,6 +172,35 @@ def check_groups(saved: SavedStep, rollout: RolloutConfig) -> None:
             raise UserError(
                 f"rollout.replay: {rollout.replay}: sample {number}: {why}; save the samples "
                 "again, or name another run"
+            )
+
+
+def check_routes(saved: SavedStep, experts: Experts | None, replay: Path | None) -> None:
+    """Hold replayed samples to saying which experts their tokens went to, if that is needed.
+
+    Args:
+        experts: of the model, with train.routing_replay.
+        replay: rollout.replay, for messages.
+
+    Raises:
+        UserError: one does not, or says what cannot be.
+    """
+    if experts is None:
+        return
+    for number, sample in enumerate(saved.samples):
+        shape = (-1, len(experts.layers), experts.topk)
+        tokens = len(sample.prompt.token_ids) + len(sample.token_ids)
+        if len(sample.routes) != 2 * (tokens - 1) * len(experts.layers) * experts.topk:
+            why = "its routes are of another model"
+            if not sample.routes:
+                why = "it does not say which experts its tokens went to"
+        else:
+            routes = np.frombuffer(sample.routes, dtype="<i2").reshape(shape)
+            why = untrue_routes(routes, experts)
+        if why:
+            raise UserError(
+                f"train.routing_replay: {replay}: sample {number}: {why}; name a run of this "
+                "model that had train.routing_replay=true, or leave it out"
             )
 
 
@@ -215,6 +250,7 @@ def _sample(row: dict[str, Any]) -> Sample:
         reward=row["reward"],
         right=bool(row["right"]),
         scores=strict_json(row["scores"] or "{}"),
+        routes=row["routes"],
     )
 
 

@@ -179,6 +179,7 @@ class Server:
                 "pp_size": 1,
                 "dp_size": 1,
                 "max_running_requests": self.generator.max_running,
+                "enable_return_routed_experts": self.generator.routes_tokens,
                 "weight_version": self.generator.weight_version,
                 "status": "ready",
                 "internal_states": [

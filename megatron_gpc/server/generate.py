@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 import uuid
 from typing import Any
@@ -53,7 +54,12 @@ def parse(
     if isinstance(body.rid, str) and not single:
         rids = [f"{body.rid}_{i}" for i in range(len(prompts))]
     requests = [
-        sequence.Request(rid or uuid.uuid4().hex, tuple(ids), SamplingParams.parse(values))
+        sequence.Request(
+            rid or uuid.uuid4().hex,
+            tuple(ids),
+            SamplingParams.parse(values),
+            body.return_routed_experts,
+        )
         for ids, values, rid in zip(prompts, params, rids, strict=True)
     ]
     if sum(request.params.n for request in requests) > MOST_SAMPLES_A_REQUEST:
@@ -92,6 +98,8 @@ def answer(
             for value, token in zip(result.logprobs, result.token_ids, strict=True)
         ]
         meta["output_token_logprobs_length"] = len(result.token_ids)
+    if result.routes is not None:
+        meta["routed_experts"] = base64.b64encode(result.routes.numpy().tobytes()).decode("ascii")
     meta |= {
         "reasoning_tokens": 0,
         "completion_tokens": len(result.token_ids),

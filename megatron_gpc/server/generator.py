@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from megatron_gpc.errors import UserError
 from megatron_gpc.server import loading, sampling
 from megatron_gpc.server.cache import RowCache
+from megatron_gpc.server.routes import RouteTap
 from megatron_gpc.server.sequence import (
     ABORTED,
     Job,
@@ -74,7 +75,7 @@ class Generator:
         end_tokens: Sequence[int] = (),
         decode: Callable[[Sequence[int]], str] | None = None,
     ):
-        self._model = loading.load_folder(Path(model_path), dtype)
+        self._use(loading.load_folder(Path(model_path), dtype))
         self.config = self._model.config
         self.context_length: int = self.config.max_position_embeddings
         self.vocab_size: int = self.config.vocab_size
@@ -335,13 +336,16 @@ class Generator:
         logits_BV = self._forward(torch.from_numpy(ids))
         self._cache.replicate(sources)
         self._running += batch
+        self._keep_routes(batch, sources)
         self._take(batch, logits_BV[sources])
 
     def _decode(self, batch: list[LiveSequence]) -> None:
         """One more token for every running sequence."""
         self._cache.open_step()
         ids = torch.tensor([[sequence.tokens[-1]] for sequence in batch])
-        self._take(batch, self._forward(ids))
+        logits_BV = self._forward(ids)
+        self._keep_routes(batch, range(len(batch)))
+        self._take(batch, logits_BV)
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[rows, V] fp32 logits of the last column of `ids`; the cache's window gets its keys."""
@@ -357,6 +361,14 @@ class Generator:
             .logits[:, -1]
             .float()
         )
+
+    def _keep_routes(self, sequences: list[LiveSequence], rows: Sequence[int]) -> None:
+        """Give sequences that want them their routes of the last pass, from its rows."""
+        if self.routes_tokens and any(sequence.request.routes for sequence in sequences):
+            found = self._tap.last(max(rows) + 1)
+            for sequence, row in zip(sequences, rows, strict=True):
+                if sequence.request.routes:
+                    sequence.route(found[row])
 
     def _take(self, sequences: list[LiveSequence], logits_BV: torch.Tensor) -> None:
         """Draw a token for each of these running sequences; let the finished ones go."""
@@ -450,10 +462,14 @@ class Generator:
         if "weights" in self.released:
             raise UserError("weights are released; resume them before an update.")
         with torch.inference_mode(False):
-            self._model = load()
+            self._use(load())
         self.weight_loads += 1
         if version is not None:
             self._set_version(version)
+
+    def _use(self, model: PreTrainedModel) -> None:
+        self._model, self._tap = model, RouteTap(model)
+        self.routes_tokens = bool(self._tap)
 
     def _set_version(self, version: str) -> None:
         self.weight_version = version

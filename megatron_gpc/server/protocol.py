@@ -43,6 +43,7 @@ class GenerateBody(Body):
     input_ids: List[int] | List[List[int]] | None = None
     sampling_params: dict[str, Any] | List[dict[str, Any]] | None = None
     return_logprob: bool | List[bool] = False
+    return_routed_experts: bool = False
     rid: Name | List[Name] | None = None
     stream: bool = False
 

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from megatron_gpc.server.sampling import SamplingParams, Uniforms
 from megatron_gpc.types import Span, joined
 
@@ -23,6 +25,8 @@ class Request:
     rid: str
     input_ids: tuple[int, ...]
     params: SamplingParams
+    routes: bool = False
+    """Whether the experts that its tokens went to are wanted."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Result:
     """Version when the sample ended."""
     weight_versions: tuple[Span, ...]
     num_retractions: int
+    routes: torch.Tensor | None = None
+    """[tokens - 1, layers, experts a token] int32, of prompt and answer but the last token, which
+    went through no layer; None if nobody wants them, or there are none."""
 
 
 class RequestFailed(RuntimeError):
@@ -93,6 +100,8 @@ class LiveSequence:
     """(version, index of the first token that it could make), in order."""
     finish: dict[str, Any] | None = None
     num_retractions: int = 0
+    routes: list[torch.Tensor] = field(default_factory=list)
+    """Those of the first tokens, in pieces: as each token was computed first."""
     alone: bool = False
     """It was in a pass that failed, with others; prefilled alone, it shows whose fault it is."""
 
@@ -111,6 +120,15 @@ class LiveSequence:
     def context(self) -> tuple[int, ...]:
         """All tokens that the next one depends on."""
         return (*self.request.input_ids, *self.tokens) if self.tokens else self.request.input_ids
+
+    def route(self, found: torch.Tensor) -> None:
+        """Keep what is new of a forward pass over the end of its context.
+
+        Args:
+            found: [columns, layers, experts a token]; the last column is the last token's.
+        """
+        missing = len(self.context) - sum(map(len, self.routes))
+        self.routes.append(found[len(found) - missing :].clone())
 
     def append(self, token: int, logprob: float) -> None:
         """As in SGLang, the length is checked first: a stop token at the limit counts as length."""
@@ -146,6 +164,9 @@ class LiveSequence:
         assert self.finish is not None, "asked before its end"
         ends = [start for _, start in self.versions[1:]] + [len(self.tokens)]
         spans = joined((*begun, end) for begun, end in zip(self.versions, ends, strict=True))
+        routes = None
+        if self.routes and self.tokens:
+            routes = torch.cat(self.routes)[: len(self.context) - 1]
         return Result(
             prompt_tokens=len(self.request.input_ids),
             token_ids=tuple(self.tokens),
@@ -154,4 +175,5 @@ class LiveSequence:
             weight_version=self.versions[-1][0],
             weight_versions=spans,
             num_retractions=self.num_retractions,
+            routes=routes,
         )

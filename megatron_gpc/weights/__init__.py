@@ -6,7 +6,7 @@ the other).  The last two are imported by their own names: torch's checkpointing
 takes a second.
 """
 
-from megatron_gpc.weights.check import check_reference, check_weights
+from megatron_gpc.weights.check import check_reference, check_weights, replayed_experts
 from megatron_gpc.weights.families import FAMILIES, Family, family_of
 from megatron_gpc.weights.fields import ModelFields
 from megatron_gpc.weights.folders import carry_over

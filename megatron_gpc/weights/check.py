@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_gpc.config import Config
 from megatron_gpc.errors import UserError
+from megatron_gpc.types import Experts
 from megatron_gpc.weights.families import family_of
 from megatron_gpc.weights.fields import ModelFields
 from megatron_gpc.weights.folders import is_converted, read_hf_config
@@ -56,6 +57,27 @@ def check_reference(config: Config, hf: Mapping[str, Any] | None) -> None:
         check_weights(folder)
     except UserError as error:
         raise UserError(f"kl.reference: {error}") from None
+
+
+def replayed_experts(config: Config, hf: Mapping[str, Any] | None = None) -> Experts | None:
+    """Those whose choice training takes from the rollout (train.routing_replay); None: it does not.
+
+    Args:
+        hf: the model's config.json, if it has been read.
+
+    Raises:
+        UserError: it should, but the model has no experts.
+    """
+    if not config.train.routing_replay:
+        return None
+    hf = read_hf_config(config.model.hf) if hf is None else hf
+    experts = family_of(hf).model_fields(hf).experts
+    if experts is None or not experts.layers:
+        raise UserError(
+            "train.routing_replay=true needs a mixture of experts, and model.hf: "
+            f"{config.model.hf} has none; leave it out"
+        )
+    return experts
 
 
 def _check_same(folder: Path, reference: ModelFields, model: ModelFields) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.types import Experts
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _SPELLINGS = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
@@ -60,6 +61,16 @@ class ModelFields:
     there, although the dataclass has no such fields."""
     notes: tuple[str, ...] = ()
     """What of config.json is deliberately not followed; a sentence each, for the user to see."""
+
+    @property
+    def experts(self) -> Experts | None:
+        """None if no layer has any."""
+        count, layers = self.transformer.get("num_moe_experts"), self.transformer["num_layers"]
+        if count is None:
+            return None
+        sparse = self.transformer["moe_layer_freq"]
+        with_experts = [n for n in range(layers) if sparse == 1 or sparse[n]]
+        return Experts(count, self.transformer["moe_router_topk"], tuple(with_experts), layers)
 
 
 def normalise(

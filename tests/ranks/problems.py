@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -91,14 +93,71 @@ class Problem:
         return _reference(self, folder, samples, entropy_coef, kept, objective, kl)
 
 
-def make_problem(name: str, folder: Path) -> Problem:
-    """The problem of MODELS[name], its checkpoint in `folder`."""
-    make_model(MODELS[name], num_hidden_layers=4).save_pretrained(folder / "hf")
-    problem = Problem(folder / "hf", random_batch(3, 4, responses=RESPONSES))
+def make_problem(name: str, folder: Path, routes: bool = False, **changes: Any) -> Problem:
+    """The problem of MODELS[name], its checkpoint in `folder`.
+
+    Args:
+        routes: whether the rollout sent tokens to experts that no router would have chosen.
+        changes: settings of the model.
+    """
+    make_model(MODELS[name], num_hidden_layers=4, **changes).save_pretrained(folder / "hf")
+    batch = random_batch(3, 4, responses=RESPONSES)
+    if routes:
+        batch = dataclasses.replace(batch, routes=_random_routes(folder / "hf", batch))
+    problem = Problem(folder / "hf", batch)
     logp_T = problem.reference(folder).logp_T
     noise_T = 0.4 * torch.randn(len(logp_T), generator=torch.Generator().manual_seed(1))
     batch = dataclasses.replace(problem.batch, rollout_logp_T=logp_T.float() + noise_T)
     return dataclasses.replace(problem, batch=batch)
+
+
+def own_routes(problem: Problem) -> torch.Tensor:
+    """RolloutBatch.routes that the model's own routers choose, in float64."""
+    batch, model = problem.batch, _model(problem.hf)
+    parts: list[torch.Tensor] = []
+    for n, start in enumerate(batch.starts_N.tolist()):
+        length = int(batch.prompt_lengths_N[n] + batch.response_lengths_N[n])
+        with torch.no_grad():
+            tokens = batch.tokens[None, start : start + length]
+            logits = model(tokens, output_router_logits=True).router_logits
+        routes = torch.cat(
+            [one.topk(model.config.num_experts_per_tok).indices for one in logits], 1
+        )
+        routes[-1] = -1
+        parts.append(routes.to(torch.int16))
+    return torch.cat(parts)
+
+
+def _random_routes(hf: Path, batch: RolloutBatch) -> torch.Tensor:
+    config = read_hf_config(hf)
+    experts = family_of(config).model_fields(config).experts
+    assert experts is not None
+    shape = (len(batch.tokens), len(experts.layers), experts.count)
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    routes = drawn.argsort(-1)[..., : experts.topk].flatten(1).to(torch.int16)
+    routes[batch.starts_N + batch.prompt_lengths_N + batch.response_lengths_N - 1] = -1
+    return routes
+
+
+def _follow_routes(model: transformers.PreTrainedModel, routes: torch.Tensor | None) -> list[Any]:
+    """Have the model's routers choose so for one sequence; what has to be removed again."""
+    if routes is None:
+        return []
+    routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    wanted = routes.long().view(len(routes), len(routers), -1).unbind(1)
+
+    def hook(router: Any, given: Any, found: Any, wanted_SK: torch.Tensor) -> Any:
+        logits_SE, _, own_SK = found
+        chosen_SK = torch.where(wanted_SK < 0, own_SK, wanted_SK)
+        scores_SK = logits_SE.softmax(-1).gather(1, chosen_SK)
+        if router.norm_topk_prob:
+            scores_SK = scores_SK / scores_SK.sum(-1, keepdim=True)
+        return logits_SE, scores_SK, chosen_SK
+
+    return [
+        router.register_forward_hook(partial(hook, wanted_SK=one))
+        for router, one in zip(routers, wanted, strict=True)
+    ]
 
 
 def _model(hf: Path) -> transformers.PreTrainedModel:
@@ -115,7 +174,11 @@ def _stats(
     for n in samples:
         start, prompt = int(batch.starts_N[n]), int(batch.prompt_lengths_N[n])
         tokens = batch.tokens[start : start + prompt + int(batch.response_lengths_N[n])]
+        routes = None if batch.routes is None else batch.routes[start : start + len(tokens)]
+        hooks = _follow_routes(model, routes)
         logp_SV = model(tokens[None]).logits[0, prompt - 1 : -1].log_softmax(-1)
+        for hook in hooks:
+            hook.remove()
         p_SV = logp_SV.exp()
         logp.append(logp_SV.gather(1, tokens[prompt:, None])[:, 0])
         stats.append(-(p_SV * logp_SV).sum(-1))

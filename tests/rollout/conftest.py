@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 import sglang_cpu
-from rollout_models import build_model
+from rollout_models import CONTEXT, EOS, VOCAB, build_model
+from tiny import byte_tokenizer
+from tiny_models import make_model
 from transformers import Qwen2ForCausalLM
 
 from megatron_gpc.engines.process import EmbeddedServer
@@ -31,6 +33,17 @@ def model_b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("model") / "tied", seed=2, tied=True)
+
+
+@pytest.fixture(scope="session")
+def model_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE whose second layer has no experts, with model_a's vocabulary."""
+    folder = tmp_path_factory.mktemp("model") / "moe"
+    layers = {"num_hidden_layers": 3, "mlp_only_layers": [1]}
+    tokens = {"vocab_size": VOCAB, "eos_token_id": EOS, "pad_token_id": 256}
+    model = make_model("qwen3_moe", max_position_embeddings=CONTEXT, **layers, **tokens)
+    model.save_pretrained(folder)
+    return byte_tokenizer(folder, "<pad>", "<eos>", eos_token="<eos>", pad_token="<pad>")
 
 
 @pytest.fixture(scope="session")

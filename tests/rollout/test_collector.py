@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import run_config
+from transformers import Qwen3MoeForCausalLM
 
 from megatron_gpc.config import RolloutConfig
 from megatron_gpc.engines.answers import Generation, RequestRefused
@@ -30,8 +31,9 @@ from megatron_gpc.rollout.evaluation import distinct_right
 from megatron_gpc.rollout.groups import Group
 from megatron_gpc.rollout.prefetch import Prefetch
 from megatron_gpc.rollout.prompts import PromptSource
-from megatron_gpc.types import Prompt, Sample, Verdict
-from megatron_gpc.weights import carry_over
+from megatron_gpc.types import Experts, Prompt, Sample, Verdict
+from megatron_gpc.weights import carry_over, family_of
+from megatron_gpc.weights.folders import read_hf_config
 
 PROMPTS = [Prompt(i, "", (5 + i, 7, 9), label=i) for i in range(40)]
 
@@ -51,7 +53,7 @@ class Rig:
         self.sync = make_sync(config.rollout.server, engines, folder)
         self.collector = self.collector_of(config)
 
-    def collector_of(self, config, prompts=PROMPTS, engines=None) -> Collector:
+    def collector_of(self, config, prompts=PROMPTS, engines=None, experts=None) -> Collector:
         return Collector(
             config,
             engines or self.engines,
@@ -60,6 +62,7 @@ class Rig:
             judge=lambda answers: [even(text) for text, _ in answers],
             decode=lambda ids: " ".join(map(str, ids)),
             stop_token_ids=[1],
+            experts=experts,
         )
 
     def hand_over(self, model: Path, version: int) -> None:
@@ -442,3 +445,55 @@ def test_distinct_right_counts_different_right_answers_a_prompt():
     samples += [sample("d", 0.0)] * 4
     assert distinct_right(samples, 4) == 1.0  # {a, b} and none
     assert torch.tensor([s.reward for s in samples]).mean() == 3 / 8
+
+
+def test_samples_tell_where_their_tokens_were_routed_also_when_made_in_two_parts(
+    model_moe, tmp_path
+):
+    hf = read_hf_config(model_moe)
+    experts = family_of(hf).model_fields(hf).experts
+    config = run_config(tmp_path, model_moe, "seed=3", "rollout.partial=true")
+    with Fleet(Starter(config.rollout.server, config.sglang, model_moe, tmp_path)) as fleet:
+        fleet.await_started()
+        fleet.check_routes()
+        rig = Rig(fleet, tmp_path / "sync", config)
+        rig.hand_over(model_moe, 0)
+        collector = rig.collector_of(config, experts=experts)
+        whole = fleet.run(collector.collect(1)).samples
+        begun = [
+            dataclasses.replace(s, token_ids=s.token_ids[:1], logprobs=s.logprobs[:1], routes=r[:n])
+            for s in whole
+            for r, n in [(s.routes, len(s.routes) // (2 + len(s.token_ids)) * 3)]
+        ]
+        requests = [collector._request(0, sample, "more") for sample in begun]
+        found = fleet.run(fleet.generate(requests))
+        in_parts = [collector._extended(*pair) for pair in zip(begun, found, strict=True)]
+    model = Qwen3MoeForCausalLM.from_pretrained(model_moe).eval()
+    for sample in [*whole, *in_parts]:
+        ids = torch.tensor([[*sample.prompt.token_ids, *sample.token_ids[:-1]]])
+        with torch.no_grad():
+            logits = model(ids, output_router_logits=True).router_logits
+        want = torch.stack([one.topk(2).indices for one in logits], 1)
+        got = torch.frombuffer(bytearray(sample.routes), dtype=torch.int16).view(want.shape)
+        assert torch.equal(got.long().sort(-1).values, want.sort(-1).values)
+    assert max(len(sample.token_ids) for sample in in_parts) > 1
+    torch.save([dataclasses.asdict(sample) for sample in whole], tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert [Sample.from_plain(values) for values in loaded] == whole, "as checkpoints keep them"
+
+
+def test_engines_of_a_model_without_experts_cannot_tell_routes(start):
+    with pytest.raises(UserError, match="train.routing_replay: http.*--enable-return-routed-exper"):
+        start().engines.check_routes()
+
+
+def test_what_was_made_without_routes_is_made_anew_for_a_run_that_needs_them(start):
+    rig = start()
+    pending = Prefetch(rig.engines, rig.collector)
+    pending.start(1)
+    state = pending.state()
+    experts = Experts(count=4, topk=2, layers=(0,), model_layers=1)
+    assert not rig.collector_of(rig.config, experts=experts).restore(state)
+    del state["routes"]  # a checkpoint of an older version
+    assert not rig.collector_of(rig.config, experts=experts).restore(state)
+    assert rig.collector_of(rig.config).restore(state)

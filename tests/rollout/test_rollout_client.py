@@ -6,6 +6,8 @@ The scripted server stands for a broken remote server; everything else runs on a
 from __future__ import annotations
 
 import asyncio
+import base64
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from http_servers import JsonHandler, serving
@@ -26,6 +29,7 @@ from megatron_gpc.engines.answers import (
     ServerUnavailable,
 )
 from megatron_gpc.engines.client import SampleRequest, SGLangClient, pack_tensors, retrying
+from megatron_gpc.types import Experts
 
 ASKED = SampleRequest([5, 6], {"max_new_tokens": 2}, rid="sample-7")
 Reply = tuple[int, Any]
@@ -204,6 +208,55 @@ def test_a_good_answer_after_an_impossible_one_is_taken():
         lambda i, body: (200, _spoilt(finish_reason=None) if i == 1 else [good_answer([1, 2])])
     ) as (url, _):
         assert call(url, generate, retries=1).token_ids == (1, 2)
+
+
+MIXTURE = Experts(count=4, topk=2, layers=(0, 2), model_layers=3)
+ROUTES = np.array([[[0, 3], [0, 0], [2, 1]]] * 3, dtype="<i4")
+"""Of two tokens sent and the first of two made; the layer between has no experts."""
+
+
+def routed_answer(routes: object) -> dict[str, Any]:
+    answer = good_answer([1, 2])
+    if routes is not None:
+        answer["meta_info"]["routed_experts"] = routes
+    return answer
+
+
+def encoded(routes: np.ndarray) -> str:
+    return base64.b64encode(routes.tobytes()).decode()
+
+
+def test_routes_are_asked_for_and_taken_of_the_layers_that_have_experts():
+    asked = dataclasses.replace(ASKED, experts=MIXTURE)
+    with scripted(lambda i, body: (200, [routed_answer(encoded(ROUTES))])) as (url, bodies):
+        generation = call(url, lambda client: generate(client, asked))
+        assert call(url, generate).routes == b"", "nobody asked"
+    got = np.frombuffer(generation.routes, dtype="<i2").reshape(3, 2, 2)
+    assert (got == ROUTES[:, [0, 2]]).all()
+    assert [body.get("return_routed_experts") for body in bodies] == [True, None]
+
+
+@pytest.mark.parametrize(
+    ("routes", "problem"),
+    [
+        (None, "start SGLang with --enable-return-routed-experts"),
+        (7, "start SGLang with --enable-return-routed-experts"),
+        ("=", "routed_experts: "),
+        ("é", "routed_experts: "),
+        ("AAA=", "routed_experts: "),
+        (encoded(ROUTES[:2]), "12 numbers, and not 3 x 3 x 2"),
+        (encoded(ROUTES + 1), "experts are numbered from 0 to 3"),
+        (encoded(ROUTES - 1), "experts are numbered from 0 to 3"),
+        (encoded(ROUTES * 0), "an expert comes twice"),
+    ],
+)
+def test_impossible_routes_are_refused(routes, problem):
+    asked = dataclasses.replace(ASKED, experts=MIXTURE)
+    with (
+        scripted(lambda i, body: (200, [routed_answer(routes)])) as (url, _),
+        pytest.raises(MalformedAnswer, match=problem),
+    ):
+        call(url, lambda client: generate(client, asked))
 
 
 def test_log_probs_of_rounding_above_zero_are_not_impossible():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rollout_models import VOCAB, greedy, logprobs
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM, Qwen3MoeForCausalLM
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.server import generator as engine_module
@@ -65,6 +66,32 @@ def test_a_sample_is_the_same_alone_and_in_changing_company(engine, reference_a)
         torch.testing.assert_close(torch.tensor(result.logprobs), expected, atol=5e-5, rtol=0)
     for request, result in list(zip(requests, together, strict=True))[::5]:
         assert run(engine, request)[0].token_ids == result.token_ids
+
+
+def test_routes_are_those_of_a_forward_pass_whatever_the_company(model_moe):
+    model = Qwen3MoeForCausalLM.from_pretrained(model_moe).eval()
+    asked = mixed_requests(24)
+    requests = [dataclasses.replace(r, routes=i % 4 > 0) for i, r in enumerate(asked)]
+    running = Generator(model_moe, max_running=8)
+    try:
+        future = running.submit(requests)
+        running.pause("retract").result(TIMEOUT_S)  # some are computed again, from their tokens
+        running.resume().result(TIMEOUT_S)
+        results = future.result(TIMEOUT_S)
+    finally:
+        running.close()
+    for request, result in zip(requests, results, strict=True):
+        if not request.routes:
+            assert result.routes is None
+            continue
+        ids = torch.tensor([[*request.input_ids, *result.token_ids[:-1]]])
+        with torch.no_grad():
+            logits = model(ids, output_router_logits=True).router_logits
+        assert result.routes is not None and result.routes.shape == (ids.shape[1], 3, 2)
+        assert not result.routes[:, 1].any(), "the second layer has no experts"
+        for layer, logits_SE in zip((0, 2), logits, strict=True):
+            got = result.routes[:, layer].long().sort(-1).values
+            assert torch.equal(got, logits_SE.topk(2).indices.sort(-1).values)
 
 
 def test_prefill_passes_may_be_small(engine, monkeypatch):

@@ -9,6 +9,7 @@ from megatron_gpc.config.layout import check_layout, check_world, world_size
 from megatron_gpc.errors import UserError
 from megatron_gpc.weights.folders import hf_folder, is_converted, read_hf_config
 
+REPLAY = "train.routing_replay=true"
 TURNS = "rollout.server.colocated=true"
 MODEL = {
     "num_attention_heads": 4,
@@ -60,6 +61,16 @@ MOE5 = {**MODEL, "num_local_experts": 4, "moe_intermediate_size": 32}  # as tran
         (["rollout.server.sync=distributed", TURNS], MODEL, "take disk or tensor"),
         (["rollout.server.router=true", TURNS], MODEL, "rollout.server.router=true asks"),
         (["rollout.server.kind=sglang", TURNS], MODEL, "this machine has no GPU"),
+        ([REPLAY, "rollout.server.router=true"], MOE, "set rollout.server.router=false"),
+        (
+            [
+                REPLAY,
+                "rollout.server.kind=sglang",
+                "sglang.args.enable_return_routed_experts=false",
+            ],
+            MOE,
+            "leave sglang.args.enable_return_routed_experts out",
+        ),
         (["train.mini_batches=17"], MODEL, "train.mini_batches=17 is more than the samples"),
     ],
 )

@@ -33,6 +33,7 @@ def native():
     ("override", "says"),
     [
         ("optimizer.lr=1", "cannot be set here; set optim.lr"),
+        ("transformer.moe_enable_routing_replay=true", "set train.routing_replay"),
         ("transformer.num_layers=8", "num_layers cannot be set; it follows from model.hf"),
         ("transformer.rotary_interleaved=true", "it follows from model.hf"),
         ("transformer.perform_initialization=false", "the gradient norm relies on it"),
@@ -69,6 +70,18 @@ def test_settings_that_contradict_each_other_are_refused_in_megatrons_words(nati
     fields = family_of({"model_type": "qwen2"}).model_fields({**MODEL, "model_type": "qwen2"})
     with pytest.raises(UserError, match="under megatron: .*recompute_method must be"):
         native.check_overrides(config, fields)
+
+
+def test_a_fused_router_and_routes_of_the_rollout_exclude_each_other(native, tmp_path):
+    fields = family_of({"model_type": "qwen3_moe"}).model_fields(
+        {**MODEL, "model_type": "qwen3_moe", "num_experts_per_tok": 2}
+    )
+    fused = run_config(tmp_path, tmp_path, "megatron.transformer.moe_router_fusion=true")
+    replayed = dataclasses.replace(
+        fused, train=dataclasses.replace(fused.train, routing_replay=True)
+    )
+    with pytest.raises(UserError, match="moe_router_fusion=true leaves no room"):
+        native.check_overrides(replayed, fields)
 
 
 def test_every_refused_name_is_a_field_of_megatron(native):

@@ -263,6 +263,10 @@ WITHOUT_PROMPTS: dict[str, tuple[Callable[[Job], object], str]] = {
         lambda j: j.overrides.append(f"rollout.replay={j.folder}"),
         "has no samples of step 1",
     ),
+    "routing replay: no experts": (
+        lambda j: j.overrides.append("train.routing_replay=true"),
+        "train.routing_replay=true needs a mixture of experts",
+    ),
     "api key: absent": (
         lambda j: j.overrides.append("rollout.server.api_key_file=/nowhere"),
         "api_key_file: /now",

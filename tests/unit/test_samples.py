@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -10,12 +13,13 @@ from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.samples import (
     SavedStep,
     check_groups,
+    check_routes,
     read_samples,
     samples_file,
     saved_steps,
     write_samples,
 )
-from megatron_gpc.types import Prompt, Sample
+from megatron_gpc.types import Experts, Prompt, Sample
 
 PROMPT = Prompt(7, "500=", (53, 48, 48, 61), {"target": 500, "terms": [1, None]})
 # log-probs as training takes them: fp32
@@ -33,6 +37,42 @@ def test_samples_and_advantages_come_back_to_the_last_bit(tmp_path):
     assert file == samples_file(tmp_path, 12) and [file] == list(file.parent.iterdir())
     assert read_samples(tmp_path, 12) == saved
     assert saved_steps(tmp_path) == [12]
+
+
+def test_a_file_of_an_older_version_has_no_routes(tmp_path):
+    file = write_samples(tmp_path, 1, SAVED)
+    pq.write_table(pq.read_table(file).drop_columns(["routes", "right"]), file)
+    assert [(s.routes, s.right) for s in read_samples(tmp_path, 1).samples] == [(b"", False)] * 2
+
+
+MIXTURE = Experts(count=4, topk=2, layers=(0, 2), model_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda routes: b"", "does not say which experts its tokens went to"),
+        (lambda routes: routes[:-2], "of another model"),
+        (lambda routes: routes * 2, "of another model"),
+        (lambda routes: routes[:-2] + b"\4\0", "numbered from 0 to 3"),
+        (lambda routes: routes[:-2] + b"\1\0", "an expert comes twice"),
+    ],
+)
+def test_routes_come_back_and_are_held_to_what_they_can_be(tmp_path, change, says):
+    def routed(sample: Sample) -> Sample:
+        tokens = len(sample.prompt.token_ids) + len(sample.token_ids)
+        return dataclasses.replace(sample, routes=b"\0\0\3\0\1\0\0\0" * (tokens - 1))
+
+    first, second = map(routed, SAMPLES)
+    write_samples(tmp_path, 1, SavedStep([first, second], [31], [0.0, 0.0]))
+    saved = read_samples(tmp_path, 1)
+    assert saved.samples == [first, second]
+    check_routes(saved, MIXTURE, tmp_path)
+    changed = dataclasses.replace(second, routes=change(second.routes))
+    bad = SavedStep([first, changed], [31], [0.0, 0.0])
+    check_routes(bad, None, tmp_path)  # nobody needs them
+    with pytest.raises(UserError, match=f"sample 1: .*{says}.*train.routing_replay=true"):
+        check_routes(bad, MIXTURE, tmp_path)
 
 
 def test_a_step_that_was_not_saved_is_refused_with_those_that_were(tmp_path):
