@@ -71,6 +71,7 @@ def install() -> None:
         _patch_split_sizes()
         _patch_groups_of_one()
     _patch_checkpoint_writer()
+    _patch_checkpoint_objects()
     _patch_router()
     _patch_norms()
     _patch_optimizer_state()
@@ -441,3 +442,22 @@ def _patch_checkpoint_writer() -> None:
     Gone when: core starts it only if it is used, while writing.
     """
     _core("dist_checkpointing.strategies.filesystem_async")._get_write_results_queue = _nothing
+
+
+def _patch_checkpoint_objects() -> None:
+    """Objects of a checkpoint that are no tensors are read without pickle's powers first.
+
+    Why: torch unpickles them as they are (weights_only=False), so that whoever wrote a `.distcp`
+    file, or says in `.metadata` that a tensor is such an object, could run any code.  What passes
+    has the classes of data alone, and to let torch read it after that is safe.  Not about CPUs.
+    Gone when: torch's load planner asks for weights_only.
+    """
+    planner = importlib.import_module("torch.distributed.checkpoint.default_planner")
+    load_bytes = planner.DefaultLoadPlanner.load_bytes
+
+    def checked_load_bytes(self: Any, read_item: Any, value: Any) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        load_bytes(self, read_item, value)
+
+    planner.DefaultLoadPlanner.load_bytes = checked_load_bytes

@@ -179,6 +179,29 @@ def resumed(config: Config) -> tuple[int | str, str]:
     return (state.step if state else 0), said.getvalue()
 
 
+def loaded_object(folder: Path) -> Any:
+    """What is saved as `x` in a checkpoint of torch's; or else the error."""
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+
+    state: dict[str, Any] = {"x": None}
+    planner = MCoreLoadPlanner(flatten_state_dict=False)
+    try:
+        torch.distributed.checkpoint.load(state, checkpoint_id=folder, planner=planner)
+    except torch.distributed.checkpoint.CheckpointException as error:
+        return str(error)
+    return planner.state_dict["x"]  # a copy
+
+
+def refused_scales(state: dict[str, Any]) -> str:
+    from megatron_gpc.mcore.checkpoint.state import _refuse_pickles
+
+    try:
+        _refuse_pickles(state, Path("folder"))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def spoil(file: Path) -> None:
     """Flip one bit in the middle."""
     content = bytearray(file.read_bytes())

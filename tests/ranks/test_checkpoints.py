@@ -8,9 +8,11 @@ from pathlib import Path
 
 import checkpoint_ranks
 import pytest
+import torch
 from checkpoint_ranks import STATE, spoil
 from tiny import VOCAB, run_config, tiny_qwen2
 from tiny_models import MODELS
+from torch.distributed.checkpoint import DefaultSavePlanner, save
 
 COSINE = ["optim.decay=cosine", "optim.warmup_updates=2", "optim.min_lr=1e-5"]
 LAYOUTS = {  # processes, overrides
@@ -155,6 +157,35 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_taken(
         for refused, _ in pool(2).run(checkpoint_ranks.resumed, config):
             assert "no checkpoint is sound" in refused and "resume=none" in refused
             assert "step_000001.damaged, step_000002.damaged" in refused
+
+
+class Runs:
+    """Pickled, it makes a folder of that name where it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_objects_of_a_checkpoint_are_data_alone(pool, tmp_path):
+    mark, data = tmp_path / "mark", [1, ("a", torch.ones(2)), {"b": None}]
+    for name, value in {"evil": Runs(mark), "good": data}.items():
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        save({"x": value}, checkpoint_id=tmp_path / name, planner=planner, no_dist=True)
+    (loaded,) = pool(1).run(checkpoint_ranks.loaded_object, tmp_path / "good")
+    assert str(loaded) == str(data)
+    (loaded,) = pool(1).run(checkpoint_ranks.loaded_object, tmp_path / "evil")
+    assert "UnpicklingError" in loaded and not mark.exists()
+
+
+def test_without_fp8_no_scales_of_transformer_engine_are_taken(pool):
+    none, some = torch.empty(0, dtype=torch.uint8), torch.ones(9, dtype=torch.uint8)
+    for scales, says in ((none, ""), (some, "a._extra_state is not empty"), (None, "")):
+        state = {"a.weight": some, "a._extra_state": scales}
+        (said,) = pool(1).run(checkpoint_ranks.refused_scales, state)
+        assert bool(said) == bool(says) and says in said
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ def take_over(config: Config, policy: Policy, folder: Path) -> TrainState:
         "optim.distributed and model.dtype; set them back, or start over with resume=none",
     )
     for name, model in zip(_names(policy.models), policy.models, strict=True):
+        if not config.megatron.transformer.get("fp8"):
+            _refuse_pickles(loaded[name], folder)
         model.load_state_dict(loaded[name])
     # Experts have an optimizer of their own from ep 2 on, so the folder's skeleton of this dict may
     # be another; all that counts is asked for by name.
@@ -118,6 +120,16 @@ def _load(wanted: dict[str, Any], folder: Path, way_out: str = "") -> dict[str, 
         raise UserError(
             f"{folder}: cannot load this checkpoint: {_reason(error)}{way_out}"
         ) from error
+
+
+def _refuse_pickles(state: Mapping[str, Any], folder: Path) -> None:
+    """transformer-engine unpickles its fp8 scales, bytes in a tensor that is empty without fp8."""
+    for key, value in state.items():
+        if key.endswith("_extra_state") and isinstance(value, torch.Tensor) and value.numel():
+            raise UserError(
+                f"{folder}: {key} is not empty, as if the run computed in fp8; set "
+                "megatron.transformer.fp8 if it did, and do not resume from it otherwise"
+            )
 
 
 def _reason(error: BaseException) -> str:
