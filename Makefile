@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 help:
 	@echo "make run      set up .venv and run the main job (examples/entropy_control)"
 	@echo "make compare  every schedule over 5 seeds, in one picture"
-	@echo "make tracking  how closely entropy follows three curves on two tasks, over 5 seeds"
+	@echo "make tracking  how closely entropy follows three curves on three tasks, over 5 seeds"
 	@echo "make study    the paper's claims over 5 seeds, in one report (examples/entropy_study)"
 	@echo "make exploration  ways to keep entropy over 10 seeds: does it pay? (examples/exploration)"
 	@echo "make test     set up .venv and run the tests"

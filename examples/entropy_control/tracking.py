@@ -1,4 +1,4 @@
-"""How closely entropy follows a drawn curve: three curves on two tasks, over seeds, in one report.
+"""How closely entropy follows a drawn curve: three curves on three tasks, over seeds.
 
     python examples/entropy_control/tracking.py [--seeds 20 21 22 23 24] [--tasks exploration]
         [--curves waves] [--report] [--jobs 2] [--out FOLDER] [key=value ...]
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("", "entropy_study")]
+from arms import PARTS  # noqa: E402
 from findings import Seed, draw_over_steps, finished_runs, in_all, markdown_table, over  # noqa: E402
 from side_by_side import run_side_by_side  # noqa: E402
 
@@ -39,6 +40,10 @@ TASKS = {
     "exploration": (
         EXAMPLES / "exploration" / "config.yaml",
         ("train.steps=60", "optim.lr=5e-4"),
+    ),
+    "sums": (  # nine of ten rewards are coins: else learning decides where entropy goes
+        PARTS["noise"].config,
+        (*PARTS["noise"].common, "data.verifier_arguments.share=0.9"),
     ),
 }
 CURVES = {
@@ -76,7 +81,7 @@ def main() -> int:
 
 def make_runs(task: str, given: argparse.Namespace) -> None:
     config, common = TASKS[task]
-    make_model(load(config, given.overrides))  # once, not by every run
+    make_model(load(config, [*common, *given.overrides]))  # once, not by every run
     common = (*common, "plots=false", "eval.prompts=null", "clip.schedule=target")
     runs = {
         f"{task}-{curve}-{seed}": [
