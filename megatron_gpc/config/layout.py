@@ -18,7 +18,7 @@ _NEED_CUDA = {  # fields of megatron-core's dataclasses
         *("fp8", "fp4", "tp_comm_overlap", "cpu_offloading", "fine_grained_activation_offloading"),
         *("gradient_accumulation_fusion", "apply_rope_fusion", "fused_single_qkv_rope"),
         *("masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm"),
-        *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "moe_enable_deepep"),
+        *("moe_permute_fusion", "moe_router_fusion", "moe_enable_deepep"),
         *("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"),
     ),
     "ddp": ("nccl_ub",),

@@ -256,6 +256,9 @@ class TrainConfig:
     in every pass over a step's samples but the reference model's.  Numbers of trainer and engines
     differ in their last bits, so that their routers differ now and then, and log-probs jump where
     they do.  Needs a mixture of experts, and engines that tell (docs/rollouts.md)."""
+    experts: Literal["auto", "grouped", "each"] = "auto"
+    """How a rank computes the experts that it has of a layer: with two matrix products for `each`,
+    one after another, or with two for all (`grouped`).  `auto`: grouped on a GPU."""
     advantage: Literal["std", "mean"] = "std"
     """Reward minus the group's mean, divided by the group's standard deviation (GRPO) or not
     (`mean`, Dr. GRPO)."""

@@ -79,7 +79,8 @@ def activation_bytes(config: Config, sizes: Mapping[str, Any]) -> float:
 
     A layer keeps, a token, its inputs and those of its matrices: 4 hidden + 2 q + 2 kv + 3 ffn
     values with fused attention (after arXiv 2205.05198).  With recomputation in full it keeps its
-    input alone, and one layer's worth exists at a time.  The schedule keeps pp micro-batches on the
+    input alone, and one layer's worth exists at a time.  Experts that are computed in one product
+    are beside each other meanwhile.  The schedule keeps pp micro-batches on the
     first stage.
     """
     p, size = config.parallel, 2 if config.model.dtype == "bfloat16" else 4
@@ -88,15 +89,19 @@ def activation_bytes(config: Config, sizes: Mapping[str, Any]) -> float:
     q = sizes["num_attention_heads"] * sizes["kv_channels"] / p.tp
     kv = sizes["num_query_groups"] * sizes["kv_channels"] / p.tp
     ffn = sizes["ffn_hidden_size"] / p.tp
-    routed = 0.0
+    routed = beside = 0.0
     if "num_moe_experts" in sizes:  # tokens are copied to each of their experts
         routed = 2 * sizes["moe_router_topk"] * hidden
         ffn = sizes["moe_router_topk"] * sizes["moe_ffn_hidden_size"] / p.tp
+        if config.train.experts != "each":  # matrices side by side, and their gradient (experts.py)
+            experts = sizes["num_moe_experts"] / p.ep
+            grouped = 2 * size * experts * 2 * sizes["hidden_size"] * sizes["moe_ffn_hidden_size"]
+            beside = grouped / p.tp
     layer = size * tokens * (4 * hidden + 2 * q + 2 * kv + 3 * ffn + routed)
     layers = sizes["num_layers"] / p.pp
     if config.megatron.transformer.get("recompute_granularity") == "full":
-        return p.pp * layers * size * tokens * hidden + layer
-    return p.pp * layers * layer
+        return p.pp * layers * size * tokens * hidden + layer + beside
+    return p.pp * layers * layer + beside
 
 
 def head_bytes(config: Config, vocab: int, hidden: int) -> float:

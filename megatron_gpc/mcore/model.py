@@ -20,6 +20,7 @@ from megatron_gpc.kernels import keeps_logits
 from megatron_gpc.kernels.head import head_stats
 from megatron_gpc.kernels.vocab_parallel import token_stats
 from megatron_gpc.mcore.attention import Pack, PackedAttention
+from megatron_gpc.mcore.experts import GroupedExperts
 from megatron_gpc.mcore.native import transformer_config, uses_transformer_engine
 from megatron_gpc.mcore.setup import device
 from megatron_gpc.types import TokenStats
@@ -145,12 +146,14 @@ class PolicyModel(GPTModel):
 def build_model(config: Config, fields: ModelFields) -> list[PolicyModel]:
     """This rank's part of the policy, one module a virtual pipeline stage; weights not yet set."""
     core = transformer_config(config, fields)
+    chosen = config.train.experts
+    grouped = chosen == "grouped" or (chosen == "auto" and torch.cuda.is_available())
     chunks = []
     for stage in range(config.parallel.vpp or 1):
         vp_stage = stage if config.parallel.vpp else None
         chunk = PolicyModel(
             core,
-            _layers(core, vp_stage),
+            _layers(core, vp_stage, grouped),
             padded_vocab_size(fields.vocab_size, config.parallel.tp),
             fields.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(
@@ -171,13 +174,17 @@ def build_model(config: Config, fields: ModelFields) -> list[PolicyModel]:
     return chunks
 
 
-def _layers(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _layers(
+    core: TransformerConfig, vp_stage: int | None, grouped: bool
+) -> TransformerBlockSubmodules:
     """This stage's layers.
 
     Checkpoints have transformer-engine's names, to which the local spec maps its own.  It does so
     for the norm before a dense block also if experts follow, and there transformer-engine keeps
     the norm apart: without that entry both write the same names.
 
+    Args:
+        grouped: whether experts are GroupedExperts.
     """
     with_te = uses_transformer_engine(core.params_dtype)
     block = get_gpt_decoder_block_spec(
@@ -189,4 +196,6 @@ def _layers(core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSu
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
         if layer.submodules.mlp.module is MoELayer:
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+            if grouped:
+                layer.submodules.mlp.submodules.experts.module = GroupedExperts
     return block

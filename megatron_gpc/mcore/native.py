@@ -39,6 +39,8 @@ _OWN_KEYS = {  # fields that follow from keys of ours; setting them too could co
     "expert_tensor_parallel_size": "parallel.tp",
     "sequence_parallel": "parallel.sequence_parallel",
     "moe_enable_routing_replay": "train.routing_replay",
+    "moe_grouped_gemm": "train.experts",
+    "moe_use_legacy_grouped_gemm": "train.experts",
     "params_dtype": "model.dtype",
     "pipeline_dtype": "model.dtype",
     "bf16": "model.dtype",
@@ -79,7 +81,6 @@ _RELIED_ON = {
     "perform_initialization": "the gradient norm relies on it",
     "init_model_with_meta_device": "weights are copied into the model once it is built",
     "variable_seq_lengths": "micro-batches differ in length (batching.py)",
-    "moe_grouped_gemm": "weights are handed over expert by expert",
     # with them a rank's parameters are whole only once the next forward pass has gathered them
     "overlap_param_gather": "weights are handed over right after an update",
     "overlap_param_gather_with_optimizer_step": "weights are handed over right after an update",

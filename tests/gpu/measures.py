@@ -34,6 +34,8 @@ SHAPES = {  # layers, hidden, heads, groups, feed-forward: those of Qwen2.5
     "1.5B": (28, 1536, 12, 2, 8960),
 }
 SMALL = (2, 64, 4, 2, 128)
+MIXTURE = (2, 2048, 32, 4, 6144)
+"""Two layers of Qwen3-30B-A3B's size."""
 EXACT = 2e-2
 """Largest relative difference from float64 of what bf16 logits give: their gradient is bf16."""
 
@@ -292,8 +294,12 @@ def steps() -> dict[str, Any]:
 
     found: dict[str, Any] = {"transformer-engine": uses_transformer_engine(torch.bfloat16)}
     small = {"small, replicated": (_dense(SMALL), ["optim.distributed=false"])}
-    small["small, experts"] = (_experts(), [])
-    real = {name: (_dense(shape), []) for name, shape in SHAPES.items()} if CUDA else {}
+    ways = [f"train.experts={way}" for way in ("each", "grouped")]
+    small |= {f"small, {way}": (_experts(SMALL, 4, 64), [way]) for way in ways}
+    real: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    if CUDA:
+        real = {name: (_dense(shape), []) for name, shape in SHAPES.items()}
+        real |= {f"128 experts, {way}": (_experts(MIXTURE, 128, 768), [way]) for way in ways}
     for name, (hf, overrides) in {**small, **real}.items():
         with TemporaryDirectory() as folder, _policy(Path(folder), hf, overrides) as made:
             found[name] = _step(*made, hf, real=name in real)
@@ -311,11 +317,15 @@ def _dense(shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _experts() -> dict[str, Any]:
+def _experts(shape: tuple[int, ...], count: int, width: int) -> dict[str, Any]:
     return {
-        **_dense(SMALL),
-        **{"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2},
-        **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        **_dense(shape),
+        **{
+            "model_type": "qwen2_moe",
+            "num_experts": count,
+            "num_experts_per_tok": count // 16 or 2,
+        },
+        **{"moe_intermediate_size": width, "shared_expert_intermediate_size": width},
         **{"decoder_sparse_step": 1, "norm_topk_prob": False, "mlp_only_layers": []},
         "tie_word_embeddings": False,
     }

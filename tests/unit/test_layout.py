@@ -43,7 +43,11 @@ MOE5 = {**MODEL, "num_local_experts": 4, "moe_intermediate_size": 32}  # as tran
         ),
         (["parallel.sequence_parallel=true"], MODEL, "needs parallel.tp > 1"),
         (["megatron.transformer.fp8=e4m3"], MODEL, "megatron.transformer.fp8=e4m3 needs CUDA"),
-        (["megatron.transformer.moe_grouped_gemm=true"], MOE, "moe_grouped_gemm=True needs CUDA"),
+        (
+            ["megatron.transformer.moe_permute_fusion=true"],
+            MOE,
+            "moe_permute_fusion=True needs CUDA",
+        ),
         (["megatron.ddp.nccl_ub=true"], MODEL, "leave it out on a CPU"),
         (["parallel.ep=2", "parallel.dp=2"], MODEL, "has no experts"),
         (

@@ -34,6 +34,7 @@ def native():
     [
         ("optimizer.lr=1", "cannot be set here; set optim.lr"),
         ("transformer.moe_enable_routing_replay=true", "set train.routing_replay"),
+        ("transformer.moe_grouped_gemm=true", "set train.experts"),
         ("transformer.num_layers=8", "num_layers cannot be set; it follows from model.hf"),
         ("transformer.rotary_interleaved=true", "it follows from model.hf"),
         ("transformer.perform_initialization=false", "the gradient norm relies on it"),
