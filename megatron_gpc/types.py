@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     import torch
 
 
+LARGEST = 1e18
+"""Of a reward, an advantage, a log-prob, a threshold, a loss: fp32 holds its square."""
+
+
+def is_usable(value: object) -> bool:
+    """Whether it is a number that can be computed with: no NaN, and nothing beyond LARGEST."""
+    return isinstance(value, int | float) and -LARGEST <= value <= LARGEST
+
+
 Span = tuple[str, int, int]
 """(version, start, end): which weights made the tokens start <= i < end of a response."""
 

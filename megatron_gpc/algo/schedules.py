@@ -37,7 +37,7 @@ from megatron_gpc.algo.clipping import opened_bounds
 from megatron_gpc.algo.target import TargetSchedule
 from megatron_gpc.config import ClipConfig, parts
 from megatron_gpc.errors import PartError, UserError
-from megatron_gpc.types import Bounds
+from megatron_gpc.types import LARGEST, Bounds, is_usable
 
 SCHEDULE_KEY = "clip.schedule"
 
@@ -204,7 +204,7 @@ class CheckedSchedule:
             found = getattr(self._schedule, "metrics", dict)()
         try:
             named = {name: float(value) for name, value in dict(found).items()}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             named = {"": math.nan}
         if all(isinstance(name, str) and name not in ("", "step") for name in named):
             return named
@@ -269,8 +269,8 @@ def _problem(bounds: Any) -> str | None:
     if not isinstance(bounds, Bounds):
         return "expected megatron_gpc.types.Bounds"
     numbers = dataclasses.astuple(bounds)
-    if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
-        return "expected four finite numbers"
+    if not all(map(is_usable, numbers)):
+        return f"expected four numbers from {-LARGEST:g} to {LARGEST:g}"
     for p in (0.0, 1.0):
         upper, lower = 1.0 + bounds.eps_high_at(p), 1.0 - bounds.eps_low_at(p)
         if upper <= 0 or lower >= upper:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 
-from megatron_gpc.types import Experts, Span
+from megatron_gpc.types import Experts, Span, is_usable
 
 LOGPROB_TOLERANCE = 1e-3
 """A log-probability above 0 by more than this is no rounding error."""
@@ -102,9 +102,8 @@ def read_generation(
     for token, logprob in zip(ids, logprobs, strict=True):
         if type(token) is not int or token < 0:  # thousands a step: no message is made for nothing
             require(False, f"token {token!r} is not in the vocabulary")
-        number = isinstance(logprob, float | int) and math.isfinite(logprob)
-        if not number or logprob > LOGPROB_TOLERANCE:
-            require(False, f"log-prob {logprob!r} of token {token}")
+        if not is_usable(logprob) or logprob > LOGPROB_TOLERANCE:
+            require(False, f"log-prob {logprob!r:.40} of token {token}")
     bounds = [0, *(end for _, _, end in spans)]
     require(
         [start for _, start, _ in spans] == bounds[:-1] and bounds[-1] == len(ids),

@@ -14,6 +14,8 @@ from megatron_gpc.run.files import replace_text
 
 FILE_NAME = "metrics.jsonl"
 EVAL_NAME = "eval.jsonl"
+MOST = 1e300
+"""Every number is less."""
 
 
 class JsonlSink:
@@ -39,7 +41,8 @@ class JsonlSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one object: `step`, then `values`, in full precision; on disk when this returns.
 
-        JSON has no nan and no infinity: both become null (and `read_metrics` gives nan).
+        JSON has no nan and no infinity: both become null (and `read_metrics` gives nan), and so
+        does what cannot be added up or drawn.
         """
         _append(self._steps, step, values)
 
@@ -93,7 +96,7 @@ def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
                 f"{file}, line {number}: not a JSON object with a step; mend or remove the line"
             )
         for name, value in content.items():
-            if type(value) not in (int, float, NoneType) or (value and not -1e300 < value < 1e300):
+            if type(value) not in (int, float, NoneType) or (value and not abs(value) < MOST):
                 raise UserError(
                     f"{file}, line {number}: {name} is {repr(value)[:60]}, not a number; mend or "
                     "remove the line"
@@ -104,7 +107,7 @@ def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _append(file: TextIO, step: int, values: Mapping[str, float]) -> None:
     assert "step" not in values
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    finite = {name: value if abs(value) < MOST else None for name, value in values.items()}
     file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
     file.flush()
 

@@ -12,6 +12,7 @@ import concurrent.futures
 import inspect
 import math
 import numbers
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from megatron_gpc.config import DataConfig, parts
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.rewards import VERIFIERS
 from megatron_gpc.rewards.extraction import END_TOKENS
-from megatron_gpc.types import Prompt, Verdict
+from megatron_gpc.types import LARGEST, Prompt, Verdict, is_usable
 
 VERIFIER_KEY = "data.verifier"
 MADE_UP = "The answer is 42."
@@ -132,13 +133,17 @@ class Judge:
                 number = _number(value)
             if not isinstance(name, str) or number is None or not math.isfinite(number):
                 raise self._wrong(_shown(answer), result, f"{name} is no finite number")
+            if not is_usable(number):
+                why = f"{name} is beyond {LARGEST:g}, the largest number whose square fp32 holds"
+                raise self._wrong(_shown(answer), result, why)
             found[name] = number
         reward = found.pop("reward")
         right = bool(found.pop("right", reward >= self.data.right_at))
         return Verdict(reward, right, found)
 
     def _wrong(self, what: str, result: Any, why: str) -> PartError:
-        return PartError(f"{VERIFIER_KEY}: {self.data.verifier} gave {result!r} for {what}: {why}")
+        gave = f"{self.data.verifier} gave {reprlib.repr(result)}"
+        return PartError(f"{VERIFIER_KEY}: {gave} for {what}: {why}")
 
 
 def check_verifier(data: DataConfig, *prompts: Prompt) -> None:
@@ -282,7 +287,10 @@ def _number(value: Any) -> float | None:
     """A number as a float, numpy's and tensors of one element included; None if it is none."""
     if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0:
         value = value.item()
-    return float(value) if isinstance(value, numbers.Real) else None
+    try:
+        return float(value) if isinstance(value, numbers.Real) else None
+    except OverflowError:  # a whole number
+        return math.inf
 
 
 def _shown(answer: Answer) -> str:

@@ -6,7 +6,6 @@ One Parquet file a step, `RUN/samples/step_NNNNNN.parquet`, one row a sample.  I
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from megatron_gpc.config.layout import MOST_STEP_SAMPLES
 from megatron_gpc.engines.answers import untrue_routes
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.files import replacing, strict_json
-from megatron_gpc.types import Experts, Prompt, Sample
+from megatron_gpc.types import LARGEST, Experts, Prompt, Sample, is_usable
 
 FOLDER = "samples"
 MOST_LOGPROB = 1e-3
@@ -220,10 +219,12 @@ def _untrainable(sample: Sample, advantage: float) -> str:
         "a token is negative or null": not all(t is not None and t >= 0 for t in tokens),
         "token_ids and logprobs differ in length": len(sample.token_ids) != len(sample.logprobs),
         "a log-prob is no finite number up to 0": not all(
-            p is not None and -math.inf < p <= MOST_LOGPROB for p in sample.logprobs
+            is_usable(p) and p <= MOST_LOGPROB for p in sample.logprobs
         ),
         "weight_versions end elsewhere than token_ids": end != len(sample.token_ids),
-        "reward or advantage is not finite": not math.isfinite(sample.reward + advantage),
+        f"reward, advantage or a score is no number up to {LARGEST:g}": not all(
+            map(is_usable, (sample.reward, advantage, *sample.scores.values()))
+        ),
         f"finish_reason is {sample.finish_reason!r:.40}": sample.finish_reason
         not in ("stop", "length", "abort"),
         "position or number is negative": min(sample.prompt.index, sample.sample_index) < 0,
@@ -249,7 +250,7 @@ def _sample(row: dict[str, Any]) -> Sample:
         ),
         reward=row["reward"],
         right=bool(row["right"]),
-        scores=strict_json(row["scores"] or "{}"),
+        scores=dict(strict_json(row["scores"] or "{}")),
         routes=row["routes"],
     )
 

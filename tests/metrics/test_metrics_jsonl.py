@@ -37,7 +37,7 @@ def test_a_line_is_one_object_with_the_step_first_in_full_precision_at_once(tmp_
         assert read_metrics(tmp_path / "new" / "run") == json.loads(f"[{text}]")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -2e300])
 def test_nan_and_infinity_are_strict_json_and_read_as_nan(tmp_path, value):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")

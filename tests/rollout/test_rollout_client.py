@@ -181,6 +181,8 @@ def _spoilt(**meta: Any) -> list[Any]:
         (_spoilt(output_token_logprobs=[[-0.5, 1, None], [-0.5, 3, None]]), "do not belong"),
         (_spoilt(output_token_logprobs=[[-0.5, 1, None], [float("nan"), 2, None]]), "log-prob nan"),
         (_spoilt(output_token_logprobs=[[-0.5, 1, None], [None, 2, None]]), "log-prob None"),
+        (_spoilt(output_token_logprobs=[[-0.5, 1, None], [-(10**400), 2, None]]), "log-prob -1000"),
+        (_spoilt(output_token_logprobs=[[-0.5, 1, None], [-1e300, 2, None]]), "log-prob -1e.300"),
         (_spoilt(output_token_logprobs=[[0.01, 1, None], [-0.5, 2, None]]), "log-prob 0.01"),
         (_spoilt(finish_reason={"type": "magic"}), "magic"),
         (_spoilt(weight_versions=[{"version": "1", "start": 0, "end": 1}]), "do not cover"),

@@ -223,6 +223,10 @@ def test_a_loss_of_one_s_own_is_called_with_its_arguments(tmp_path):
         (lambda s: s.replace(".sum()", ".mean()"), "has to be a sum over tokens, not a mean"),
         (lambda s: s.replace(".sum()", ".sum() / max(1, len(ratio_T))"), "a sum over tokens"),
         (lambda s: s.replace(".sum()", ""), "expected a tensor of one value"),
+        (
+            lambda s: s.replace(".sum()", ".sum() * 1e30"),
+            r"loss_sum is not finite, or beyond 1e.18",
+        ),
         (lambda s: s.replace("loss_sum, ratio_T,", "loss_sum.detach(), ratio_T,"), "no gradient"),
         (lambda s: s.replace("inputs.logp_T).sum()", "inputs.logp_T.log()).sum()"), "not finite"),
         (lambda s: s.replace("loss_sum, ratio_T,", "loss_sum, ratio_T[:2],"), r"expected a tensor"),

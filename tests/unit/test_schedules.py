@@ -207,7 +207,9 @@ def test_a_users_schedule_is_built_asked_and_restored(own):
         ),
         (("fail_at=None", ""), {}, "failed at its start: NameError: name 'fail_at'"),
         (("return affine", "return 2, affine"), {}, "expected megatron_gpc.types.Bounds"),
-        (("self.eps * k", "float('nan') * k"), {}, "expected four finite numbers"),
+        (("self.eps * k", "float('nan') * k"), {}, "expected four numbers from -1e+18 to 1e+18"),
+        (("self.eps * k", "1e30 * k"), {}, "expected four numbers from -1e+18 to 1e+18"),
+        (("self.eps * k", "10**400 * k"), {}, "OverflowError"),
         (("self.eps * k", "str(k) * 1"), {}, "failed at bounds"),
         (("self.eps * k", "-2 * k"), {}, "is no interval of positive ratios"),
         (("(0.0, 0.2))", "(-3.0, -0.2))"), {}, "[1.2, 1] at p = 0 is no interval"),
@@ -226,6 +228,7 @@ def test_a_users_schedule_is_built_asked_and_restored(own):
             {},
             "metrics() gave {'x': 'y'}; expected numbers by",
         ),
+        (("def state", METRICS.replace("'y'", "10**400") + "def state"), {}, "metrics() gave {'x'"),
         (
             ("def state", METRICS.replace("'y'", "1").replace("'x'", "'step'") + "def state"),
             {},

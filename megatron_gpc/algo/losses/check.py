@@ -12,7 +12,7 @@ from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.algo.losses.interface import LossInputs, LossOutputs
 from megatron_gpc.config.parts import describe, wanted
 from megatron_gpc.errors import UserError
-from megatron_gpc.types import TokenStats, TokenStreams
+from megatron_gpc.types import LARGEST, TokenStats, TokenStreams
 
 LENGTHS = torch.tensor([4, 1, 7, 2])
 """Response tokens of the example's samples."""
@@ -139,11 +139,15 @@ def _called(loss: Any, inputs: LossInputs) -> tuple[LossOutputs, float]:
     (grad_T,) = torch.autograd.grad(outputs.loss_sum, inputs.logp_T, allow_unused=True)
     if grad_T is None:
         raise ValueError(f"{what} loss_sum does not depend on inputs.logp_T")
-    if not (outputs.loss_sum.isfinite() and grad_T.isfinite().all()):
-        raise ValueError(f"{what} loss_sum or its gradient is not finite")
-    if not outputs.ratio_T.isfinite().all():
-        raise ValueError(f"{what} ratio_T is not finite")
+    for name, values in {"loss_sum": outputs.loss_sum, "its gradient": grad_T}.items():
+        _check_size(f"{what} {name}", values)
+    _check_size(f"{what} ratio_T", outputs.ratio_T)
     return outputs, float(outputs.loss_sum.detach())
+
+
+def _check_size(name: str, values: torch.Tensor) -> None:
+    if not (values.detach().abs() <= LARGEST).all():
+        raise ValueError(f"{name} is not finite, or beyond {LARGEST:g}")
 
 
 def _check_values(name: str, values_T: Any, tokens: int, flags: bool = False) -> None:
