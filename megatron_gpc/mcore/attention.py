@@ -117,7 +117,7 @@ class PackedAttention(MegatronModule):
             seen = None if ranks == 1 else self._seen(length).to(query.device)
             output = attention(query, key, value, seen, self.softmax_scale)
             outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
-        return torch.cat(outputs)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _of_all_ranks(self, mine: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Every position of the pack, in order.  A collective over the context-parallel group."""

@@ -276,11 +276,11 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     turns were a tenth of a small update.  Gone when: core looks at the size, as its mappings do.
     """
 
-    signature = inspect.signature(collective)
+    names = list(inspect.signature(collective).parameters)
 
     @functools.wraps(collective)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        given = dict(zip(names, args, strict=False)) | kwargs
         if torch.distributed.get_world_size(given.get("group")) == 1:
             return _Done() if given.get("async_op") else None
         return collective(*args, **kwargs)

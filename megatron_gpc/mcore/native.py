@@ -80,7 +80,7 @@ _RELIED_ON = {
     "calculate_per_token_loss": "the loss relies on it (mcore/policy.py)",
     "perform_initialization": "the gradient norm relies on it",
     "init_model_with_meta_device": "weights are copied into the model once it is built",
-    "variable_seq_lengths": "micro-batches differ in length (batching.py)",
+    "variable_seq_lengths": "it follows from the micro-batches of every pass (mcore/policy.py)",
     # with them a rank's parameters are whole only once the next forward pass has gathered them
     "overlap_param_gather": "weights are handed over right after an update",
     "overlap_param_gather_with_optimizer_step": "weights are handed over right after an update",
@@ -187,7 +187,7 @@ def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:
         "attention_dropout": 0.0,
         "batch_p2p_comm": not p.vpp,
         "overlap_p2p_comm": bool(p.vpp),
-        "variable_seq_lengths": p.pp > 1,  # micro-batches differ in length
+        "variable_seq_lengths": p.pp > 1,  # mcore/policy.py sets it for every pass anew
         "moe_token_dispatcher_type": "alltoall",
         # Fused kernels live in apex, in transformer-engine or on a GPU.
         "gradient_accumulation_fusion": cuda and have_apex(),

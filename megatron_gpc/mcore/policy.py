@@ -6,9 +6,8 @@ calculate_per_token_loss=True):
 1. A micro-batch's loss is a SUM over the response tokens that this rank predicts
    (algo/losses).  A token has its row on exactly one data- and context-parallel rank
    (batching.py).
-2. pipeline_parallel/schedules.py leaves the sum undivided and adds up the token counts that the
-   loss function returns, on the last stage; gradients of micro-batches add up in DDP's buffer.
-   Between stages gradients of activations travel as they are.
+2. pipeline_parallel/schedules.py leaves the sum undivided; gradients of micro-batches add up in
+   DDP's buffer.  Between stages gradients of activations travel as they are.
 3. A token's loss also depends on keys and values that other context-parallel ranks computed.
    Attention gathers them, and the way back sums over the ranks (mcore/attention.py), so that a
    rank's buffer has what its own positions contribute to the loss of ALL tokens.  A position stands
@@ -20,8 +19,8 @@ calculate_per_token_loss=True):
    tensor-parallel ranks by finalize_model_grads.
 5. DDP's gradient_scaling_factor is 1, so reducing over data- and context-parallel ranks sums; for
    experts, over the ranks that hold the same ones.
-6. finalize_model_grads takes the token count from the last stage, sums it over the data- and
-   context-parallel ranks and divides every gradient by the total: THE one division.  So
+6. `_finalize` divides every gradient by the number of response tokens of the mini-batch,
+   which every rank knows: THE one division.  So
 
        grad = sum over micro-batches, DP and CP of d loss_sum / global number of response tokens
 
@@ -56,7 +55,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.mcore.model import build_model
 from megatron_gpc.mcore.native import ddp_config, optimizer_config
 from megatron_gpc.mcore.routing import RoutingReplay
-from megatron_gpc.mcore.setup import device, from_main, on_any_rank, sum_over_ranks
+from megatron_gpc.mcore.setup import device, from_main, sum_over_ranks
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.types import Bounds, MicroBatch, RolloutBatch, TokenStats, TokenStreams
 from megatron_gpc.weights import ModelFields, family_of
@@ -103,7 +102,6 @@ class Policy:
         chunks: Any = self.chunks
         self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), chunks)
         self.scheduler = _learning_rate(config, self.optimizer)
-        core.finalize_model_grads_func = finalize_model_grads
         core.grad_scale_func = self.optimizer.scale_loss
         if ddp.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -178,8 +176,9 @@ class Policy:
             sums: takes this rank's share of `update_means` and UPDATE_MAXIMA.
 
         Returns:
-            grad_norm (before clipping, over all ranks), learning_rate, skipped: whether the update
-            was left out because of its numbers, and empty: whether there was nothing to learn from.
+            grad_norm (before clipping, over all ranks; NaN if the loss is not finite),
+            learning_rate, skipped: whether the update was left out because of its numbers, and
+            empty: whether there was nothing to learn from.
         """
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         made = {"grad_norm": 0.0, "learning_rate": learning_rate, "skipped": False, "empty": True}
@@ -188,8 +187,7 @@ class Policy:
         results = self.gradient(batch, samples, streams, bounds)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        loss_is_finite = all(bool(loss.loss_sum.isfinite()) for _, loss, _ in results)
-        skipped = on_any_rank(not (loss_is_finite and math.isfinite(grad_norm)))
+        skipped = not math.isfinite(grad_norm)  # the same on every rank, see _spoilt_with
         if not skipped:
             if parallel_state.get_tensor_model_parallel_rank() == 0:
                 for micro, loss, regions in results:
@@ -287,16 +285,30 @@ class Policy:
             self.routing.forget()
         iterators = [iter(made) for _ in self.chunks]
         model: Any = self.chunks if p.vpp else self.chunks[0]
+        core: Any = self.models[0].config
+        tokens = int(batch.response_lengths_N[samples].sum())
+        core.finalize_model_grads_func = partial(_finalize, divisor=tokens)
+        lengths = {len(micro.tokens_S) for micro in made}
+        core.variable_seq_lengths = p.pp > 1 and len(lengths) > 1  # then stages exchange shapes
         return get_forward_backward_func()(
             forward_step_func=partial(_forward, loss=loss),
             data_iterator=iterators if p.vpp else iterators[0],
             model=model,
             num_microbatches=len(made),
-            seq_length=0,  # stages tell each other the shapes: variable_seq_lengths
+            seq_length=max(lengths) * p.cp,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def _finalize(models: Any, num_tokens: torch.Tensor, divisor: int, **given: Any) -> None:
+    """Sums gradients over ranks and divides them.  megatron-core would find the divisor by two more
+    collectives over `num_tokens`, which the last stage has counted."""
+    finalize_model_grads(models, None, **given)
+    if divisor:
+        for chunk in models:
+            chunk.scale_gradients(1.0 / divisor)
 
 
 def _forward(iterator: Iterator[MicroBatch], model: Any, loss: Any) -> tuple[Any, Any]:
@@ -357,7 +369,14 @@ def _update_loss(
     regions = region_sums(constant, masks, -loss_grad_T, clipped_T)
     # the schedule frees the loss after its backward pass
     kept = replace(outputs, loss_sum=loss_sum.detach().clone(), metrics=metrics)
+    stats.logp_T.register_hook(partial(_spoilt_with, kept.loss_sum))
     return loss_sum, _count(micro, stats), (micro, kept, regions)
+
+
+def _spoilt_with(loss_sum: torch.Tensor, grad_T: torch.Tensor) -> torch.Tensor:
+    """The gradient, or NaN for every token if the loss is not finite: NaN gets from there into the
+    gradients of all ranks and their norm, so that they all leave the update out."""
+    return grad_T.where(loss_sum.isfinite(), torch.nan)
 
 
 def _add_over_context_ranks(sums: torch.Tensor) -> torch.Tensor:

@@ -99,18 +99,26 @@ def test_an_empty_step_changes_nothing_at_any_layout_and_is_resumed_from(
         )
 
 
-def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(hf, pool, tmp_path):
-    """Tokens clipped from above pass no gradient, but their losses still add up to more than fp32
-    holds."""
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, []),
+        (2, ["parallel.dp=2", "optim.distributed=false"]),
+        (2, ["parallel.tp=2"]),
+        (2, ["parallel.pp=2", "model.dtype=bfloat16"]),
+    ],
+    ids=str,
+)
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped_by_all(
+    hf, pool, tmp_path, world, layout
+):
+    """A sample's tokens are clipped from above and pass no gradient; their losses exceed fp32."""
     batch = random_batch()
-    overflowing = dataclasses.replace(
-        batch,
-        advantages_N=torch.full((batch.num_samples,), 1e38),
-        rollout_logp_T=torch.full_like(batch.rollout_logp_T, -40.0),
-    )
-    (result,) = pool(1).run(ranks.after_updates, run_config(tmp_path, hf), [overflowing], BOUNDS)
-    (update,) = result["updates"]
-    assert update["skipped"] and update["grad_norm"] == 0.0
+    batch.advantages_N[3] = 3e38
+    batch.rollout_logp_T[batch.response_slice(3)] = -40.0
+    config = run_config(tmp_path, hf, *layout)
+    for result in pool(world).run(ranks.after_updates, config, [batch], BOUNDS):
+        assert [update["skipped"] for update in result["updates"]] == [True]
 
 
 @pytest.mark.parametrize("old_logp", [-100.0, -3e38])
