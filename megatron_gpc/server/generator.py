@@ -153,9 +153,7 @@ class Generator:
     def update_from_folder(self, folder: Path, version: str | None) -> Future[None]:
         """Take a checkpoint folder's weights.  A UserError in the Future: the old ones stay."""
         return self._call(
-            lambda: self._set_weights(
-                lambda: loading.load_folder(folder, self._model.dtype, self.config), version
-            )
+            lambda: self._set_weights(lambda: loading.reloaded(self._model, folder), version)
         )
 
     def update_from_tensors(
@@ -342,8 +340,8 @@ class Generator:
     def _decode(self, batch: list[LiveSequence]) -> None:
         """One more token for every running sequence."""
         self._cache.open_step()
-        ids = torch.tensor([[sequence.tokens[-1]] for sequence in batch])
-        logits_BV = self._forward(ids)
+        last_B = torch.tensor([sequence.tokens[-1] for sequence in batch])
+        logits_BV = self._forward(last_B[:, None])
         self._keep_routes(batch, range(len(batch)))
         self._take(batch, logits_BV)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_gpc.engines.client import pack_tensors
 from megatron_gpc.errors import UserError
-from megatron_gpc.server.loading import load_folder, unpack_tensors, with_tensors
+from megatron_gpc.server.loading import load_folder, reloaded, unpack_tensors, with_tensors
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -109,6 +109,33 @@ def test_an_unfit_folder_is_refused_by_name(model_a, tmp_path, damage):
     named = {"missing": UP, "unexpected": "model.nose.weight", "shape": UP}.get(damage, "damaged")
     with pytest.raises(UserError, match=named):
         load_folder(folder, "auto", load_folder(model_a, "auto").config)
+    model = load_folder(model_a, "auto")
+    before = logits(model)
+    with pytest.raises(UserError, match=named):
+        reloaded(model, folder)
+    assert torch.equal(logits(model), before)
+
+
+def test_weights_that_are_not_finite_are_not_reloaded(model_a, tmp_path):
+    folder = shutil.copytree(model_a, tmp_path / "nan")
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][0] = torch.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load_folder(model_a, "auto")
+    before = logits(model)
+    with pytest.raises(UserError, match="model.norm.weight"):
+        reloaded(model, folder)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reloaded_is_as_loaded_afresh(tmp_path, tied, dtype):
+    folders = [build_model(tmp_path / str(seed), seed, tied) for seed in (1, 2)]
+    model = load_folder(folders[0], dtype)
+    changed = reloaded(model, folders[1])
+    assert changed is model  # no new model was built
+    assert torch.equal(logits(changed), logits(load_folder(folders[1], dtype)))
 
 
 def test_rewriting_the_file_does_not_change_loaded_weights(model_a, tmp_path):
@@ -158,8 +185,11 @@ def test_a_mixture_of_experts_is_updated_by_its_checkpoint_names(tmp_path):
         Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / name)
     state = load_file(tmp_path / "new" / "model.safetensors")
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in state
+    want = logits(load_folder(tmp_path / "new", "auto"))
     changed = with_tensors(load_folder(tmp_path / "old", "auto"), list(state.items()))
-    assert torch.equal(logits(changed), logits(load_folder(tmp_path / "new", "auto")))
+    assert torch.equal(logits(changed), want)
+    changed = reloaded(load_folder(tmp_path / "old", "auto"), tmp_path / "new")
+    assert torch.equal(logits(changed), want)
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
