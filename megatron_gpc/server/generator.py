@@ -460,7 +460,9 @@ class Generator:
         if "weights" in self.released:
             raise UserError("weights are released; resume them before an update.")
         with torch.inference_mode(False):
-            self._use(load())
+            model = load()
+        if model is not self._model:
+            self._use(model)
         self.weight_loads += 1
         if version is not None:
             self._set_version(version)
