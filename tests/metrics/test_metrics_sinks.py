@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -99,6 +100,19 @@ def test_a_library_that_is_missing_is_refused_with_its_extra(name, monkeypatch, 
     says = rf"log.sinks: {name} is not installed here: pip install 'megatron-gpc\[{name}\]'"
     with pytest.raises(UserError, match=says):
         check_sinks(LogConfig(sinks=(name,)))
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_what_a_library_does_not_take_is_refused_at_the_start(name, monkeypatch, tmp_path):
+    """Stands for the library: what it takes is all that is asked."""
+    text = "def init(project=None, **others): raise SystemExit\n"
+    (tmp_path / f"{name}.py").write_text(text.replace(", **others", ""))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    check_sinks(LogConfig(sinks=(name,), sinks_arguments={name: {"project": "a"}}))
+    with pytest.raises(UserError, match=rf"{name}.init takes .* argument 'projct'"):
+        check_sinks(LogConfig(sinks=(name,), sinks_arguments={name: {"projct": "a"}}))
+    monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.parametrize(

@@ -238,11 +238,16 @@ def test_a_loss_of_one_s_own_is_called_with_its_arguments(tmp_path):
         ),
         (
             lambda s: s.replace("inputs: LossInputs, ", "logp, old_logp, advantages, "),
-            "takes .logp, .* missing a required argument: 'logp'; .*; wanted is a function of .inp",
+            "takes .logp, .* missing a required argument: 'logp'; .*; wanted is a function of .inp"
+            ".*; if it is the loss itself, call its first parameter `inputs`, not `logp`",
         ),
         (
             lambda s: s.replace("inputs: LossInputs, ", ""),
             "cannot be made .*; wanted is a function of .inputs., or a class",
+        ),
+        (
+            lambda s: s + "\nreinforce = lambda batch=None: 3.5",
+            "made float, which cannot be called; .*its first parameter `inputs`, not `batch`",
         ),
         (lambda s: s.replace("-inputs.logp_T}", "-inputs.logp_T.sum()}"), r"metrics\['surprise'\]"),
         (lambda s: s.replace("inputs.advantages_T", "inputs.advantage_T"), r"mine.py, line 7"),

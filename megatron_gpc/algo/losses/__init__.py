@@ -81,16 +81,19 @@ class Objective:
             return prepared_streams(self.loss, streams, scored, step, seed)
 
 
-def _make(name: str, arguments: dict[str, Any]) -> Loss:
+def _make(name: str, arguments: dict[str, Any]) -> Any:
     found: Any = parts.find(LOSS_KEY, name, LOSSES)
-    if not inspect.isclass(found) and next(iter(_parameters(found)), None) == "inputs":
+    first = None if inspect.isclass(found) else next(iter(_parameters(found)), None)
+    if first == "inputs":
         parts.check_call(LOSS_KEY, name, found, ("inputs",), arguments)
-        loss: Any = partial(found, **arguments) if arguments else found
-        return loss
-    parts.check_call(LOSS_KEY, name, found, (), arguments)
+        return partial(found, **arguments) if arguments else found
+    hint = f"; if it is the loss itself, call its first parameter `inputs`, not `{first}`"
+    hint = hint if first else ""
     try:
-        made: Any = found(**arguments)
-        return made
+        parts.check_call(LOSS_KEY, name, found, (), arguments)
+        made = found(**arguments)
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from None
     except ValidationError as error:
         raise UserError(
             "; ".join(
@@ -102,8 +105,14 @@ def _make(name: str, arguments: dict[str, Any]) -> Loss:
     except (Exception, SystemExit) as error:
         raise UserError(
             f"{LOSS_KEY}: {name} cannot be made of {LOSS_KEY}_arguments: {parts.describe(error)}"
-            f"{parts.wanted(LOSS_KEY, name)}"
+            f"{parts.wanted(LOSS_KEY, name)}{hint}"
         ) from error
+    if not callable(made):
+        raise UserError(
+            f"{LOSS_KEY}: {name} made {type(made).__name__}, which cannot be called"
+            f"{parts.wanted(LOSS_KEY, name)}{hint}"
+        )
+    return made
 
 
 def _parameters(found: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
@@ -21,7 +22,8 @@ SINKS = {
     "mlflow": "megatron_gpc.metrics.sinks.mlflow:MlflowSink",
     "swanlab": "megatron_gpc.metrics.sinks.swanlab:SwanlabSink",
 }
-EXTRAS = ("wandb", "mlflow", "swanlab")
+INIT = ("wandb", "swanlab")
+EXTRAS = (*INIT, "mlflow")
 """Those that need a library of their name, which is an optional extra of this package."""
 
 PAGES = "pages.json"
@@ -76,6 +78,9 @@ def check_sinks(log: LogConfig) -> None:
         make = _factory(log, name)
         if isinstance(make, type):
             parts.check_methods(SINKS_KEY, name, make, METHODS, ("self",))
+        if name in INIT:  # their arguments go there as they are
+            init = importlib.import_module(name).init
+            parts.check_call(SINKS_KEY, f"{name}.init", init, (), _arguments(log, name))
 
 
 def make_sink(log: LogConfig, name: str, *given: Any) -> MetricSink:
