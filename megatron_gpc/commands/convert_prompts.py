@@ -28,7 +28,7 @@ import pyarrow.parquet
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.prompts import is_messages
-from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.files import check_new, replace_text
 
 ROWS = 4096
 """Read at a time."""
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing half written stays
+    check_new("--out", arguments.out)
     kept: dict[str, dict[str, tuple[int, str]]] = {}  # question -> label -> (its first row, line)
     number = 0
     for number, row in rows(arguments.data, arguments.drop):
@@ -89,8 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
     lines = [
         line for _, line in sorted(found for labels in kept.values() for found in labels.values())
     ]
-    if arguments.out.exists() and not arguments.out.is_file():
-        raise UserError(f"{arguments.out}: is no regular file; name one to write")
     try:
         replace_text(arguments.out, "".join(f"{line}\n" for line in lines))
     except OSError as error:

@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import check_new, replace_text
 
 FILES = ("config.yaml", "prompts.jsonl", "reward.py", "build_model.py")
 """In the order in which one would read them."""
@@ -41,12 +42,11 @@ def init(folder: Path) -> list[Path]:
     start = importlib.resources.files("megatron_gpc.commands") / "start"
     files = [folder / name for name in FILES]
     for file in files:
-        if file.exists() or file.is_symlink():
-            raise UserError(f"{file} exists already; name another folder, or remove it first")
+        check_new("init", file)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
-            file.write_text((start / file.name).read_text())
+            replace_text(file, (start / file.name).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be written to: {error}") from None
     return files

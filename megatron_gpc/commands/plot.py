@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_gpc.metrics.baseline import record
 from megatron_gpc.metrics.plots import plot_run, plot_runs
 from megatron_gpc.metrics.tables import compare_table, print_table
+from megatron_gpc.run.files import check_new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for name in ("out", "record"):
+        if getattr(arguments, name):
+            check_new(f"--{name}", getattr(arguments, name))
     if len(arguments.runs) == 1:
         print(plot_run(arguments.runs[0], arguments.out))
     else:

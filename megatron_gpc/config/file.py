@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,10 @@ def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
         here = nested
         for parent in parents:
             here = here.setdefault(parent, {})
+            if not isinstance(here, dict):  # a name with a dot in it, beside a shorter one
+                raise UserError(
+                    f"{origin.get(key, file)}: {key}: {parent!r} holds {here!r:.60} also"
+                )
         here[name] = value
         if CREDENTIALS.search(str(value)):
             raise UserError(
@@ -297,6 +302,10 @@ def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
             )
     try:
         return TypeAdapter(Config).validate_python(nested)
+    except UnicodeError:
+        key = next(key for key in flat if re.search(r"\\ud[89a-f]", ascii((key, flat[key]))))
+        what = f"{key!a:.80} has half of a character in its name or value"
+        raise UserError(f"{origin.get(key, file)}: {what}; write it out") from None
     except ValidationError as error:
         lines = []
         for problem in error.errors():

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-import tempfile
 from pathlib import Path
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import replace_text
 
 MOST_BYTES = 4096
 WAY_OUT = "make one with: (umask 077 && head -c 24 /dev/urandom | base64 >FILE)"
@@ -92,10 +92,7 @@ def write_secret(file: Path, text: str) -> Path:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, made = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-        os.replace(made, file)
+        replace_text(file, text, 0o600)
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from None
     return file

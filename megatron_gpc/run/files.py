@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +38,20 @@ def check_regular(file: Path) -> None:
         raise UserError(f"{file} is a folder; name a file")
     if is_there and not is_file:
         raise UserError(f"{file} is no regular file; name one")
+
+
+def check_new(name: str, file: Path) -> None:
+    """Refuse to write over what is there.
+
+    Args:
+        name: what the user calls the file, such as --out.
+
+    Raises:
+        UserError: something has that name, if only a link to nothing; or nothing can have it.
+    """
+    check_regular(file)
+    if file.exists() or file.is_symlink():
+        raise UserError(f"{name}: {file} exists already; name another file, or remove it first")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -108,23 +123,30 @@ def step_of_name(name: str) -> int | None:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """`FILE.part`, to be written; then it is renamed: no reader, and no crash, sees half of it.
+def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A new file beside it, to be written; then it is renamed: no reader, and no crash, sees half.
 
-    If the block fails, the old file is as it was.
+    If the block fails, the old file is as it was.  A link of that name is replaced, not followed.
+
+    Args:
+        mode: of the new file, less the umask.
     """
-    part = file.with_name(file.name + ".part")
-    yield part
-    part.replace(file)
+    part = file.with_name(f".{file.name[:200]}.{secrets.token_hex(4)}")
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode))
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def replace_text(file: Path, text: str) -> None:
+def replace_text(file: Path, text: str, mode: int = 0o666) -> None:
     """`replacing`, with UTF-8.
 
     Raises:
         OSError: it cannot be written.
     """
-    with replacing(file) as part:
+    with replacing(file, mode) as part:
         part.write_text(text, encoding="utf-8")
 
 

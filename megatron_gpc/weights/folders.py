@@ -37,7 +37,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: folder is not empty, or something cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken or folder.is_symlink():  # a folder cannot be renamed to it
         raise UserError(f"{folder} is not an empty folder; give another, or remove it first")
     final = folder.absolute()
     partial = final.parent / f".{final.name}.partial-{os.getpid()}"

@@ -134,6 +134,14 @@ INPUTS: dict[str, tuple[Change, str]] = {
         saying("rollout.prompts_per_step=1000000", "rollout.group_size=1000"),
         "rollout.prompts_per_step * group_size",
     ),
+    "a name with a dot beside a shorter one": (
+        saying("sglang.args={'': null, '.': null}"),
+        "sglang.args..: '' holds None also",
+    ),
+    "half a character in a name": (
+        saying('log.sinks_arguments={"\\ud800": {}}'),
+        "has half of a character",
+    ),
     "a NUL alone": (saying('run_dir="\\0"'), "run_dir: '\\x00' cannot be a path"),
     **{
         f"urls_file: {text}": (
@@ -549,6 +557,33 @@ WORDS = [
 @pytest.mark.parametrize(("words", "says"), WORDS, ids=lambda value: str(value)[:40])
 def test_words_that_cannot_be_are_refused(tmp_path, capsys, words, says):
     refused(capsys, says, lambda: main([word.format(run=tmp_path) for word in words]))
+
+
+OUTS = {
+    "convert prompts": ("--data", "{job.prompts}", "--label", "label", "--out", "{out}"),
+    "plot": ("{job.run_dir}", "--out", "{out}"),
+    "plot and record": ("{job.run_dir}", "--record", "{out}"),
+    "init": ("{out.parent}",),
+    "convert hf-to-megatron": ("--hf", "{job.model}", "--out", "{out}"),
+}
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nothing", "a pipe"])
+@pytest.mark.parametrize("name", OUTS)
+def test_no_command_writes_over_what_is_there(job, capsys, name, what):  # noqa: F811
+    out, aim = job.folder / "out" / "config.yaml", job.folder / "aim"
+    out.parent.mkdir()
+    if what == "a file":
+        out.write_text("mine")
+    elif what == "a pipe":
+        os.mkfifo(out)
+    else:
+        out.symlink_to(aim)
+    words = [word.format(job=job, out=out) for word in OUTS[name]]
+    command = name.removesuffix(" and record").split()
+    refused(capsys, str(out), lambda: main([*command, *words]))
+    assert not aim.exists() and os.listdir(out.parent) == [out.name]
+    assert out.is_symlink() or out.is_fifo() or out.read_text() == "mine"
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "1e300", "x"])
