@@ -35,6 +35,7 @@ def _context(cuda: bool) -> BaseContext:
     context.set_forkserver_preload(["pool_imports"])
     with pytest.MonkeyPatch.context() as patch:  # it is not told of sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("TRITON_INTERPRET", "1")  # read as triton is imported, which megatron does
         forkserver.ensure_running()
     return context
 
