@@ -241,20 +241,24 @@ class SGLangClient:
         )
 
     async def update_weights_from_tensor(
-        self, packed: str, version: str, *, tp_size: int = 1
+        self, packed: str, version: str, *, tp_size: int = 1, load_format: str | None = None
     ) -> None:
         """Send weights, in any number of parts, between begin_ and end_weight_update.
 
         Args:
-            packed: by `pack_tensors`; whole tensors under their Hugging Face names.
+            packed: by `pack_tensors`, or the path of a safetensors file; whole tensors under their
+                Hugging Face names.
             tp_size: tensor-parallel ranks of the server; each takes its own from a copy of all.
+            load_format: `safetensors` for a path, which the embedded server alone knows.
         """
+        format_named = {} if load_format is None else {"load_format": load_format}
         await self._post(
             "/update_weights_from_tensor",
             {
                 "serialized_named_tensors": [packed] * tp_size,
                 "weight_version": version,
                 "flush_cache": True,
+                **format_named,
             },
         )
 

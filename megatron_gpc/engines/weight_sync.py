@@ -19,8 +19,9 @@ import torch.distributed as dist
 from megatron_gpc.config import ServerConfig
 from megatron_gpc.engines.client import pack_tensors
 from megatron_gpc.engines.fleet import Engine, Fleet
+from megatron_gpc.engines.process import EmbeddedServer
 from megatron_gpc.engines.weight_group import join_group, leave_group
-from megatron_gpc.weights import SINGLE_HEADER_BYTES, write_single
+from megatron_gpc.weights import SINGLE_HEADER_BYTES, in_memory, write_single
 
 Named = tuple[str, torch.Tensor]
 _numbers = itertools.count()  # torch wants a name of its own for every group of a process
@@ -79,7 +80,10 @@ class DiskSync:
 
 
 class TensorSync:
-    """Tensors inside requests, packed once for all engines: for small models on one host."""
+    """Tensors inside requests, packed once for all engines: for small models on one host.
+
+    An embedded server that was started here reads them from this process's memory instead.
+    """
 
     def __init__(self, fleet: Fleet, bucket_bytes: int):
         self.fleet, self.bucket_bytes = fleet, bucket_bytes
@@ -87,14 +91,25 @@ class TensorSync:
     def push(self, tensors: Iterable[Named], name: str) -> None:
         members = self.fleet.alive()
         self.fleet.each(members, lambda engine: engine.client.begin_weight_update())
+        near = [engine for engine in members if isinstance(engine.process, EmbeddedServer)]
+        far = [engine for engine in members if engine not in near]
         for bucket in buckets(tensors, self.bucket_bytes):
-            packed = pack_tensors(bucket)
-            self.fleet.each(
-                members,
-                lambda engine, packed=packed: engine.client.update_weights_from_tensor(
-                    packed, name, tp_size=engine.tp_size
-                ),
-            )
+            if far:
+                packed = pack_tensors(bucket)
+                self.fleet.each(
+                    far,
+                    lambda engine, packed=packed: engine.client.update_weights_from_tensor(
+                        packed, name, tp_size=engine.tp_size
+                    ),
+                )
+            if near:
+                with in_memory(bucket) as file:
+                    self.fleet.each(
+                        near,
+                        lambda engine, file=file: engine.client.update_weights_from_tensor(
+                            str(file), name, load_format="safetensors"
+                        ),
+                    )
         self.fleet.each(members, lambda engine: engine.client.end_weight_update())
         self.fleet.confirm(members, name)
 

@@ -223,14 +223,15 @@ class Server:
 
     async def update_from_tensor(self, body: TensorBody) -> Response:
         self._check_in_update("update_weights_from_tensor")
-        if body.load_format is not None:
+        if body.load_format not in (None, "safetensors"):
             raise UserError(
                 f"The embedded server has no load_format={body.load_format!r}; send a "
                 "pickled list of (name, tensor)"
             )
         if not body.serialized_named_tensors:
             raise UserError("serialized_named_tensors must have one entry")
-        named = await asyncio.to_thread(loading.unpack_tensors, body.serialized_named_tensors[0])
+        read = loading.unpack_tensors if body.load_format is None else loading.read_tensors
+        named = await asyncio.to_thread(read, body.serialized_named_tensors[0])
         await self._command(self.generator.update_from_tensors(named, body.weight_version))
         return _updated("Success", body.weight_version)
 

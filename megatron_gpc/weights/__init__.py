@@ -11,7 +11,7 @@ from megatron_gpc.weights.families import FAMILIES, Family, family_of
 from megatron_gpc.weights.fields import ModelFields
 from megatron_gpc.weights.folders import carry_over
 from megatron_gpc.weights.hf_files import HFReader
-from megatron_gpc.weights.hf_writer import SINGLE_HEADER_BYTES, write_hf, write_single
+from megatron_gpc.weights.hf_writer import SINGLE_HEADER_BYTES, in_memory, write_hf, write_single
 from megatron_gpc.weights.places import Place, places_of
 from megatron_gpc.weights.table import (
     Param,

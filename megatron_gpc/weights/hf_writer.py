@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,6 +88,23 @@ def write_single(
     finally:
         with contextlib.suppress(OSError):  # after success there is nothing to remove
             partial.unlink()
+
+
+@contextlib.contextmanager
+def in_memory(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
+    """A safetensors file that exists in memory alone, for processes of this host and user.
+
+    It is gone after the block, and with this process however that ends.
+
+    Raises:
+        UserError: as `write_hf`.
+    """
+    with open(os.memfd_create("weights"), "wb") as file:
+        writer = _Shard(file, _HEADER_BYTES)
+        for name, tensor in tensors:
+            writer.add(name, _plain(name, tensor, None))
+        writer.finish()
+        yield Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 class _Shard:
