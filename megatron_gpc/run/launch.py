@@ -23,10 +23,10 @@ from megatron_gpc.run.stop import SAVED, held
 
 LAST_WORDS_S = 3.0
 """After the first failure: how long the other ranks may take to say what they saw and end [s]."""
-STACKS_S = 5.0
+STACKS_S = 15.0
 """How long ranks may take to write their stacks [s]."""
 QUIET_S = 0.5
-"""Stacks that did not grow for so long are whole [s]."""
+"""Stacks that did not grow for so long are whole, if the rank had a processor meanwhile [s]."""
 STACKS_SIGNAL = signal.SIGUSR2
 """Has a rank write the stacks of its threads to its `stacks_file` and go on."""
 CHILD_POLL_S = 0.02
@@ -149,6 +149,8 @@ class Rank(Child):
         self.stacks = stacks_file(log_dir, number)
         self.failed_at = 0.0
         """When it failed, as far as is known [s since 1970]; 0 if it has not failed."""
+        self._stacks_seen = 0, 0.0
+        """Size when they last grew [bytes], and what the rank had computed by then [s of CPU]."""
         self.state = ""
         """What the kernel said of it before it was ended, if that tells anything."""
         self._outcome, writer = os.pipe()
@@ -232,6 +234,19 @@ class Rank(Child):
         place = "".join("{}:{} in {}".format(*frame) for frame in frames) or "unknown"
         return f"{place} ({self.state})" if self.state else place
 
+    def has_written_stacks(self) -> bool:
+        """Whether they have not grown since the last look, and not because it was not its turn: on
+        a busy machine a rank may wait for seconds in the middle of a line."""
+        size, used = (
+            self.stacks.stat().st_size,
+            sum(psutil.Process(self.process.pid).cpu_times()[:2]),
+        )
+        if size != self._stacks_seen[0]:
+            self._stacks_seen = size, used
+            return False
+        rests = not {"R", "D", "T"} & set(_thread_states(self.process.pid))
+        return size > 0 and (rests or used - self._stacks_seen[1] > QUIET_S / 2)
+
     def is_silent(self) -> bool:
         """Whether its watchdog ended it."""
         return self.stacks.exists() and self.stacks.read_text().startswith("Timeout (")
@@ -294,14 +309,19 @@ def _end(ranks: Sequence[Rank]) -> None:
 
 def _await_stacks(ranks: Sequence[Rank]) -> None:
     """Wait until all that have begun to watch themselves have written where they are."""
-    deadline, before = time.monotonic() + STACKS_S, None
+    deadline = time.monotonic() + STACKS_S
     while time.monotonic() < deadline:
-        files = [rank.stacks for rank in ranks if rank.process.poll() is None]
-        sizes = [file.stat().st_size for file in files if file.exists()]
-        if sizes == before and 0 not in sizes:
+        alive = [rank for rank in ranks if rank.process.poll() is None and rank.stacks.exists()]
+        if all([rank.has_written_stacks() for rank in alive]):
             return
-        before = sizes
         time.sleep(QUIET_S)
+
+
+def _thread_states(pid: int) -> Iterator[str]:
+    """What the kernel says of each thread of a process: R, S, D, T..."""
+    for file in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # the thread has ended
+            yield file.read_text().rpartition(")")[2].split()[0]
 
 
 def _report(first: Rank, ranks: Sequence[Rank]) -> None:

@@ -55,3 +55,34 @@ def test_a_rank_of_a_run_that_ends_as_if_it_were_done_has_failed(
     said = capfd.readouterr().err
     line = f"ended with exit code {code} before the run was over: a part of yours or a library"
     assert (line in said) == (ends == 1) and OUTCOME_FD not in said
+
+
+HALF = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+stacks = Path(sys.argv[1], "rank_1.stacks")
+if os.environ["RANK"] == "0":
+    while not stacks.exists():
+        time.sleep(0.01)
+    sys.exit(1)
+
+def write(*given):
+    stacks.write_text("half of")
+    wake = f"import time, os; time.sleep(1.5); os.kill({os.getpid()}, 18)"
+    subprocess.Popen([sys.executable, "-c", wake])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    stacks.write_text("half of a stack, and the rest")
+
+signal.signal(signal.SIGUSR2, write)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+stacks.touch()
+while True:
+    time.sleep(1)
+"""
+
+
+def test_a_rank_whose_turn_it_is_not_may_finish_its_stacks(tmp_path, monkeypatch):
+    (tmp_path / "rank_that_waits.py").write_text(HALF)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run_ranks([str(tmp_path)], Share.alone(2), tmp_path, "rank_that_waits") == 1
+    assert (tmp_path / "rank_1.stacks").read_text().endswith("the rest")
