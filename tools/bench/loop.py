@@ -1,21 +1,25 @@
-"""Where the main job's time goes: seconds of a training step and its parts, at two layouts.
+"""Where the main job's time goes: seconds of a training step and of its parts, at two layouts.
 
     python tools/bench/loop.py [--steps 20] [--layouts 1x1 2x2] [KEY=VALUE ...]
 
-Trains examples/entropy_control once a layout (TP x PP), without checkpoints, and takes the median
-of every part over the steps after the second.  The last column is what a whole command takes
-besides its steps: start, evaluation of the first and last policy, picture.
+Trains examples/entropy_control twice a layout (TP x PP), without checkpoints: for two steps, then
+for so many more.  Of a step it says the median seconds of every part, and the CPU seconds of all
+processes together: what the longer command took more, divided by its further steps.  Other work on
+the machine disturbs those less.  The last two columns are what a command takes besides its steps:
+start, evaluation of the first and last policy, picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -23,23 +27,48 @@ from rich.table import Table
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/entropy_control/config.yaml"
 PARTS = ("rollout", "sync", "train")
+FIRST = 2
+"""Steps that are not counted."""
 
 
-def run(folder: Path, layout: str, steps: int, overrides: list[str]) -> tuple[list[dict], float]:
-    """(a line of metrics a step, seconds of the whole command)."""
+@dataclass
+class Run:
+    """What one command took."""
+
+    lines: list[dict]
+    """Its metrics, one entry a step."""
+    seconds: float
+    cpu_seconds: float
+    """Of all its processes."""
+
+    @property
+    def parts(self) -> list[list[float]]:
+        """Seconds of PARTS, step by step."""
+        return [[line[f"seconds_{part}"] for part in PARTS] for line in self.lines]
+
+
+def run(layout: str, steps: int, overrides: list[str]) -> Run:
     tp, pp = layout.split("x")
-    given = (f"run_dir={folder}", f"parallel.tp={tp}", f"parallel.pp={pp}", f"train.steps={steps}")
-    begin = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "megatron_gpc", "train", str(CONFIG), *given]
-        + ["checkpoint.every=0", *overrides],
-        stdout=subprocess.DEVNULL,
-        check=True,
-        timeout=1200,
-    )
-    seconds = time.perf_counter() - begin
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], seconds
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "run"
+        given = (f"run_dir={folder}", f"parallel.tp={tp}", f"parallel.pp={pp}")
+        begin, cpu_begin = time.perf_counter(), cpu_of_children()
+        subprocess.run(
+            [sys.executable, "-m", "megatron_gpc", "train", str(CONFIG), *given]
+            + [f"train.steps={steps}", "checkpoint.every=0", *overrides],
+            stdout=subprocess.DEVNULL,
+            check=True,
+            timeout=1200,
+        )
+        seconds, cpu_seconds = time.perf_counter() - begin, cpu_of_children() - cpu_begin
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return Run([json.loads(line) for line in lines], seconds, cpu_seconds)
+
+
+def cpu_of_children() -> float:
+    """CPU seconds of processes that have ended and were waited for, theirs included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -48,17 +77,23 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["1x1", "2x2"], help="TPxPP")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    table = Table(title="the main job: median seconds of a training step")
-    for heading in ("TP x PP", *PARTS, "step", "besides steps"):
+    table = Table(title="the main job: seconds of a training step")
+    for heading in ("TP x PP", *PARTS, "step", "CPU a step", "besides steps", "CPU of that"):
         table.add_column(heading, justify="right")
     for layout in arguments.layouts:
-        with tempfile.TemporaryDirectory() as name:
-            lines, whole = run(Path(name) / "run", layout, arguments.steps, arguments.overrides)
-        parts = [[line[f"seconds_{part}"] for part in PARTS] for line in lines]
-        medians = [statistics.median(column) for column in zip(*parts[2:], strict=True)]
-        step = statistics.median(map(sum, parts[2:]))
-        besides = whole - sum(map(sum, parts))
-        table.add_row(layout, *(f"{value:.3f}" for value in (*medians, step)), f"{besides:.1f}")
+        short = run(layout, FIRST, arguments.overrides)
+        whole = run(layout, FIRST + arguments.steps, arguments.overrides)
+        settled = whole.parts[FIRST:]
+        medians = [statistics.median(column) for column in zip(*settled, strict=True)]
+        step = statistics.median(map(sum, settled))
+        cpu_step = (whole.cpu_seconds - short.cpu_seconds) / arguments.steps
+        besides = whole.seconds - sum(map(sum, whole.parts))
+        cpu_besides = short.cpu_seconds - FIRST * cpu_step
+        table.add_row(
+            layout,
+            *(f"{value:.3f}" for value in (*medians, step, cpu_step)),
+            *(f"{value:.1f}" for value in (besides, cpu_besides)),
+        )
     Console(width=100).print(table)
 
 
