@@ -79,6 +79,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "exactness": measures.exactness,
     "head": measures.head,
     "attention": measures.attention,
+    "handover": measures.handover,
     "steps": measures.steps,
     "tests": tests,
     "example": example,

@@ -274,6 +274,50 @@ def _varlen(parts: list[torch.Tensor], lengths: list[int], loop: Any) -> dict[st
     return {"varlen_attn": {**found, "against a call a sequence": apart}}
 
 
+# ---- weights for engines on the same host ----
+
+
+def handover() -> dict[str, Any]:
+    """Weights from the device to another process: as requests carry them to SGLang, through the
+    host's memory as embedded servers get them, and by handles of the device's own (CUDA IPC)."""
+    from safetensors.torch import load_file
+
+    from megatron_gpc.engines.client import pack_tensors
+    from megatron_gpc.server.loading import unpack_tensors
+    from megatron_gpc.weights import in_memory
+
+    one = torch.randn((2**28 if CUDA else 2**18), device=DEVICE, dtype=torch.float32)
+    named = [("w", one)]
+
+    def through_memory() -> None:
+        with in_memory(named) as file:
+            load_file(file)["w"].to(DEVICE, copy=True)
+
+    ways = torch.multiprocessing.get_context("spawn")
+    inbox, outbox = ways.Queue(), ways.Queue()
+    receiver = ways.Process(target=_receive, args=(inbox, outbox), daemon=True)
+    receiver.start()
+
+    def by_handle() -> None:
+        inbox.put(one)
+        assert outbox.get(timeout=60) == float(one[-1]), "the other process has other numbers"
+
+    found = {"MiB": one.nbytes // 2**20, "a copy": timed(one.clone)}
+    found["in requests"] = timed(lambda: unpack_tensors(pack_tensors(named)), rounds=1)
+    found["through memory"] = timed(through_memory, rounds=3)
+    found["by handle"] = timed(by_handle, rounds=3)
+    inbox.put(None)
+    receiver.join(60)
+    return found
+
+
+def _receive(inbox: Any, outbox: Any) -> None:
+    """In the other process: copy what comes, and say its last number."""
+    while (tensor := inbox.get()) is not None:
+        outbox.put(float(tensor.clone()[-1]))
+        del tensor
+
+
 # ---- training steps ----
 
 

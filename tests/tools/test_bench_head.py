@@ -23,13 +23,14 @@ def test_every_way_gives_the_numbers_of_the_first():
     found = {
         way: bench.measure(way, 48, 32, 1500, torch.float32)
         for way in ("matmuls", *bench.WAYS)
-        if way != "compiled"
+        if way != "compiled" and way not in bench.OTHERS
     }
     assert all(result.keys() >= FIGURES for result in found.values())
     assert list(bench.disagreements(found)) == []
     found["fused"]["weight_grad"] *= 1.1
     (told,) = bench.disagreements(found)
     assert "weight_grad" in told and "fused" in told
+    assert [*bench.disagreements({"naive": found["naive"], "liger": {"logp": 0.0}})]
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ def test_every_part_comes_to_its_end(tmp_path):
     assert [name for name, result in found.items() if "error" in result] == []
     assert found["machine"]["found"]["torch"] in (tmp_path / "found" / "found.txt").read_text()
     steps = found["steps"]["found"]
-    assert all(steps[f"small, {what}"]["devices"] for what in ("replicated", "experts"))
+    small = ("replicated", "train.experts=each", "train.experts=grouped")
+    assert all(steps[f"small, {what}"]["devices"] for what in small)
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"found.json", "found.txt"}
 
 

@@ -8,8 +8,9 @@ held to the first one's numbers.  `matmuls` are the bare products that have to b
 twice where they are not kept, and the gradients of hidden states and head.  What counts are the
 ratios of one run.
 
-seconds_forward, seconds_both: the faster of two passes; extra_bytes: what a pass takes at most
-beside hidden states, head and their gradients.
+seconds_forward, seconds_both: the faster of two passes, on a CPU in seconds of its cores, which do
+not depend on what else they do; extra_bytes: what a pass takes at most beside hidden states, head
+and their gradients.  Liger's and verl's kernels run where there is a GPU and they are installed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ CUDA = torch.cuda.is_available()
 ROUNDS = 2
 TOKENS = 1024
 """Of a part that `checkpointed` takes at a time."""
+COMPARED = ("logp", "entropy", "hidden_grad", "weight_grad")
 TOLERANCE = 0.02
 """Relative difference of a way's numbers from the first's."""
 
@@ -90,6 +93,27 @@ def kept(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tens
     return fused(hidden_TD, weight_VD, targets_T, keep_logits=True)
 
 
+def liger(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor) -> Stats:
+    """Liger's kernel.  It has the sum of log-probs alone, and no entropy."""
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
+        liger_fused_linear_cross_entropy,
+    )
+
+    loss = liger_fused_linear_cross_entropy(hidden_TD, weight_VD, targets_T, reduction="sum")
+    return -loss[None] / len(targets_T), torch.empty(0)
+
+
+def verl(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor) -> Stats:
+    """verl's kernel."""
+    from verl.utils.kernel.linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+        linear_cross_entropy,
+    )
+
+    return linear_cross_entropy(hidden_TD, weight_VD, targets_T, 1.0)
+
+
+OTHERS = {"liger": "liger_kernel", "verl": "verl"}
+"""Ways of other projects, and the modules that they need beside a GPU."""
 WAYS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Stats]] = {
     "naive": naive,
     "compiled": lambda *given: torch.compile(naive)(*given),
@@ -97,6 +121,8 @@ WAYS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Stats]] = {
     "logits": logits,
     "kept": kept,
     "fused": fused,
+    "liger": liger,
+    "verl": verl,
 }
 
 
@@ -126,7 +152,8 @@ def measure(way: str, tokens: int, hidden: int, vocab: int, dtype: torch.dtype) 
             begin = now()
             logp_T, entropy_T = WAYS[way](hidden_TD, weight_VD, targets_T)
             half = now()
-            (logp_T.sum() + 0.1 * entropy_T.sum()).backward()
+            scale = tokens / len(logp_T)  # 1, but for Liger's mean
+            (scale * logp_T.sum() + 0.1 * entropy_T.sum().to(logp_T.device)).backward()
             seconds.append((half - begin, now() - begin))
         forward, both = (min(each) for each in zip(*seconds, strict=True))
     gradients = hidden_TD.nbytes + weight_VD.nbytes
@@ -137,12 +164,13 @@ def measure(way: str, tokens: int, hidden: int, vocab: int, dtype: torch.dtype) 
     }
     if way != "matmuls":
         assert hidden_TD.grad is not None and weight_VD.grad is not None
-        found |= {
-            "logp": logp_T.double().mean().item(),
-            "entropy": entropy_T.double().mean().item(),
-            "hidden_grad": hidden_TD.grad.float().norm().item(),
-            "weight_grad": weight_VD.grad.float().norm().item(),
-        }
+        found["logp"] = logp_T.double().mean().item()
+        if len(entropy_T):  # else gradients are of something else too
+            found |= {
+                "entropy": entropy_T.double().mean().item(),
+                "hidden_grad": hidden_TD.grad.float().norm().item(),
+                "weight_grad": weight_VD.grad.float().norm().item(),
+            }
     return found
 
 
@@ -167,8 +195,9 @@ def products(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, chunk: int) -> tu
 
 
 def now() -> float:
-    if CUDA:
-        torch.cuda.synchronize()
+    if not CUDA:
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -212,7 +241,7 @@ def disagreements(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What two ways say differently."""
     ways = [way for way, result in found.items() if "logp" in result]
     for way in ways[1:]:
-        for name in ("logp", "entropy", "hidden_grad", "weight_grad"):
+        for name in found[ways[0]].keys() & found[way].keys() & set(COMPARED):
             want, got = found[ways[0]][name], found[way][name]
             if not abs(got - want) <= TOLERANCE * abs(want):
                 yield f"{name} is {got:.6g} by {way} and {want:.6g} by {ways[0]}"
@@ -225,7 +254,9 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     names = ["matmuls", *WAYS]
-    parser.add_argument("--ways", nargs="+", choices=names, default=names)
+    absent = [way for way, module in OTHERS.items() if not (CUDA and find_spec(module))]
+    there = [name for name in names if name not in absent]
+    parser.add_argument("--ways", nargs="+", choices=names, default=there)
     parser.add_argument("--json", action="store_true", help="one object, way by way")
     parser.add_argument("--way", choices=names, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -235,6 +266,8 @@ def main() -> int:
         return 0
     results = {way: in_own_process(way, a) for way in a.ways}
     wrong = list(disagreements(results))
+    for way in absent:
+        print(f"left out: {way}, which needs a GPU and the module {OTHERS[way]}", file=sys.stderr)
     if a.json:
         print(json.dumps(results, indent=1))
     else:
