@@ -72,22 +72,25 @@ def load_folder(
 
 
 def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with the weights of another folder: the same object if transformers keeps its
-    tensors as the folder has them, else what `load_folder` makes, which takes ten times as long.
+    """The model with the weights of another folder: the same object if it keeps its tensors as the
+    folder has them, else what `load_folder` makes, which takes ten times as long.
 
     Raises:
         UserError: as `load_folder`; or a weight is not finite.
     """
-    if os.path.isdir(folder) and not getattr(model, "_weight_conversions", True):
-        reader, state = HFReader(folder), model.state_dict()
-        kept = {name: state[name] for name in state if name not in model.all_tied_weights_keys}
-        shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+    if os.path.isdir(folder) and _as_in_checkpoints(model):
+        reader, needed = HFReader(folder), model.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+        for tied in model.all_tied_weights_keys:
+            shapes.pop(tied, None)
         if shapes == {name: entry.shape for name, entry in reader.entries.items()}:
-            named = [(tensor, reader.get(name)) for name, tensor in kept.items()]
-            for tensor, new in named:  # once all could be read
-                tensor.copy_(new)
-            return model
+            return with_tensors(model, [(name, reader.get(name)) for name in reader])
     return load_folder(folder, model.dtype, model.config)
+
+
+def _as_in_checkpoints(model: PreTrainedModel) -> bool:
+    """Whether transformers keeps the tensors as checkpoints have them: experts it stacks."""
+    return not getattr(model, "_weight_conversions", True)
 
 
 def _refuse_two_spellings(folder: Path) -> None:
@@ -101,7 +104,8 @@ def _refuse_two_spellings(folder: Path) -> None:
 
 
 def with_tensors(model: PreTrainedModel, named: list[tuple[str, torch.Tensor]]) -> PreTrainedModel:
-    """A model like `model`, with some of its weights replaced; the other weights are shared.
+    """The model with some of its weights replaced: the same object if it keeps its tensors as
+    checkpoints have them, else another that shares the other weights.
 
     Args:
         named: names as in the model's Hugging Face checkpoint.  Any part of the weights will do.
@@ -129,6 +133,10 @@ def with_tensors(model: PreTrainedModel, named: list[tuple[str, torch.Tensor]]) 
         if tied in new:
             new.setdefault(source, new.pop(tied))
         state.pop(tied, None)
+    if _as_in_checkpoints(model):
+        for name, tensor in new.items():  # once all are known to fit
+            state[name].copy_(tensor)
+        return model
     return _load(
         type(model),
         "the tensors sent",
