@@ -135,7 +135,7 @@ def save_mini_batch(
     prompt and response), `prompt_lengths_N`, `rewards_N`, `advantages_N`, `bounds` (Bounds' four
     numbers), and what the loss read of response tokens alone, one tensor a sample: `rollout_logp`,
     `old_logp`, `weights`, with a reference model `reference_logp`, and what the loss's `prepare`
-    gave under its names in `prepared`.
+    gave under its names in `prepared`.  With routing replay `routes` as well, as RolloutBatch's.
     """
     starts_N = batch.starts_N
     ends_N = starts_N + batch.prompt_lengths_N + batch.response_lengths_N
@@ -152,6 +152,8 @@ def save_mini_batch(
     for name in ("rollout_logp", "old_logp", "weights", "reference_logp"):
         if getattr(streams, f"{name}_T") is not None:
             content[name] = [getattr(one, f"{name}_T") for one in of_samples]
+    if batch.routes is not None:
+        content["routes"] = [batch.routes[starts_N[n] : ends_N[n]].clone() for n in samples]
     file.parent.mkdir(exist_ok=True)
     with replacing(file) as part:
         torch.save(content, part)

@@ -7,7 +7,10 @@ import dataclasses
 import pytest
 import torch
 from layouts import CP2, DP2, EP2, ONE, PP2, SP, TP2, VPP2, Layout, hold_to, measure
-from problems import make_problem, own_routes
+from problems import BOUNDS, make_problem, own_routes
+from tiny import plain_streams
+
+from megatron_gpc.mcore import cpu
 
 EVERYTHING = Layout(4, (TP2, PP2, VPP2, SP))
 REPLAY = "train.routing_replay=true"
@@ -107,6 +110,18 @@ def test_with_the_rollouts_routes_a_coarser_trainer_is_nearer_to_it(
     free, _ = gap("model.dtype=bfloat16")
     followed, changed = gap("model.dtype=bfloat16", REPLAY)
     assert 0 < changed < 0.1 and followed < 0.8 * free, (changed, followed, free)
+
+
+def test_a_mini_batch_that_is_kept_has_its_routes(routed, tmp_path):
+    cpu.install()
+    from megatron_gpc.mcore.updates import save_mini_batch
+
+    batch = routed[0].batch
+    save_mini_batch(tmp_path / "kept.pt", batch, [3, 0], plain_streams(batch), BOUNDS)
+    kept = torch.load(tmp_path / "kept.pt", weights_only=True)
+    for tokens, routes, n in zip(kept["tokens"], kept["routes"], [3, 0], strict=True):
+        begin = int(batch.starts_N[n])
+        assert torch.equal(routes, batch.routes[begin : begin + len(tokens)])
 
 
 def test_the_reference_model_routes_by_itself(routed, pool, tmp_path):
