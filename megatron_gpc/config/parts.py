@@ -41,6 +41,8 @@ WANTED = {
 }
 """What a part of the user's has to be, for messages."""
 
+_RAISED = (Exception, SystemExit, GeneratorExit)
+"""What a file of the user's may raise while it is imported."""
 __path__: list[str] = []  # lets the import system look for modules below this one
 
 
@@ -62,11 +64,15 @@ def find(key: str, name: str, built_in: Mapping[str, Any]) -> Any:
     source, _, path = name.rpartition(":")
     found: Any = _module(key, source)
     for attribute in path.split("."):
-        if not hasattr(found, attribute):
-            near = difflib.get_close_matches(attribute, dir(found), n=1)
+        try:
+            missing = not hasattr(found, attribute)
+            near = difflib.get_close_matches(attribute, dir(found), n=1) if missing else []
+            found = getattr(found, attribute, None)
+        except _RAISED as error:  # a module's, or a class's, own __getattr__
+            raise UserError(f"{key}: {name} cannot be looked up: {describe(error)}") from error
+        if missing:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{key}: {source} has no {attribute!r}{hint}")
-        found = getattr(found, attribute)
     if not callable(found):
         raise UserError(f"{key}: {name} is {found!r}, which cannot be called")
     return found
@@ -211,7 +217,7 @@ def _module(key: str, source: str) -> ModuleType:
     try:
         with path:
             return importlib.import_module(module)
-    except (Exception, SystemExit) as error:
+    except _RAISED as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module}.".startswith(f"{missing}."):
             raise UserError(

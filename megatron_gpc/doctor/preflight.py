@@ -33,12 +33,16 @@ from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.run import environment
 from megatron_gpc.run.files import check_regular
+from megatron_gpc.run.lock import PREPARING, RUNNING
 from megatron_gpc.types import Experts
 from megatron_gpc.weights import check_reference, check_weights, family_of, replayed_experts
 from megatron_gpc.weights.folders import COMMON, is_converted, read_hf_config
 
 CHECKED_BYTES = 2**25
 """Of saved samples that are to be replayed, from the first step on."""
+_FILES = ("config.yaml", FILE_NAME, EVAL_NAME, RUNNING, PREPARING, "stopped.json")
+_OF_A_RUN = (RUNNING, PREPARING, FILE_NAME, "checkpoints")
+"""In a run's folder: its files; and what no other folder has."""
 Say = Callable[[str], object]
 
 
@@ -212,18 +216,51 @@ def _data_parallel_size(config: Config) -> int:
 
 
 def _check_run_folder(config: Config) -> None:
-    """Refuse a run's folder in which a file has the place of a folder, or the other way round."""
+    """Refuse a run's folder in which a file has the place of a folder, or the other way round; and
+    one that no run has made, if something of it would be replaced."""
+    run_dir = config.run_dir
+    began = any((run_dir / name).exists() for name in _OF_A_RUN)
+    if environment.is_first() and not began:  # who prepares it; others may see it half made
+        if config.resume == "none" and run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UserError(
+                f"run_dir: {run_dir} is no run's folder, and resume=none would rename it; name "
+                "another folder"
+            )
+        if (run_dir / "config.yaml").is_file() and config.resume == "auto":
+            raise UserError(
+                f"run_dir: {run_dir}/config.yaml is no run's, and would be replaced by one; name "
+                "another folder"
+            )
     if config.resume == "none":  # it is set aside
+        _refuse_inside(config)
         return
+    for name in _FILES:
+        if (run_dir / name).is_symlink():
+            raise UserError(
+                f"run_dir: {run_dir / name} is a link, where a run has a file; remove it"
+            )
     for name in ("checkpoints", "logs", "samples", "skipped", "sync", "tensorboard"):
         inner = config.run_dir / name
         if inner.is_symlink() or inner.exists():
             check_writable("run_dir", inner)
-    for name in ("config.yaml", FILE_NAME, EVAL_NAME, "lock", "launch.lock", "stopped.json"):
+    for name in _FILES:
         check_regular(config.run_dir / name)
     for name in (FILE_NAME, EVAL_NAME):
         if (config.run_dir / name).exists():
             read_metrics(config.run_dir, name)
+
+
+def _refuse_inside(config: Config) -> None:
+    """Refuse to set aside, with the run's folder, what the run starts from."""
+    needed = {"data.prompts": config.data.prompts, "eval.prompts": config.eval.prompts}
+    if config.model.build is None:
+        needed["model.hf"] = config.model.hf
+    for key, path in needed.items():
+        if path is not None and path.exists() and path.is_relative_to(config.run_dir):
+            raise UserError(
+                f"run_dir: {config.run_dir}: resume=none would set aside {key}={path} with it; "
+                "move that, or name another run_dir"
+            )
 
 
 def _check_replay(

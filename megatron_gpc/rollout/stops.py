@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_gpc.config.schema import Config
 from megatron_gpc.errors import UserError
-from megatron_gpc.rollout.tokenizer import eos_tokens
+from megatron_gpc.rollout.tokenizer import eos_tokens, rendering
 from megatron_gpc.run.files import read_json
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def end_of_turn(
         return None
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}]
     try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, **variables)
+        with rendering():
+            text = tokenizer.apply_chat_template(conversation, tokenize=False, **variables)
     except Exception:  # a template runs any code; prompts that it refuses are named elsewhere
         return None
     _, found, rest = str(text).rpartition(_CONTENT)

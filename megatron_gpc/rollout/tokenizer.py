@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,9 @@ from megatron_gpc.run.imports import many_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+RENDER_S = 10.0
+"""How long a chat template may compute for one prompt [s of CPU]."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -92,9 +98,10 @@ def chat_renderer(
                 "template; add one, or make prompts text (megatron-gpc convert prompts --text)"
             )
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **variables
-            )
+            with rendering():
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **variables
+                )
         except Exception as error:  # it is a program, of whatever quality
             raise UserError(
                 f"the chat template in {_template_file(tokenizer)} fails on these messages: "
@@ -108,6 +115,25 @@ def chat_renderer(
         return text
 
     return render
+
+
+@contextmanager
+def rendering() -> Iterator[None]:
+    """A TimeoutError in the block once it has computed for RENDER_S; in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError(f"it has not ended after {RENDER_S:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _template_file(tokenizer: PreTrainedTokenizerBase) -> Path:

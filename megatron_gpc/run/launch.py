@@ -106,8 +106,8 @@ def run_ranks(
 def outcome(code: int) -> int:
     """Called by a rank once its work is over: the launcher may now take its exit code for what it
     says.  A part of the user's, or a library, may end the process with 0 as well."""
-    if number := os.environ.pop(OUTCOME_FD, ""):
-        os.write(int(number), b".")
+    with suppress(KeyError, ValueError, OSError):  # another launcher has started it
+        os.write(int(os.environ.pop(OUTCOME_FD)), b".")
     return code
 
 

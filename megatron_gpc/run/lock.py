@@ -28,9 +28,12 @@ def take(run_dir: Path, name: str = RUNNING) -> TextIO:
     """Keep the run's folder to this process until it ends, in whatever way.
 
     Raises:
-        UserError: another run is using the folder.
+        UserError: another run is using the folder; or the lock is a link, to what would be emptied.
     """
-    file = (run_dir / name).open("a+")
+    path = run_dir / name
+    if path.is_symlink():
+        raise UserError(f"run_dir: {path} is a link, and a lock never is; remove it")
+    file = path.open("a+")
     try:
         for left in reversed(range(TRIES)):
             try:

@@ -23,6 +23,7 @@ from unit.test_preflight import Job, job, start  # noqa: F401 - fixtures
 
 from megatron_gpc.cli import main
 from megatron_gpc.config.file import keys
+from megatron_gpc.rollout import tokenizer
 from megatron_gpc.rollout.samples import SavedStep, samples_file, write_samples
 from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights.hf_files import SINGLE
@@ -654,6 +655,62 @@ def test_a_verifier_of_the_users_may_check_labels(job, capsys):  # noqa: F811
     )
     job.overrides.append(f"data.verifier={job.folder}/own.py:judge")
     refused(capsys, "prompts.jsonl:1: label 2 can", lambda: job.command("train", "--dry-run"))
+
+
+FOLDERS = {
+    "resume=none of a folder of one's own": (
+        lambda j: j.overrides.extend([f"run_dir={j.folder}", "resume=none"]),
+        "is no run's folder, and resume=none would rename it",
+    ),
+    "resume=none of /": (saying("run_dir=/", "resume=none"), "/ is no run's folder"),
+    "resume=none, with the prompts in it": (
+        lambda j: (
+            j.run_dir.mkdir(),
+            (j.run_dir / "lock").touch(),
+            (j.run_dir / "p").write_bytes(j.prompts.read_bytes()),
+            j.overrides.extend([f"data.prompts={j.run_dir / 'p'}", "resume=none"]),
+        ),
+        "resume=none would set aside data.prompts=",
+    ),
+    "the folder of the configuration": (
+        lambda j: j.overrides.append(f"run_dir={j.folder}"),
+        "config.yaml is no run's, and would be replaced by one",
+    ),
+    **{
+        f"a link as {name}": (
+            lambda j, name=name: (
+                (j.run_dir / "checkpoints").mkdir(parents=True),
+                (j.run_dir / name).symlink_to("../prompts.jsonl"),
+            ),
+            f"{name} is a link, where a run has a file",
+        )
+        for name in ("lock", "launch.lock", "metrics.jsonl", "eval.jsonl", "config.yaml")
+    },
+    "a link without an end as metrics.jsonl": (
+        lambda j: (j.run_dir.mkdir(), (j.run_dir / "metrics.jsonl").symlink_to("metrics.jsonl")),
+        "metrics.jsonl is a link",
+    ),
+}
+
+
+@pytest.mark.parametrize("entrance", [("train", "--dry-run"), ("train",)])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_no_folder_or_file_of_anyone_elses_is_renamed_or_replaced(job, capsys, name, entrance):  # noqa: F811
+    change, says = FOLDERS[name]
+    change(job)
+    before = {file: os.lstat(file).st_mtime_ns for file in job.folder.rglob("*")}
+    refused(capsys, says, lambda: job.command(*entrance))
+    after = {file: os.lstat(file).st_mtime_ns for file in job.folder.rglob("*")}
+    assert {f: t for f, t in after.items() if not f.is_dir()} == {
+        f: t for f, t in before.items() if not f.is_dir()
+    }
+
+
+def test_a_chat_template_without_an_end_is_refused(job, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(tokenizer, "RENDER_S", 0.3)
+    loop = "{% for i in range(99999) %}"
+    job.template(f"{loop}{loop}{{% endfor %}}{{% endfor %}}")
+    refused(capsys, "it has not ended after 0.3 s", lambda: job.command("train", "--dry-run"))
 
 
 @pytest.mark.parametrize("name", ["config.json: deep", "config.json: a pipe", "weights: nan"])

@@ -106,6 +106,7 @@ def test_what_is_not_there_is_refused(tmp_path):
         ("import json\n\njson.loads('{')\n", "JSONDecodeError: Expecting property name", 3),
         ("exit(3)\n", "SystemExit: 3", 1),
         ("import os\nos._exit(0)\n", "SystemExit: 0", 2),
+        ("raise GeneratorExit\n", "GeneratorExit", 1),
         ("raise ValueError('two\\nlines')\n", "ValueError: two lines", 1),
     ],
 )
@@ -120,6 +121,11 @@ def test_an_error_of_a_file_beside_it_is_placed_there(tmp_path):
     (tmp_path / "fails_beside.py").write_text("\n\nint('x')\n")
     (tmp_path / "own.py").write_text("import fails_beside\n")
     assert refused(f"{tmp_path}/own.py:f").endswith(f"({tmp_path}/fails_beside.py, line 3)")
+
+
+def test_a_module_that_ends_the_process_when_it_is_looked_into_is_refused(tmp_path):
+    (tmp_path / "own.py").write_text("def __getattr__(name): exit(0)\n")
+    assert "own.py:f cannot be looked up: SystemExit: 0" in refused(f"{tmp_path}/own.py:f")
 
 
 def test_what_a_part_forks_still_ends_by_os_exit(tmp_path):
