@@ -208,6 +208,8 @@ class Rank(Child):
         Times alone would not do: one look may find a rank that was killed and its victims.
         """
         error, _ = self.said()
+        if self.has_the_last_word():
+            return 1, self.failed_at
         if self.was_killed() or self.is_silent() or self.left_early():
             return 0, self.failed_at
         lost_a_peer = any(words in error for words in _LOST_A_PEER)
@@ -217,6 +219,11 @@ class Rank(Child):
         """Whether a signal ended it, but for SIGABRT, which also ends ranks that lost a peer."""
         code = self.process.returncode
         return code < 0 and code != -signal.SIGABRT and not self.error.exists()
+
+    def has_the_last_word(self) -> bool:
+        """Whether it ended by a user's error that it could not write down, the disk being full, but
+        has said."""
+        return self.process.returncode == 2 and not self.error.exists()
 
     def exit_code(self) -> int:
         """Its exit code: 2 for a user's error, 1 if a signal ended it."""
@@ -272,7 +279,9 @@ def _watch(
     while not any([rank.has_failed() for rank in ranks]):
         if all(rank.process.returncode is not None for rank in ranks):
             return []
-        if (one := signal.sigtimedwait(pass_on, CHILD_POLL_S)) is not None:
+        time.sleep(CHILD_POLL_S)
+        # Never with a time: if SIGSTOP interrupts that, CPython 3.11 makes up a signal at SIGCONT.
+        if (one := signal.sigtimedwait(pass_on, 0)) is not None:
             asked.append(one.si_signo)
         while asked:
             number = asked.pop(0)
@@ -326,6 +335,8 @@ def _thread_states(pid: int) -> Iterator[str]:
 
 def _report(first: Rank, ranks: Sequence[Rank]) -> None:
     """Say why the run ended; rank 0's own words stand on the terminal already."""
+    if first.has_the_last_word() and not first.log:
+        return
     error, traceback = first.said()
     if error.startswith(_SPEAK_FOR_THEMSELVES):
         if ranks[0].log or error != ranks[0].said()[0]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from commands import ROOT
 
 from megatron_gpc import __version__
 from megatron_gpc.run.launch import OUTCOME_FD, run_ranks
@@ -86,3 +91,42 @@ def test_a_rank_whose_turn_it_is_not_may_finish_its_stacks(tmp_path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert run_ranks([str(tmp_path)], Share.alone(2), tmp_path, "rank_that_waits") == 1
     assert (tmp_path / "rank_1.stacks").read_text().endswith("the rest")
+
+
+SLEEPS = """
+import pathlib, sys, time
+from megatron_gpc.run.launch import outcome
+pathlib.Path("begun").touch()
+time.sleep(1.5)
+sys.exit(outcome(0))
+"""
+
+
+def test_a_launcher_that_is_stopped_for_a_while_goes_on(tmp_path):
+    """As Ctrl-Z and `fg` do; no rank hears of a signal that nobody sent."""
+    (tmp_path / "sleeps.py").write_text(SLEEPS)
+    launcher = (
+        "import signal, sys\n"
+        "from pathlib import Path\n"
+        "from megatron_gpc.run.launch import run_ranks\n"
+        "from megatron_gpc.run.placement import Share\n"
+        "heard = (signal.SIGUSR1, signal.SIGINT)\n"
+        "sys.exit(run_ranks([], Share.alone(1), Path('logs'), 'sleeps', heard))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher], cwd=tmp_path, env=environment
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "begun").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            for _ in range(8):
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(0.1)
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.03)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
