@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import pickle
+import random
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import httpx
 from tenacity import (
     AsyncRetrying,
+    RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
-    wait_exponential_jitter,
 )
 
 from megatron_gpc.engines.answers import (
@@ -358,10 +359,16 @@ def retrying(retries: int) -> AsyncRetrying:
     """
     return AsyncRetrying(
         stop=stop_after_attempt(retries + 1),
-        wait=wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.2),
+        wait=_pause_s,
         retry=retry_if_exception_type((ServerUnavailable, MalformedAnswer)),
         reraise=True,
     )
+
+
+def _pause_s(attempt: RetryCallState) -> float:
+    """By another generator than Python's own, whose state the run's checkpoints hold [s]."""
+    jitter = random.SystemRandom().uniform(0.0, 0.2)
+    return min(0.2 * 2 ** (attempt.attempt_number - 1) + jitter, 10.0)
 
 
 def pack_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import random
 import subprocess
 import sys
 import threading
@@ -97,7 +98,9 @@ def test_503_is_retried():
         url,
         bodies,
     ):
+        before = random.getstate()
         generation = call(url, generate, retries=2)
+    assert random.getstate() == before  # checkpoints hold it: a retry must leave no trace
     assert generation.token_ids == (1, 2) and generation.logprobs == (-0.5, -0.5)
     assert generation.finish_reason == "length" and generation.weight_versions == (("1", 0, 2),)
     assert [body["rid"] for body in bodies] == [["sample-7"], ["sample-7"]]
