@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_gpc.config import Config
 from megatron_gpc.config.file import load
-from megatron_gpc.errors import RunStopped
+from megatron_gpc.errors import RunStopped, UserError
+from megatron_gpc.run.files import disk_problem
 from megatron_gpc.run.imports import many_imports
 from megatron_gpc.run.launch import outcome
 from megatron_gpc.run.stop import SAVED, StopRequest
@@ -38,6 +39,10 @@ def train_rank(config: Config) -> int:
             return train(config, stop)
         except RolloutError as error:
             raise RunStopped(f"rollout server: {error}") from error
+        except OSError as error:
+            if (problem := disk_problem(error, config.run_dir)) is None:
+                raise
+            raise UserError(f"{problem}; once that is mended, the same command continues") from None
 
     finished = trained()
     stop.over()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any, TextIO
@@ -51,8 +52,11 @@ class JsonlSink:
         _append(self._evaluations, step, values)
 
     def close(self, ok: bool) -> None:
-        self._steps.close()
-        self._evaluations.close()
+        # What could not be written is still waiting to be: after a failure, closing fails again.
+        with nullcontext() if ok else suppress(OSError):
+            self._steps.close()
+        with nullcontext() if ok else suppress(OSError):
+            self._evaluations.close()
 
 
 def read_metrics(run_dir: Path, name: str = FILE_NAME) -> list[dict[str, float]]:

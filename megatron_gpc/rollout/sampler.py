@@ -313,6 +313,8 @@ def _servable(model: Path, made: Path) -> Path:
     if not is_converted(model):
         check_weights(hf)
     made.mkdir(exist_ok=True)
+    for left in made.glob(".model.safetensors.*"):  # of hand-overs that were killed
+        left.unlink()
     carry_over(hf, made)
     if not is_converted(model):
         return hf

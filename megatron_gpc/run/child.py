@@ -76,12 +76,15 @@ class Child:
         return self.process.poll() is None
 
     def last_words(self) -> str:
-        """The last LOG_LINES lines that it has logged; empty if it has no log."""
+        """The last LOG_LINES lines that it has logged; empty if it has no log (any more)."""
         if self.log is None:
             return ""
-        with self.log.open("rb") as log:
-            log.seek(self._log_begin)
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_LINES:])
+        try:
+            with self.log.open("rb") as log:
+                log.seek(self._log_begin)
+                return "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_LINES:])
+        except OSError:
+            return ""
 
     def end(self, asked: signal.Signals = signal.SIGKILL, patience_s: float = 0.0) -> None:
         """Ask it to end by a signal, and kill it if it has not ended in time; does nothing the

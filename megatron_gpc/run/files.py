@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ LAST = "metadata.json"
 
 MOST_JSON_BYTES = 2**28
 """Largest JSON file that is read."""
+
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def check_regular(file: Path) -> None:
@@ -137,7 +140,8 @@ def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
         yield part
         part.replace(file)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # of an error the first one counts; else there is nothing to remove
+            part.unlink()
 
 
 def replace_text(file: Path, text: str, mode: int = 0o666) -> None:
@@ -148,6 +152,16 @@ def replace_text(file: Path, text: str, mode: int = 0o666) -> None:
     """
     with replacing(file, mode) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def disk_problem(error: OSError, folder: Path) -> str | None:
+    """`/runs/a/lock: No space left on device` if that is what keeps a folder from being written;
+    None if the error is about something else."""
+    named = error.filename if isinstance(error.filename, str) else ""
+    where = named if Path(named).is_relative_to(folder) else ""
+    if not where and error.errno not in _OF_A_DISK:
+        return None
+    return f"{where or folder}: {error.strerror}"
 
 
 def sha256(file: Path) -> str:

@@ -53,9 +53,10 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(STACKS_SIGNAL)
-        self._stacks.close()
-        if self._file.stat().st_size == 0:
-            self._file.unlink()
+        with suppress(OSError):  # of a disk that failed before: that error is the one to be seen
+            self._stacks.close()
+            if self._file.stat().st_size == 0:
+                self._file.unlink()
 
     def alive(self) -> None:
         """A part of a training step has ended: start the time of silence again."""

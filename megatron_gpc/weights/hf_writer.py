@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import replacing
 from megatron_gpc.weights.folders import carry_over, new_folder
 from megatron_gpc.weights.hf_files import FILE_DTYPES, INDEX, SINGLE, all_finite, bytes_of
 
@@ -73,21 +74,16 @@ def write_single(
     Raises:
         UserError: as `write_hf`.
     """
-    folder = Path(folder)
-    partial = folder / f".{SINGLE}.partial-{os.getpid()}"
+    final = Path(folder) / SINGLE
     try:
-        with partial.open("wb") as file:
+        with replacing(final) as partial, partial.open("wb") as file:
             writer = _Shard(file, header_bytes)
             for name, tensor in tensors:
                 writer.add(name, _plain(name, tensor, None))
             writer.finish()
-        partial.replace(folder / SINGLE)
         return -(-writer.json_bytes // 8) * 8  # tensors stand at multiples of 8 bytes
     except OSError as error:
-        raise UserError(f"{folder / SINGLE}: cannot be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):  # after success there is nothing to remove
-            partial.unlink()
+        raise UserError(f"{final}: cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager

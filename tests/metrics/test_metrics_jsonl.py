@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from damage import small_disk
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import JsonlSink, read_metrics
@@ -110,3 +111,14 @@ def test_what_holds_no_metrics_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\x89PNG\xff\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: is not a text file"):
         read_metrics(tmp_path)
+
+
+def test_a_full_disk_ends_a_write_and_closing_does_not_hide_it(tmp_path):
+    sink = JsonlSink(tmp_path, {}, 0)
+    sink.write(1, {"reward": 0.5})
+    with small_disk(20), pytest.raises(OSError, match="File too large"):
+        sink.write(2, {"reward": 0.5})
+    with small_disk(20):
+        sink.close(ok=False)
+    _write(tmp_path, 1, [2])  # there is room again
+    assert _steps(tmp_path) == [1, 2]

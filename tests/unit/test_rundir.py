@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
 import time
 
 import pytest
+from damage import small_disk
 from tiny import run_config
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import disk_problem, replace_text
 from megatron_gpc.run.folder import make_model, prepare
 
 
@@ -81,3 +84,26 @@ def test_an_interrupt_that_another_thread_gets_ends_what_makes_the_model_too(tmp
         make_model(config)
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
+
+
+def test_a_file_that_cannot_be_replaced_stays_and_leaves_no_part(tmp_path):
+    file = tmp_path / "config.yaml"
+    replace_text(file, "old")
+    with pytest.raises(OSError, match="File too large"), small_disk(3):
+        replace_text(file, "longer")
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "RUN: No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No file", "RUN/samples"), "RUN/samples: No file"),
+        (FileNotFoundError(errno.ENOENT, "No file", "elsewhere"), None),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), None),
+    ],
+)
+def test_what_keeps_a_run_from_writing_is_told_from_other_errors(tmp_path, error, said):
+    if error.filename:
+        error.filename = error.filename.replace("RUN", str(tmp_path))
+    assert disk_problem(error, tmp_path) == (said and said.replace("RUN", str(tmp_path)))

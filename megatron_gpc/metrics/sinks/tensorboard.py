@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ class TensorBoardSink:
         # Here, because it takes a second or two that `train --dry-run` and `plot` need not wait.
         from torch.utils.tensorboard import SummaryWriter
 
+        # The writer's own thread would say it as well, with a traceback, before a call here does.
+        threading.excepthook = _not_of_tensorboard(threading.excepthook)
         # TensorBoard hides events from purge_step on that an earlier process wrote.
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
@@ -28,3 +31,15 @@ class TensorBoardSink:
 
     def close(self, ok: bool) -> None:
         self._events.close()
+
+
+def _not_of_tensorboard(
+    hook: Callable[[threading.ExceptHookArgs], object],
+) -> Callable[[threading.ExceptHookArgs], object]:
+    """A threading.excepthook that leaves out TensorBoard's threads."""
+
+    def said(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            hook(args)
+
+    return said
