@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 KILLS ?= 30
+KIND ?=
 SEED ?= 0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -19,7 +20,8 @@ help:
 	@echo "make test-slow  the tests that take long: chaos, the study, full disks, every layout's models"
 	@echo "make test-slurm  jobs on a real Slurm of four nodes on this host (root, Debian; installs 13 MB)"
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
-	@echo "make chaos    disturb a run KILLS times (default 30); it must end as if nothing had happened"
+	@echo "make chaos    disturb runs KILLS times (default 30); they must end as if nothing had happened"
+	@echo "              KIND=rank|launcher|engine|stop|network|disk|clock: by one kind of fault alone"
 	@echo "make bench    measure log-prob + entropy at V = 151,936, checkpoints, clipping, judging, steps"
 	@echo "make layouts  hold every layout to float64 and print the table of docs/layouts.md"
 	@echo "make docs     write docs/config.md from the docstrings of the configuration"
@@ -60,7 +62,7 @@ test-slurm: .venv/.installed
 	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 chaos: .venv/.installed
-	PYTHONPATH=tests:. $(BIN)/python tests/e2e/chaos.py --kills $(KILLS) --seed $(SEED)
+	PYTHONPATH=tests:. $(BIN)/python -m chaos --kills $(KILLS) --kind "$(KIND)" --seed $(SEED)
 
 # The real SGLang on a CPU, in an environment of its own: some 2.6 GB.
 .sglang/.installed: tests/sglang/requirements.txt

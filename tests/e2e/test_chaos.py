@@ -1,33 +1,45 @@
-"""A run that is killed and damaged ends as the undisturbed one; `make chaos` does it longer."""
+"""A run that is disturbed ends as the undisturbed one; `make chaos` does it longer."""
 
 from __future__ import annotations
 
-import pytest
-from chaos import DISK_BYTES, Event, campaign, full_disk, plan, small_disk
+import socket
+import threading
+from random import Random
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for the example's start
+import httpx
+import pytest
+from chaos.campaign import Campaign, undisturbed
+from chaos.clock import LIBRARY
+from chaos.disk import full_disk, small_disk
+from chaos.kinds import KINDS
+from chaos.proxy import Proxy
+from chaos.run import make_task
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """(task, its undisturbed run)"""
+    folder = tmp_path_factory.mktemp("chaos")
+    task = make_task(folder / "task")
+    return task, undisturbed(task, folder / "undisturbed", STEPS)
 
 
 @pytest.mark.slow
-def test_kills_and_a_damaged_checkpoint_leave_no_trace(warm_start, tmp_path):
-    events = [
-        Event("server", "begin", 0.3, steps=2),  # and then the launcher
-        Event("rank", "begin", 0.1, steps=6, rank=1, flip=True),
-    ]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_ends_as_the_undisturbed_one_whatever_happens_to_it(kind, alone, tmp_path):
+    if kind == "clock" and not LIBRARY.exists():
+        pytest.skip("apt install faketime")
+    if kind == "disk" and not _may_mount(tmp_path):
+        pytest.skip("mounting a tmpfs is not allowed here")
+    task, run = alone
+    faults = KINDS[kind](task)
     said: list[str] = []
-    background = ["checkpoint.asynchronous=true"]
-    assert campaign(warm_start, tmp_path, events, 12, 0, background, said.append) == []
-    assert "1 damaged checkpoints" in said[-1], said
-
-
-def test_a_plan_follows_from_its_seed_and_has_every_kind_of_event():
-    events = plan(30, seed=0, disks=True)
-    assert events == plan(30, seed=0, disks=True) != plan(30, seed=1, disks=True)
-    kinds = [event.kind for event in events]
-    assert [kinds.count(k) for k in ("rank", "launcher", "server", "disk")] == [10, 10, 10, 3]
-    assert sum(event.flip for event in events) == 6
-    assert {event.after for event in events} == {"launch", "begin"}
-    assert all(event.free_bytes < DISK_BYTES for event in events)
+    campaign = Campaign(kind, faults, task, run, Random(f"test/{kind}"), said.append)
+    campaign.strike(len(faults), tmp_path)
+    assert campaign.differences == [], said
+    assert len(campaign.outcomes) == len(faults)
 
 
 def test_a_full_disk_is_full(tmp_path):
@@ -39,3 +51,45 @@ def test_a_full_disk_is_full(tmp_path):
         with full_disk(run_dir, free_bytes=8192), pytest.raises(OSError, match="No space left"):
             (run_dir / "large").write_bytes(bytes(2**20))
         (run_dir / "large").write_bytes(bytes(2**20))
+
+
+def _may_mount(folder) -> bool:
+    with small_disk(folder / "tried") as mounted:
+        return mounted
+
+
+@pytest.mark.parametrize(
+    ("cut", "error"),
+    [
+        ("refused", httpx.ConnectError),
+        ("reset", (httpx.ReadError, httpx.RemoteProtocolError)),
+        ("silent", httpx.ReadTimeout),
+        ("halved", httpx.RemoteProtocolError),
+    ],
+)
+def test_a_proxy_cuts_and_mends(cut, error):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=_answer, args=(listener,), daemon=True).start()
+        with Proxy(listener.getsockname()[1]) as proxy:
+
+            def ask() -> str:
+                url = f"http://127.0.0.1:{proxy.port}"
+                return httpx.get(url, timeout=0.5, trust_env=False).text
+
+            assert ask() == "a" * 100
+            proxy.cut(cut)
+            with pytest.raises(error):
+                ask()
+            proxy.mend()
+            assert ask() == "a" * 100
+
+
+def _answer(listener: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"a" * 100)

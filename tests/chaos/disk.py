@@ -1,0 +1,159 @@
+"""The disk is full, the folder cannot be written or is gone, a byte of a checkpoint is flipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from random import Random
+
+from chaos.campaign import Fault, Outcome
+from chaos.run import Run
+from megatron_gpc.mcore.checkpoint.folder import checkpoints, damaged
+
+DISK_BYTES = 64 * 2**20
+MOST_FREE_BYTES = 400_000
+"""Of a disk that is full: a checkpoint has no room [bytes]."""
+
+
+class _Disk(Fault):
+    """The run has a small disk of its own."""
+
+    @contextmanager
+    def around(self, folder: Path) -> Iterator[Sequence[str]]:
+        with small_disk(folder) as mounted:
+            assert mounted, "mounting a tmpfs is not allowed here; try as root"
+            yield ()
+
+    def _ends(self, run: Run, reason: str) -> bool:
+        """Wait until it has; False if it had done all of its work before.
+
+        Raises:
+            AssertionError: it did not, or its last words are not the reason.
+        """
+        if (code := run.await_end()) == 0:
+            return False
+        assert code in (1, 2) and "Traceback" not in run.said(), run.end_of_log()
+        assert reason in run.last_words(), run.end_of_log()
+        return True
+
+
+class FullDisk(_Disk):
+    """At any time, in the middle of a checkpoint, or when all steps are done."""
+
+    def hit(self, run: Run, draw: Random) -> Outcome | None:
+        when, comes = draw.choice(
+            [
+                ("at any time", lambda: True),
+                ("while a checkpoint is written", lambda: _parts(run.folder)),
+                ("after the last step", lambda: run.step() == run.steps_asked),
+            ]
+        )
+        if not run.wait_for(lambda: bool(comes())):
+            return None
+        began = time.monotonic()
+        with full_disk(run.folder, draw.randrange(MOST_FREE_BYTES)):
+            if not self._ends(run, "No space left on device"):
+                return None
+        return Outcome(f"disk full {when}", True, time.monotonic() - began)
+
+
+class NoWriting(_Disk):
+    """Nothing can be made in the run's folders any more."""
+
+    def hit(self, run: Run, draw: Random) -> Outcome | None:
+        began = time.monotonic()
+        with _immutable(run.folder):
+            if not self._ends(run, "Operation not permitted"):
+                return None
+        return Outcome("no writing", True, time.monotonic() - began)
+
+
+class FolderIsGone(_Disk):
+    """The run's folder is moved away, and back once the run has ended."""
+
+    def hit(self, run: Run, draw: Random) -> Outcome | None:
+        began = time.monotonic()
+        away = run.folder.with_name("away")
+        run.folder.rename(away)
+        try:
+            ended = self._ends(run, "No such file or directory")
+        finally:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            away.rename(run.folder)
+        return Outcome("folder gone", True, time.monotonic() - began) if ended else None
+
+
+class FlippedByte(_Disk):
+    """In the newest checkpoint of a run that was killed: the next start takes the one before."""
+
+    def hit(self, run: Run, draw: Random) -> Outcome | None:
+        began = time.monotonic()
+        if not run.wait_for(lambda: len(checkpoints(run.folder)) > 1):
+            return None
+        if not run.signal(run.launcher, signal.SIGKILL):
+            return None
+        run.await_end()
+        newest = checkpoints(run.folder)[-1]
+        file = draw.choice(sorted(newest.iterdir()))
+        content = bytearray(file.read_bytes())
+        content[draw.randrange(len(content))] ^= draw.randrange(1, 256)
+        file.write_bytes(content)
+        took = time.monotonic() - began
+        run.start()
+        if not run.wait_for(run.trains):
+            return None
+        (aside,) = damaged(run.folder)
+        assert newest.name in aside.name and f"{newest} is damaged" in run.said()
+        shutil.rmtree(aside)
+        return Outcome("flipped byte", True, took)
+
+
+def _parts(run_dir: Path) -> list[Path]:
+    """Checkpoints that are being written."""
+    return list((run_dir / "checkpoints").glob("step_*.part/*"))
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A disk of DISK_BYTES at `folder` during the block; False where mounting is not allowed."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "chaos", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def full_disk(run_dir: Path, free_bytes: int) -> Iterator[None]:
+    """During the block, no more than `free_bytes` can be written where run_dir is."""
+    ballast = run_dir.parent / "ballast"
+    try:
+        with ballast.open("wb") as file:
+            filled = 0
+            while (more := shutil.disk_usage(run_dir).free - free_bytes) > 0:
+                with suppress(OSError):  # others write meanwhile
+                    os.posix_fallocate(file.fileno(), filled, more)
+                    filled += more
+        yield
+    finally:
+        ballast.unlink()
+
+
+@contextmanager
+def _immutable(folder: Path) -> Iterator[None]:
+    """During the block, no file can be made or removed in it, whoever asks."""
+    folders = [path for path in (folder, *folder.iterdir()) if path.is_dir()]
+    try:
+        subprocess.run(["chattr", "+i", *folders], check=True)
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", *folders], check=True)
