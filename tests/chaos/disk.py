@@ -14,7 +14,7 @@ from random import Random
 
 from chaos.campaign import Fault, Outcome
 from chaos.run import Run
-from megatron_gpc.mcore.checkpoint.folder import checkpoints, damaged
+from megatron_gpc.mcore.checkpoint.folder import checkpoints, damaged, final_name
 
 DISK_BYTES = 64 * 2**20
 MOST_FREE_BYTES = 400_000
@@ -44,14 +44,14 @@ class _Disk(Fault):
 
 
 class FullDisk(_Disk):
-    """At any time, in the middle of a checkpoint, or when all steps are done."""
+    """At any time, in the middle of a checkpoint, or when weights are handed over at the end."""
 
     def hit(self, run: Run, draw: Random) -> Outcome | None:
         when, comes = draw.choice(
             [
                 ("at any time", lambda: True),
                 ("while a checkpoint is written", lambda: _parts(run.folder)),
-                ("after the last step", lambda: run.step() == run.steps_asked),
+                ("at the last hand-over", lambda: _last_checkpoint(run).exists()),
             ]
         )
         if not run.wait_for(lambda: bool(comes())):
@@ -112,6 +112,11 @@ class FlippedByte(_Disk):
         assert newest.name in aside.name and f"{newest} is damaged" in run.said()
         shutil.rmtree(aside)
         return Outcome("flipped byte", True, took)
+
+
+def _last_checkpoint(run: Run) -> Path:
+    """After it weights are handed over once more, for the last evaluation."""
+    return final_name(run.folder, run.steps_asked)
 
 
 def _parts(run_dir: Path) -> list[Path]:

@@ -75,11 +75,10 @@ class Proxy:
 
     async def _end(self) -> None:
         self._server.close()
+        self._open.set()
         self._reset_all()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(tasks, timeout=5)
 
     def _reset_all(self) -> None:
         for writer in list(self._writers):
@@ -95,7 +94,8 @@ class Proxy:
         try:
             asked = asyncio.create_task(self._pass_on(reader, there))
             await self._pass_on(there_reader, writer, answers=True)
-            asked.cancel()
+            _reset(writer)
+            await asked
         finally:
             self._writers -= both
             for one in both:
