@@ -105,7 +105,7 @@ def write_samples(run_dir: Path, step: int, saved: SavedStep) -> Path:
         for n, sample in enumerate(saved.samples)
     ]
     file = samples_file(run_dir, step)
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as part:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd")
     return file

@@ -145,12 +145,7 @@ class Checkpoints:
         self.wait()
         final = folders.final_name(self.config.run_dir, state.step)
         part = folders.part_name(final)
-
-        def make() -> None:  # never the run's own folder: one that is gone would come back empty
-            part.parent.mkdir(exist_ok=True)
-            part.mkdir()
-
-        _on_main(make, f"{final}: cannot be written")
+        _on_main(lambda: part.mkdir(parents=True), f"{final}: cannot be written")
         writer = RankWriter(content(self.config, self.policy, state), part, self._plan)
         self._save, self.saved = _Save(final, writer), state.step
         if not self.config.checkpoint.asynchronous:
