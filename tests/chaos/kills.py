@@ -65,8 +65,8 @@ class KillEngine(Fault):
         """Wait until the run hands weights over: of `disk` a file appears, the others follow the
         end of a step."""
         if self._sync == "disk":
-            part = run.folder / "sync" / "model.safetensors.part"
-            if not run.wait_for(part.exists):
+            sync = run.folder / "sync"
+            if not run.wait_for(lambda: bool([*sync.glob(".model.safetensors.*")])):
                 return False
         elif not run.goes_on():
             return False
