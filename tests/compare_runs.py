@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,12 +15,15 @@ from megatron_gpc.rollout.samples import read_samples, saved_steps
 MAY_DIFFER = {".metadata", "SHA256SUMS"}
 """Of a checkpoint: the one names the run's folder and a random number, the other its checksum."""
 
+ROUNDING = 1e-5
 
-def differences(one: Path, other: Path, prompts: int) -> list[str]:
+
+def differences(one: Path, other: Path, prompts: int, rounded: Collection[str] = ()) -> list[str]:
     """What two finished runs do not have in common, besides timings and the count of faults.
 
     Args:
         prompts: how many each of them must have trained on.
+        rounded: metrics that may differ by 1e-5.
     """
     found = []
     for name in ("metrics.jsonl", "eval.jsonl"):
@@ -26,7 +31,12 @@ def differences(one: Path, other: Path, prompts: int) -> list[str]:
         if len(lines) != len(others):
             found.append(f"{name}: {len(lines)} lines, {len(others)} lines")
         for a, b in zip(lines, others, strict=False):
-            unequal = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+            unequal = sorted(
+                key
+                for key in a.keys() | b.keys()
+                if a.get(key) != b.get(key)
+                and not (key in rounded and abs(a[key] - b[key]) < ROUNDING)
+            )
             found += [f"{name}, step {a['step']}: {key}" for key in unequal]
     for run in (one, other):
         state = torch.load(checkpoints(run)[-1] / "common.pt", weights_only=False)["train_state"]
@@ -42,7 +52,7 @@ def differences(one: Path, other: Path, prompts: int) -> list[str]:
     return found + unequal_files(checkpoints(one)[-1], checkpoints(other)[-1])
 
 
-def untimed(file: Path) -> list[dict[str, object]]:
+def untimed(file: Path) -> list[dict[str, Any]]:
     return [
         {
             key: value

@@ -49,6 +49,8 @@ class Fault:
     """Of starts that it hits; they are short, and a busy machine may need more for the rest."""
     environment: dict[str, str] = {}
     """Of such a run, beside this process's."""
+    rounded: tuple[str, ...] = ()
+    """Metrics that may differ by rounding."""
     while_it_starts = False
     """Whether it may also come before the first step."""
 
@@ -131,7 +133,9 @@ class Campaign:
             finally:
                 run.kill()
             prompts = steps * PROMPTS_PER_STEP
-            self.differences += differences(self.undisturbed.folder, run.folder, prompts)
+            self.differences += differences(
+                self.undisturbed.folder, run.folder, prompts, fault.rounded
+            )
 
     def _one_fault(self, fault: Fault, run: Run) -> Outcome | None:
         """At a moment that is drawn; None: the run came to its end before."""

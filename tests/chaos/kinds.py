@@ -6,13 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chaos.campaign import Fault
+from chaos.clock import JumpClock
 from chaos.disk import FlippedByte, FolderIsGone, FullDisk, NoWriting
 from chaos.kills import KillEngine, KillLauncher, KillRank
+from chaos.network import CutForAWhile, CutTooLong
+from chaos.stops import StopEngineTooLong, StopForAWhile, StopRankTooLong
 
 KINDS: dict[str, Callable[[Path], Sequence[Fault]]] = {
     "rank": lambda _: [KillRank()],
     "launcher": lambda _: [KillLauncher()],
     "engine": lambda _: [KillEngine(sync) for sync in ("disk", "tensor", "distributed")],
+    "stop": lambda _: [StopForAWhile(), StopRankTooLong(), StopEngineTooLong()],
+    "network": lambda task: [CutForAWhile(task), CutTooLong(task)],
     "disk": lambda _: [FullDisk(), NoWriting(), FolderIsGone(), FlippedByte()],
+    "clock": lambda _: [JumpClock()],
 }
 """kind -> the faults, which are given `make_task`'s folder."""

@@ -24,6 +24,9 @@ class _Cut(Fault):
     """The engine is not the run's own and outlives it; the proxy stands before it."""
 
     request_timeout_s = 1
+    rounded = ("logp_gap_mean", "logp_gap_max")
+    """What the engine itself says of its tokens depends, by rounding, on which requests it happens
+    to compute together, also without a fault; training takes the trainer's."""
 
     def __init__(self, task: Path):
         self._task = task
