@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 import warm
+
 from chaos.campaign import Fault, Outcome
 from chaos.run import Run
 
