@@ -41,8 +41,8 @@ from megatron_gpc.weights.folders import COMMON, is_converted, read_hf_config
 CHECKED_BYTES = 2**25
 """Of saved samples that are to be replayed, from the first step on."""
 _FILES = ("config.yaml", FILE_NAME, EVAL_NAME, RUNNING, PREPARING, "stopped.json")
-_OF_A_RUN = (RUNNING, PREPARING, FILE_NAME, "checkpoints")
-"""In a run's folder: its files; and what no other folder has."""
+_OF_A_RUN = (RUNNING, PREPARING, FILE_NAME, "checkpoints", "attempts", "logs")
+"""In a run's folder: its files; and what shows that it is one (also of a job, or of `serve`)."""
 Say = Callable[[str], object]
 
 
