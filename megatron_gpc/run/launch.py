@@ -208,8 +208,8 @@ class Rank(Child):
         Times alone would not do: one look may find a rank that was killed and its victims.
         """
         error, _ = self.said()
-        if self.has_the_last_word():
-            return 1, self.failed_at
+        if self.has_the_last_word():  # of several rank 0, whose words stand on the terminal
+            return 1, self.failed_at if self.log else 0.0
         if self.was_killed() or self.is_silent() or self.left_early():
             return 0, self.failed_at
         lost_a_peer = any(words in error for words in _LOST_A_PEER)
