@@ -269,13 +269,13 @@ def _fit_of(predicted: str) -> Number:
 def _noise(seeds: Sequence[Seed], out: Path) -> str:
     """(e): the sums, where there is much to learn, under rewards that are more and more noise."""
     title = "## (e) Why the sums do not show it: noise\n\n"
-    shown = [sums_arm(share, arm) for share in NOISE for arm in ("static", "hi", "lo", "id")]
-    if not in_all(seeds, shown):
-        return title + _command_for("noise")
-    draw_over_steps(seeds, TITLES, shown, ENTROPY, out / "e_noise.png")
-    rows = []
+    rows, pictures = [], []
     for share in NOISE:
         static = sums_arm(share, STATIC)
+        shown = [sums_arm(share, arm) for arm in ("static", "hi", "lo", "id")]
+        if in_all(seeds, shown):
+            pictures.append(f"e_noise_{100 * share:g}.png")
+            draw_over_steps(seeds, TITLES, shown, ENTROPY, out / pictures[-1])
         ids = sums_arm(share, "id")
         rows.append(
             (
@@ -289,10 +289,13 @@ def _noise(seeds: Sequence[Seed], out: Path) -> str:
                 over(seeds, ids, lambda run: moved(run, MIDDLE, END)),
             )
         )
+    if not pictures:
+        return title + _command_for("noise")
     return (
         title + "On examples/arithmetic, a share of the answers gets a coin for a reward. "
         "*Signal share* is the cosine of the gradients of two halves of a step's prompts "
-        "(docs/entropy.md).\n\n![noise](e_noise.png)\n\n"
+        "(docs/entropy.md).\n\n"
+        + "".join(f"![noise]({picture})\n\n" for picture in pictures)
         + markdown_table(
             [
                 *("share of coins", "signal share", "Hi - static", "Lo - static", "ID - static"),
