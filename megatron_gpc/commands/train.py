@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there are ranks that have stacks
     # Until there are ranks that can hear of them.  Ctrl-C ends it at once: nothing is lost yet.
-    with held(BATCH_SIGNALS):
+    # Imports start threads, and the kernel gives a signal to any thread that does not hold it back.
+    with held((*BATCH_SIGNALS, STACKS_SIGNAL)):
         return _start_or_be_a_rank(arguments)
 
 
