@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -30,12 +31,42 @@ NO_MATTER = (
 """Keys and sections that may differ between a run that is there and the one that is asked for."""
 
 
-def compare(config: Path, out: Path, runs: Mapping[str, Sequence[str]]) -> int:
-    """Make every run as `run_side_by_side` does, as many at a time as there are cores; draw them
-    over each other, print their table, and return the exit code."""
+def add_arguments(parser: argparse.ArgumentParser, seeds: Sequence[int], out: Path) -> None:
+    """--seeds, --jobs, --out and key=value, which all comparisons take."""
+    parser.add_argument("--seeds", type=int, nargs="+", action=_Once, default=list(seeds))
+    parser.add_argument(
+        "--jobs", type=_at_least_one, default=os.cpu_count() or 1, help="runs at a time"
+    )
+    parser.add_argument("--out", type=_folder, default=out)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+class _Once(argparse.Action):
+    """Keeps the first of equal values: a seed that counts twice would narrow the intervals."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of 1 or more is needed")
+    return int(text)
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    return path
+
+
+def compare(config: Path, out: Path, runs: Mapping[str, Sequence[str]], jobs: int) -> int:
+    """Make every run as `run_side_by_side` does; draw them over each other, print their table, and
+    return the exit code."""
     try:
         make_model(load(config, next(iter(runs.values()))))  # once, before runs that would all do
-        folders = run_side_by_side(config, out, runs, jobs=os.cpu_count() or 1)
+        folders = run_side_by_side(config, out, runs, jobs)
     except (UserError, RunStopped) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -62,7 +93,10 @@ def run_side_by_side(
         UserError: a folder holds a run of another configuration.
         RunStopped: a run failed; the others are ended.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose another --out") from None
     folders = {name: out / name for name in runs}
     arguments = {name: [*given, f"run_dir={folders[name]}"] for name, given in runs.items()}
     configs = {name: load(config, given) for name, given in arguments.items()}

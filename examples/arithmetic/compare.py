@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
-from side_by_side import compare  # noqa: E402
+from side_by_side import add_arguments, compare  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -28,10 +28,8 @@ ROOT = HERE.parents[1]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--start", choices=["start", "start-peaked"], default="start-peaked")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schedules", nargs="+", default=["static", "id"])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "arithmetic-compare")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_arguments(parser, range(3), ROOT / "runs" / "arithmetic-compare")
     arguments = parser.parse_args()
 
     start_dir = HERE / arguments.start
@@ -47,7 +45,7 @@ def main() -> int:
         f"{schedule}-{seed}": [*overrides, f"clip.schedule={schedule}", f"seed={seed}"]
         for seed, schedule in product(arguments.seeds, arguments.schedules)
     }
-    return compare(HERE / "config.yaml", arguments.out, runs)
+    return compare(HERE / "config.yaml", arguments.out, runs, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every schedule on the main job's task, over seeds, in one picture: `make compare`.
 
     python examples/entropy_control/compare.py [--seeds 0 1 2 3 4] [--arms static id]
-        [key=value ...]
+        [--jobs 2] [--out FOLDER] [key=value ...]
 
 Runs go side by side, one process each (TP1 PP1: layouts give the same numbers, and small ones are
 faster), as many as there are cores.  A run that is finished is not made again; one that was
@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
-from side_by_side import compare  # noqa: E402
+from side_by_side import add_arguments, compare  # noqa: E402
 
 from megatron_gpc.metrics.baseline import record  # noqa: E402
 
@@ -31,10 +31,8 @@ TARGET = "clip.target=[[0,100%],[0.5,110%],[1,75%]]"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=ARMS)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_arguments(parser, range(5), OUT)
     given = parser.parse_args()
 
     runs = {
@@ -47,7 +45,7 @@ def main() -> int:
         ]
         for seed, arm in product(given.seeds, given.arms)
     }
-    failed = compare(CONFIG, given.out, runs)
+    failed = compare(CONFIG, given.out, runs, given.jobs)
     if not failed and "static" in given.arms:
         static = [given.out / f"static-{seed}" for seed in given.seeds]
         print(f"record: {record(static, given.out / 'static.json')}")

@@ -11,7 +11,6 @@ task beside them.  With --report no run is made: the report is of those that are
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -22,7 +21,7 @@ import numpy as np
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("", "entropy_study")]
 from arms import PARTS  # noqa: E402
 from findings import Seed, draw_over_steps, finished_runs, in_all, markdown_table, over  # noqa: E402
-from side_by_side import run_side_by_side  # noqa: E402
+from side_by_side import add_arguments, run_side_by_side  # noqa: E402
 
 from megatron_gpc.config.file import load  # noqa: E402
 from megatron_gpc.errors import RunStopped, UserError  # noqa: E402
@@ -56,18 +55,16 @@ ARMS = {f"{task}-{curve}": (task, curve) for task, curve in product(TASKS, CURVE
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--curves", choices=CURVES, nargs="+", default=list(CURVES))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="make no run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_arguments(parser, range(20, 25), OUT)
     given = parser.parse_args()
     try:
         for task in () if given.report else given.tasks:
             make_runs(task, given)
-        seeds = [s for s in finished_runs(given.out, list(ARMS), given.seeds) if s]
+        arms = [f"{task}-{curve}" for task, curve in product(given.tasks, given.curves)]
+        seeds = [s for s in finished_runs(given.out, arms, given.seeds) if s]
         if not seeds:
             raise UserError(f"{given.out}: no run is finished yet")
         text = report(seeds, given.out)
@@ -109,7 +106,7 @@ def percent_of_mean(runs: Sequence[Run]) -> float:
         for run in runs
         for target in [run.series("entropy_target").values]
     ]
-    known = [column[~np.isnan(column)] for column in np.transpose(apart)]
+    known = [column[~np.isnan(column)] for column in map(np.array, zip(*apart, strict=False))]
     return 100 * float(np.sqrt(np.mean([column.mean() ** 2 for column in known if len(column)])))
 
 

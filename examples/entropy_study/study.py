@@ -11,7 +11,6 @@ the same command again.  With --report no run is made: the report is of those th
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
 from arms import PARTS, Part  # noqa: E402
 from findings import finished_runs  # noqa: E402
 from report import write_report  # noqa: E402
-from side_by_side import run_side_by_side  # noqa: E402
+from side_by_side import add_arguments, run_side_by_side  # noqa: E402
 
 from megatron_gpc.config.file import load  # noqa: E402
 from megatron_gpc.errors import RunStopped, UserError  # noqa: E402
@@ -32,13 +31,10 @@ ARMS = [arm for part in PARTS.values() for arm in part.arms]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="make no run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_arguments(parser, range(10, 15), OUT)
     given = parser.parse_args()
     try:
         seconds = spent(given.out) if given.report else make_runs(given)
@@ -58,9 +54,9 @@ def make_runs(given: argparse.Namespace) -> float:
         for name in given.parts:
             make_part(PARTS[name], given)
     finally:
-        given.out.mkdir(parents=True, exist_ok=True)
         total = before + time.monotonic() - begin
-        (given.out / "seconds.txt").write_text(f"{total}\n")
+        if given.out.is_dir():  # else no run was begun
+            (given.out / "seconds.txt").write_text(f"{total}\n")
     return total
 
 

@@ -11,7 +11,6 @@ them.  With --report no run is made: the report is of those that are finished.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -32,7 +31,7 @@ from findings import (  # noqa: E402
     mean_entropy,
     paired_tables,
 )
-from side_by_side import run_side_by_side  # noqa: E402
+from side_by_side import add_arguments, run_side_by_side  # noqa: E402
 
 from megatron_gpc.config.file import load  # noqa: E402
 from megatron_gpc.errors import RunStopped, UserError  # noqa: E402
@@ -70,12 +69,9 @@ PANELS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="make no run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_arguments(parser, range(10, 20), OUT)
     given = parser.parse_args()
 
     runs = {

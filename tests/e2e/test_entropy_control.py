@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -56,6 +57,37 @@ def test_the_record_of_static_clipping_is_of_the_main_jobs_settings(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(steps)
     (tmp_path / "config.yaml").write_text(dump(load(EXAMPLE / "config.yaml")))
     assert against(load_run(tmp_path)).startswith("against static (")
+
+
+SCRIPTS = (
+    *("entropy_control/compare.py", "entropy_control/tracking.py", "entropy_study/study.py"),
+    *("exploration/compare.py", "arithmetic/compare.py"),
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_comparisons_refuse_what_would_hang_or_end_in_the_middle(
+    script, capsys, monkeypatch, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    main = parts.find("model.build", f"{ROOT}/examples/{script}:main", {})
+    for arguments, words in (
+        (["--jobs", "0"], "a number of 1 or more is needed"),
+        (["--out", str(tmp_path / "file")], "is a file; name a folder"),
+        (["--seeds", "many"], "invalid int value: 'many'"),
+    ):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_seed_that_is_named_twice_counts_once(tmp_path):
+    script = str(EXAMPLE / "compare.py")
+    add = parts.find("model.build", f"{script}:add_arguments", {})
+    parser = argparse.ArgumentParser()
+    add(parser, (0,), tmp_path)
+    assert parser.parse_args(["--seeds", "2", "1", "2"]).seeds == [2, 1]
 
 
 def test_the_report_of_tracking_says_how_far_entropy_was_from_its_curve(
