@@ -14,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.intervals import Interval, interval
 from megatron_gpc.metrics.panels import GROUP_COLOURS, STYLE, save_figure
 from megatron_gpc.metrics.pass_at_k import powers_of_two
@@ -29,9 +30,13 @@ STATIC = "static"
 
 
 def finished_runs(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[Seed]:
-    """The runs OUT/ARM-SEED that have all their steps, by seed."""
+    """The runs OUT/ARM-SEED that have all their steps, by seed; at least one.
+
+    Raises:
+        UserError: there is none.
+    """
     found = [{arm: out / f"{arm}-{seed}" for arm in arms} for seed in seeds]
-    return [
+    finished = [
         {
             arm: run
             for arm, folder in of_seed.items()
@@ -40,6 +45,9 @@ def finished_runs(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[
         }
         for of_seed in found
     ]
+    if not any(finished):
+        raise UserError(f"{out}: no run is finished yet")
+    return [of_seed for of_seed in finished if of_seed]
 
 
 # --- numbers of one run -----------------------------------------------------------------------

@@ -64,10 +64,7 @@ def main() -> int:
         for task in () if given.report else given.tasks:
             make_runs(task, given)
         arms = [f"{task}-{curve}" for task, curve in product(given.tasks, given.curves)]
-        seeds = [s for s in finished_runs(given.out, arms, given.seeds) if s]
-        if not seeds:
-            raise UserError(f"{given.out}: no run is finished yet")
-        text = report(seeds, given.out)
+        text = report(finished_runs(given.out, arms, given.seeds), given.out)
         (given.out / "report.md").write_text(text)
     except (UserError, RunStopped) as error:
         print(error, file=sys.stderr)

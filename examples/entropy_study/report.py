@@ -89,10 +89,8 @@ def write_report(seeds: Sequence[Seed], out: Path, command: str, seconds: float)
         seconds: that it took.
 
     Raises:
-        UserError: there are no runs, or a file cannot be written.
+        UserError: a file cannot be written.
     """
-    if not any(seeds):
-        raise UserError(f"{out}: no run is finished yet")
     verdicts = judge(seeds)
     sections = [
         "# Which tokens move entropy: the paper's claims where most of the advantage is noise",

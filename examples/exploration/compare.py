@@ -82,10 +82,7 @@ def main() -> int:
         if not given.report:
             make_model(load(CONFIG, given.overrides))  # once, not by every run
             run_side_by_side(CONFIG, given.out, runs, given.jobs)
-        seeds = [s for s in finished_runs(given.out, given.arms, given.seeds) if s]
-        if not seeds:
-            raise UserError(f"{given.out}: no run is finished yet")
-        text = report(seeds, given.out)
+        text = report(finished_runs(given.out, given.arms, given.seeds), given.out)
         (given.out / "report.md").write_text(text)
     except (UserError, RunStopped) as error:
         print(error, file=sys.stderr)
