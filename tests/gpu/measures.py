@@ -6,9 +6,11 @@ and 0 without a GPU.
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -156,8 +158,11 @@ def head() -> dict[str, Any]:
     are made again; and what a pass over logits makes of the memory's bandwidth."""
     found: dict[str, Any] = {}
     for count in (2048, 8192) if CUDA else (64,):
-        for name, work in _heads(count).items():
+        ways = _heads(count)
+        for name, work in ways.items():
             found[f"T={count} {name}"] = or_memory(work)
+    if CUDA:
+        found |= {f"T={count} {name}, profile": _profile(ways[name]) for name in ("fused", "kept")}
     return found | _passes()
 
 
@@ -345,8 +350,15 @@ def steps() -> dict[str, Any]:
         real = {name: (_dense(shape), []) for name, shape in SHAPES.items()}
         real |= {f"128 experts, {way}": (_experts(MIXTURE, 128, 768), [way]) for way in ways}
     for name, (hf, overrides) in {**small, **real}.items():
-        with TemporaryDirectory() as folder, _policy(Path(folder), hf, overrides) as made:
-            found[name] = _step(*made, hf, real=name in real)
+        try:
+            with TemporaryDirectory() as folder, _policy(Path(folder), hf, overrides) as made:
+                found[name] = _step(*made, hf, real=name in real)
+        except Exception as error:  # the others are still worth knowing
+            traceback.print_exc()
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+        if CUDA:
+            gc.collect()
+            torch.cuda.empty_cache()
     return found
 
 
@@ -454,12 +466,12 @@ def _rollout(count: int, lengths: tuple[int, int]) -> Any:
     return pack(samples, torch.tensor([1.0, -1.0] * (count // 2)))
 
 
-def _profile(step: Callable[[], Any]) -> dict[str, Any]:
+def _profile(work: Callable[[], Any]) -> dict[str, Any]:
     """The kernels that take longest, and how often the host waits for the GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        step()
+        work()
     events = profiled.key_averages()
     longest = sorted(events, key=lambda event: -event.self_device_time_total)[:15]
     return {
