@@ -196,11 +196,15 @@ class Rank(Child):
 
     def said(self) -> tuple[str, str]:
         """(error, traceback) as `record` wrote them, or else the end of the log for both."""
+        return self.recorded() or (self.last_words(), self.last_words())
+
+    def recorded(self) -> tuple[str, str] | None:
+        """What `record` wrote; None if there is none, or half of it, as on a disk that is full."""
         try:
             message = read_json(self.error)["message"]
             return message["message"], message["extraInfo"]["py_callstack"]
-        except (OSError, UserError, LookupError, TypeError):  # it was killed before, or meanwhile
-            return self.last_words(), self.last_words()
+        except (OSError, UserError, LookupError, TypeError):
+            return None
 
     def innocence(self) -> tuple[int, float]:
         """Orders ranks that failed, the likeliest cause first; among equals by time.
@@ -213,7 +217,8 @@ class Rank(Child):
         if self.was_killed() or self.is_silent() or self.left_early():
             return 0, self.failed_at
         lost_a_peer = any(words in error for words in _LOST_A_PEER)
-        return 2 if lost_a_peer or not error else 1, self.failed_at
+        on_terminal = self.log is None and not self.recorded()  # nothing others say explains more
+        return 2 if lost_a_peer or not error else 1, 0.0 if on_terminal else self.failed_at
 
     def was_killed(self) -> bool:
         """Whether a signal ended it, but for SIGABRT, which also ends ranks that lost a peer."""
@@ -223,7 +228,7 @@ class Rank(Child):
     def has_the_last_word(self) -> bool:
         """Whether it ended by a user's error that it could not write down, the disk being full, but
         has said."""
-        return self.process.returncode == 2 and not self.error.exists()
+        return self.process.returncode == 2 and not self.recorded()
 
     def exit_code(self) -> int:
         """Its exit code: 2 for a user's error, 1 if a signal ended it."""
@@ -360,6 +365,6 @@ def _report(first: Rank, ranks: Sequence[Rank]) -> None:
             say(f"what rank {first.number} said, the end of {first.log}:")
             print(traceback, file=sys.stderr)
         lines = error.strip().splitlines() or [""]
-        reason = lines[0 if first.error.exists() else -1]  # a log ends with what happened last
+        reason = lines[0 if first.recorded() else -1]  # a log ends with what happened last
         words = reason or ("it had said nothing" if first.log else "what it said stands above")
         say(f"rank {first.number} failed first{how}: {words}")

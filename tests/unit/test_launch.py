@@ -93,6 +93,33 @@ def test_a_rank_whose_turn_it_is_not_may_finish_its_stacks(tmp_path, monkeypatch
     assert (tmp_path / "rank_1.stacks").read_text().endswith("the rest")
 
 
+FULL = """
+import os, sys, time
+half, code = sys.argv[1], int(sys.argv[2])
+main = os.environ["RANK"] == "0"
+if main:
+    time.sleep(0.3)  # the other has failed before
+    print("megatron-gpc: no space", file=sys.stderr)
+if half != "nothing":
+    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+        file.write(half)
+os._exit(code)
+"""
+
+
+@pytest.mark.parametrize("half", ["nothing", "", '{"message": {"mess'])
+@pytest.mark.parametrize("code", [1, 2])
+def test_the_main_rank_has_the_last_word_where_the_disk_has_no_room_for_an_error(
+    tmp_path, monkeypatch, capfd, half, code
+):
+    (tmp_path / "rank_without_room.py").write_text(FULL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = [half, str(code)]
+    assert run_ranks(words, Share.alone(2), tmp_path / "logs", "rank_without_room") == code
+    others = [] if code == 2 else ["megatron-gpc: rank 0 failed first: what it said stands above"]
+    assert capfd.readouterr().err.splitlines() == ["megatron-gpc: no space", *others]
+
+
 SLEEPS = """
 import pathlib, sys, time
 from megatron_gpc.run.launch import outcome
