@@ -115,7 +115,8 @@ class Campaign:
         steps = self.undisturbed.steps_asked
         with fault.around(folder) as further:
             command = arguments(self.task, folder / "run", steps)
-            run = Run([*command, *fault.overrides, *further], folder / "run", fault.environment)
+            command = [*command, *fault.overrides, *further]
+            run = Run(command, folder / "run", folder.with_suffix(".log"), fault.environment)
             try:
                 while most > 0 and (outcome := self._one_fault(fault, run)):
                     most -= 1
@@ -197,7 +198,7 @@ def commit() -> str:
 
 def undisturbed(task: Path, folder: Path, steps: int) -> Run:
     """A finished run that nothing happened to."""
-    run = Run(arguments(task, folder, steps), folder)
+    run = Run(arguments(task, folder, steps), folder, folder.with_suffix(".log"))
     try:
         run.to_the_end()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,15 @@ from pathlib import Path
 from random import Random
 
 from chaos.campaign import Fault, Outcome
-from chaos.run import Run
-from megatron_gpc.mcore.checkpoint.folder import checkpoints, damaged, final_name
+from chaos.run import KEPT, Run
+from megatron_gpc.mcore.checkpoint.folder import checkpoints, damaged, final_name, part_name
 
-DISK_BYTES = 64 * 2**20
-MOST_FREE_BYTES = 400_000
-"""Of a disk that is full: a checkpoint has no room [bytes]."""
+DISK_BYTES = 32 * 2**20
+"""A run has 4 MB, and 8 more whenever it hands over weights for the first time."""
+CHECKPOINT_BYTES = 400_000
+"""Of less free space no checkpoint can be made [bytes] ..."""
+WEIGHTS_BYTES = 130_000
+"""... and of less than this no file for a hand-over [bytes]."""
 
 
 class _Disk(Fault):
@@ -44,23 +48,45 @@ class _Disk(Fault):
 
 
 class FullDisk(_Disk):
-    """At any time, in the middle of a checkpoint, or when weights are handed over at the end."""
+    """At any time, in the middle of a checkpoint, or before weights are handed over at the end.
+
+    The main rank is stopped until the disk is full, lest it be past that moment.
+
+    Args:
+        asynchronous: whether checkpoints are written in the background.
+    """
+
+    def __init__(self, asynchronous: bool):
+        self.overrides = (f"checkpoint.asynchronous={str(asynchronous).lower()}",)
+        self._asynchronous = asynchronous
 
     def hit(self, run: Run, draw: Random) -> Outcome | None:
-        when, comes = draw.choice(
+        when, comes, most_free = draw.choice(
             [
-                ("at any time", lambda: True),
-                ("while a checkpoint is written", lambda: _parts(run.folder)),
-                ("at the last hand-over", lambda: _last_checkpoint(run).exists()),
+                ("at any time", lambda: True, CHECKPOINT_BYTES),
+                ("while a checkpoint is written", lambda: _parts(run.folder), CHECKPOINT_BYTES),
+                ("before the last hand-over", lambda: self._hands_over(run), WEIGHTS_BYTES),
             ]
         )
         if not run.wait_for(lambda: bool(comes())):
             return None
         began = time.monotonic()
-        with full_disk(run.folder, draw.randrange(MOST_FREE_BYTES)):
+        if not run.signal(lambda: run.rank(0), signal.SIGSTOP):
+            return None
+        with full_disk(run.folder, draw.randrange(most_free)):
+            run.signal(lambda: run.rank(0), signal.SIGCONT)
             if not self._ends(run, "No space left on device"):
                 return None
-        return Outcome(f"disk full {when}", True, time.monotonic() - began)
+        took = time.monotonic() - began
+        return Outcome(f"disk full {when}, for {_named(run)}", True, took)
+
+    def _hands_over(self, run: Run) -> bool:
+        """Whether the last hand-over is next.  It comes while the last checkpoint is written, or
+        once that is done and an older one, and so its space, was given back."""
+        last = final_name(run.folder, run.steps_asked)
+        if self._asynchronous:
+            return part_name(last).exists()
+        return last.exists() and not _parts(run.folder) and len(checkpoints(run.folder)) == KEPT
 
 
 class NoWriting(_Disk):
@@ -114,9 +140,10 @@ class FlippedByte(_Disk):
         return Outcome("flipped byte", True, took)
 
 
-def _last_checkpoint(run: Run) -> Path:
-    """After it weights are handed over once more, for the last evaluation."""
-    return final_name(run.folder, run.steps_asked)
+def _named(run: Run) -> str:
+    """What the last words say could not be written: sync, checkpoints, metrics.jsonl..."""
+    said = re.search(rf"{re.escape(str(run.folder))}/([\w.]+)", run.last_words())
+    return said[1] if said else "something"
 
 
 def _parts(run_dir: Path) -> list[Path]:

@@ -18,7 +18,10 @@ KINDS: dict[str, Callable[[Path], Sequence[Fault]]] = {
     "engine": lambda _: [KillEngine(sync) for sync in ("disk", "tensor", "distributed")],
     "stop": lambda _: [StopForAWhile(), StopRankTooLong(), StopEngineTooLong()],
     "network": lambda task: [CutForAWhile(task), CutTooLong(task)],
-    "disk": lambda _: [FullDisk(), NoWriting(), FolderIsGone(), FlippedByte()],
+    "disk": lambda _: [
+        *(FullDisk(asynchronous=False), FullDisk(asynchronous=True)),
+        *(NoWriting(), FolderIsGone(), FlippedByte()),
+    ],
     "clock": lambda _: [JumpClock()],
 }
 """kind -> the faults, which are given `make_task`'s folder."""

@@ -17,6 +17,8 @@ from megatron_gpc.run.child import die_with_parent
 
 RANKS = 2
 PROMPTS_PER_STEP = 4
+KEPT = 3
+"""Checkpoints."""
 BEGIN_TIMEOUT_S = 120.0
 """How long a start may take until its first step, and a step until the next [s]."""
 END_TIMEOUT_S = 90.0
@@ -52,7 +54,7 @@ def arguments(task: Path, run_dir: Path, steps: int) -> list[str]:
         *("parallel.tp=1", "parallel.pp=1", f"parallel.dp={RANKS}", f"train.steps={steps}"),
         *("train.mini_batches=2", "train.epochs=1", "train.micro_batch_size=16"),
         *("clip.schedule=od", "optim.lr=1e-3", "log.sinks=jsonl"),
-        *("checkpoint.every=2", "checkpoint.keep=3"),
+        *("checkpoint.every=2", f"checkpoint.keep={KEPT}"),
     ]
 
 
@@ -61,16 +63,20 @@ class Run:
 
     Args:
         command: arguments of `megatron-gpc`.
-        folder: of the run; beside it FOLDER.log has all that was said.
+        folder: of the run.
+        log: for all that is said; on a disk that is never full.
         environment: variables beside this process's.
     """
 
     def __init__(
-        self, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        folder: Path,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
     ):
-        self.command, self.folder = command, folder
+        self.command, self.folder, self.log = command, folder, log
         self.environment = {**os.environ, **(environment or {})}
-        self.log = folder.with_name(folder.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
         self._said_before = 0
         self._metrics_before: int | None = None

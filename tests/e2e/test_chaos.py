@@ -27,8 +27,12 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rank", "launcher", "engine", "network"])
+@pytest.mark.parametrize("kind", ["rank", "launcher", "engine", "disk", "network"])
 def test_a_run_ends_as_the_undisturbed_one_whatever_happens_to_it(kind, alone, tmp_path):
+    if kind == "disk":
+        with small_disk(tmp_path / "tried") as mounted:
+            if not mounted:
+                pytest.skip("mounting a tmpfs is not allowed here")
     task, run = alone
     faults = KINDS[kind](task)
     said: list[str] = []
