@@ -14,12 +14,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.intervals import Interval, interval
 from megatron_gpc.metrics.panels import GROUP_COLOURS, STYLE, save_figure
 from megatron_gpc.metrics.pass_at_k import powers_of_two
 from megatron_gpc.metrics.plots import groups_figure
-from megatron_gpc.metrics.runs import Run, SeedGroup, load_run
+from megatron_gpc.metrics.runs import Run, SeedGroup
 
 Seed = Mapping[str, Run]
 """Arm -> run, of one seed."""
@@ -27,27 +26,6 @@ Number = Callable[[Run], float]
 """What a run is asked for."""
 STATIC = "static"
 """The arm that others are compared with."""
-
-
-def finished_runs(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[Seed]:
-    """The runs OUT/ARM-SEED that have all their steps, by seed; at least one.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = [{arm: out / f"{arm}-{seed}" for arm in arms} for seed in seeds]
-    finished = [
-        {
-            arm: run
-            for arm, folder in of_seed.items()
-            if (folder / "metrics.jsonl").is_file()
-            and (run := load_run(folder)).steps in run.series("reward").steps
-        }
-        for of_seed in found
-    ]
-    if not any(finished):
-        raise UserError(f"{out}: no run is finished yet")
-    return [of_seed for of_seed in finished if of_seed]
 
 
 # --- numbers of one run -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ import errno
 import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_gpc import __version__
@@ -43,15 +43,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point.
+    """Entry point; returns what `exit_code` does."""
+    return exit_code(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Do a command's work, or a script's.
 
     Returns:
         0; 1 if a run ended itself, 2 if the user's input cannot be used (both said in one line, no
         traceback); 75 if a run was asked to end and saved; 130 if Ctrl-C ended it; otherwise the
         exit code of the part that failed.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        return work()
     except UserError as error:
         print(f"megatron-gpc: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -69,8 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     for word in words:
         if "\0" in word:  # a program's, never a shell's
             raise UserError(f"{word!r} cannot be a path: it has a NUL in it")

@@ -1,7 +1,7 @@
 """Static clipping against ID on the same start, over seeds, in one picture: `make compare`.
 
     python examples/arithmetic/compare.py [--start start-peaked] [--seeds 0 1 2]
-        [--schedules static id] [key=value ...]
+        [--arms static id] [--report] [--jobs 2] [--out FOLDER] [key=value ...]
 
 The start is the peaked one of build.py unless --start says `start`, the main job's: from there the
 policy has so much to learn that entropy falls whatever the thresholds are (README).
@@ -15,37 +15,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from itertools import product
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
-from side_by_side import add_arguments, compare  # noqa: E402
+from comparison import Arm, comparison_parser, drawn, run_comparison  # noqa: E402
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+OUT = HERE.parents[1] / "runs" / "arithmetic-compare"
+ARMS = ("static", "hi", "lo", "id", "did", "od")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = comparison_parser(__doc__, range(3), OUT)
     parser.add_argument("--start", choices=["start", "start-peaked"], default="start-peaked")
-    parser.add_argument("--schedules", nargs="+", default=["static", "id"])
-    add_arguments(parser, range(3), ROOT / "runs" / "arithmetic-compare")
-    arguments = parser.parse_args()
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=("static", "id"))
+    return run_comparison(parser, arms_of, drawn)
 
-    start_dir = HERE / arguments.start
-    overrides = [
-        f"model.hf={start_dir}",
-        f"model.build={HERE / ('build_peaked.py' if 'peaked' in arguments.start else 'build.py')}",
-        f"data.prompts={start_dir}/train.jsonl",
-        f"eval.prompts={start_dir}/heldout.jsonl",
+
+def arms_of(given: argparse.Namespace) -> dict[str, Arm]:
+    start = HERE / given.start
+    common = (
+        f"model.hf={start}",
+        f"model.build={HERE / ('build_peaked.py' if 'peaked' in given.start else 'build.py')}",
+        f"data.prompts={start}/train.jsonl",
+        f"eval.prompts={start}/heldout.jsonl",
         *("parallel.tp=1", "parallel.pp=1"),
-        *arguments.overrides,
-    ]
-    runs = {
-        f"{schedule}-{seed}": [*overrides, f"clip.schedule={schedule}", f"seed={seed}"]
-        for seed, schedule in product(arguments.seeds, arguments.schedules)
-    }
-    return compare(HERE / "config.yaml", arguments.out, runs, arguments.jobs)
+    )
+    return {arm: Arm(HERE / "config.yaml", common, [f"clip.schedule={arm}"]) for arm in given.arms}
 
 
 if __name__ == "__main__":

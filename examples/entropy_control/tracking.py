@@ -20,14 +20,12 @@ import numpy as np
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("", "entropy_study")]
 from arms import PARTS  # noqa: E402
-from findings import Seed, draw_over_steps, finished_runs, in_all, markdown_table, over  # noqa: E402
-from side_by_side import add_arguments, run_side_by_side  # noqa: E402
+from comparison import Arm, comparison_parser, run_comparison, written  # noqa: E402
+from findings import Seed, draw_over_steps, in_all, markdown_table, over  # noqa: E402
 
-from megatron_gpc.config.file import load  # noqa: E402
-from megatron_gpc.errors import RunStopped, UserError  # noqa: E402
+from megatron_gpc.metrics.intervals import interval  # noqa: E402
 from megatron_gpc.metrics.runs import Run  # noqa: E402
-from megatron_gpc.metrics.tables import target_distance  # noqa: E402
-from megatron_gpc.run.folder import make_model  # noqa: E402
+from megatron_gpc.metrics.tables import off_target, target_distance  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[1]
 OUT = EXAMPLES.parent / "runs" / "tracking"
@@ -53,58 +51,46 @@ CURVES = {
 ARMS = {f"{task}-{curve}": (task, curve) for task, curve in product(TASKS, CURVES)}
 
 
+NEEDED = ("entropy", "entropy_target", "clip_lambda")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = comparison_parser(__doc__, range(20, 25), OUT)
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--curves", choices=CURVES, nargs="+", default=list(CURVES))
-    parser.add_argument("--report", action="store_true", help="make no run")
-    add_arguments(parser, range(20, 25), OUT)
-    given = parser.parse_args()
-    try:
-        for task in () if given.report else given.tasks:
-            make_runs(task, given)
-        arms = [f"{task}-{curve}" for task, curve in product(given.tasks, given.curves)]
-        text = report(finished_runs(given.out, arms, given.seeds), given.out)
-        (given.out / "report.md").write_text(text)
-    except (UserError, RunStopped) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    print(text)
-    return 0
+    return run_comparison(parser, arms_of, written(report), NEEDED)
 
 
-def make_runs(task: str, given: argparse.Namespace) -> None:
-    config, common = TASKS[task]
-    make_model(load(config, [*common, *given.overrides]))  # once, not by every run
-    common = (*common, "plots=false", "eval.prompts=null", "clip.schedule=target")
-    runs = {
-        f"{task}-{curve}-{seed}": [
-            *(*common, f"clip.target={CURVES[curve]}", f"seed={seed}", *given.overrides)
-        ]
-        for seed, curve in product(given.seeds, given.curves)
-    }
-    run_side_by_side(config, given.out, runs, given.jobs)
+def arms_of(given: argparse.Namespace) -> dict[str, Arm]:
+    arms = {}
+    for task, curve in product(given.tasks, given.curves):
+        file, common = TASKS[task]
+        common = (*common, "plots=false", "eval.prompts=null")
+        own = ("clip.schedule=target", f"clip.target={CURVES[curve]}")
+        arms[f"{task}-{curve}"] = Arm(file, common, own)
+    return arms
+
+
+def span(run: Run) -> float:
+    """Of the curve [nats]; nan of one that is level, of which no distance is a share."""
+    return float(np.ptp(run.series("entropy_target").known().values)) or np.nan
 
 
 def percent_of_range(run: Run, limit: float = np.inf) -> float:
     """Root of the mean square of entropy's distance from the curve, in percent of what the curve
     spans; `limit` as of `target_distance`."""
-    return 100 * target_distance(run, limit) / np.ptp(run.series("entropy_target").known().values)
+    return 100 * target_distance(run, limit) / span(run)
 
 
 def percent_of_mean(runs: Sequence[Run]) -> float:
     """As `percent_of_range` with room, but of entropy averaged over the runs: less of the noise."""
-    apart = [
-        np.where(
-            np.abs(run.series("clip_lambda").values) < 1,
-            (run.series("entropy").values - target) / np.ptp(target),
-            np.nan,
-        )
-        for run in runs
-        for target in [run.series("entropy_target").values]
-    ]
-    known = [column[~np.isnan(column)] for column in map(np.array, zip(*apart, strict=False))]
-    return 100 * float(np.sqrt(np.mean([column.mean() ** 2 for column in known if len(column)])))
+    apart: dict[int, list[float]] = {}
+    for run in runs:
+        off = off_target(run, limit=1.0)
+        for step, value in zip(off.steps.tolist(), off.values / span(run), strict=True):
+            apart.setdefault(step, []).append(value)
+    squares = [np.mean(values) ** 2 for values in apart.values()]
+    return 100 * float(np.sqrt(np.mean(squares))) if squares else np.nan
 
 
 def with_room(run: Run) -> float:
@@ -116,15 +102,14 @@ def report(seeds: Sequence[Seed], out: Path) -> str:
     """Markdown, and its pictures in `out`."""
     there = in_all(seeds, list(ARMS))
     numbers = (
-        lambda run: np.ptp(run.series("entropy_target").known().values),
-        *(target_distance, percent_of_range),
+        *(span, target_distance, percent_of_range),
         *(lambda run: percent_of_range(run, limit=1.0), with_room),
     )
     runs = {arm: [seed[arm] for seed in seeds if arm in seed] for arm in there}
     rows = [
         (
             *(*ARMS[arm], len(runs[arm]), *(over(seeds, arm, n) for n in numbers)),
-            f"{percent_of_mean(runs[arm]):.3f}",
+            interval([percent_of_mean(runs[arm])]),
         )
         for arm in there
     ]

@@ -6,20 +6,18 @@ Every sentence that says what was found is put together from the numbers.
 from __future__ import annotations
 
 import base64
-import os
-import platform
+import math
 import re
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import markdown
 import matplotlib as mpl
-import torch
 from arms import (
     COIN_SETTINGS,
     COINS,
     NOISE,
+    PARTS,
     REGIONS,
     SCHEDULES,
     THRESHOLDS,
@@ -29,6 +27,7 @@ from arms import (
 )
 from claims import (
     END,
+    FRESH_SEEDS,
     MIDDLE,
     START,
     Verdict,
@@ -53,17 +52,17 @@ from findings import (
 )
 from matplotlib.figure import Figure
 
-from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.intervals import Interval
 from megatron_gpc.metrics.panels import STYLE, save_figure
 from megatron_gpc.metrics.region_panels import PREDICTIONS, scatter_predictions
+from megatron_gpc.run.files import write_output
 
 ENTROPY = {"entropy": "entropy [nats a token]", "reward": "reward"}
 CLIPPED = {
     "clip_fraction_low": "tokens clipped at the lower bound",
     "clip_fraction_high": "tokens clipped at the upper bound",
 }
-PARTS = (  # file, title, arms, panels
+FIGURES = (  # file, title, arms, panels
     ("a_regions", "(a) One region at a time", REGIONS, ENTROPY),
     ("b_thresholds", "(b) Hi(p) and Lo(p) alone", THRESHOLDS, ENTROPY | CLIPPED),
     ("c_schedules", "(c) Schedules", SCHEDULES, ENTROPY | CLIPPED),
@@ -80,13 +79,12 @@ td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left}
 img{max-width:100%}code{background:#f4f4f4;padding:.1rem .2rem}"""
 
 
-def write_report(seeds: Sequence[Seed], out: Path, command: str, seconds: float) -> Path:
+def write_report(seeds: Sequence[Seed], out: Path, command: str) -> Path:
     """Write OUT/report.md with its pictures and OUT/report.html; returns the latter.
 
     Args:
         seeds: the runs of each seed that are there.
         command: what made them.
-        seconds: that it took.
 
     Raises:
         UserError: a file cannot be written.
@@ -98,20 +96,16 @@ def write_report(seeds: Sequence[Seed], out: Path, command: str, seconds: float)
         _verdict_table("What does not reproduce", [v for v in verdicts if _failed(v)]),
         _verdict_table("What reproduces", [v for v in verdicts if v.holds]),
         _unmeasured(verdicts),
-        _setting(seeds, command, seconds),
-        *(_part(seeds, out, *part) for part in PARTS),
+        _setting(seeds, command),
+        *(_part(seeds, out, *figure) for figure in FIGURES),
         _predictions(seeds, out),
         _noise(seeds, out),
         _coins(seeds),
         _outcomes(seeds),
     ]
     text = "\n\n".join(section for section in sections if section) + "\n"
-    try:
-        (out / "report.md").write_text(text)
-        (out / "report.html").write_text(_html(text, out))
-    except OSError as error:
-        raise UserError(f"{out}: the report cannot be written: {error.strerror}") from None
-    return out / "report.html"
+    write_output(out / "report.md", text)
+    return write_output(out / "report.html", _html(text, out))
 
 
 def _html(text: str, out: Path) -> str:
@@ -176,36 +170,47 @@ def _unmeasured(verdicts: Sequence[Verdict]) -> str:
     return "## Not measured yet\n\n" + "\n".join(f"- {text}" for text in missing)
 
 
-def _setting(seeds: Sequence[Seed], command: str, seconds: float) -> str:
+def _setting(seeds: Sequence[Seed], command: str) -> str:
+    """What the runs say of themselves."""
     runs = [run for seed in seeds for run in seed.values()]
-    keys = ("rollout.prompts_per_step", "rollout.group_size", "train.mini_batches", "train.epochs")
-    prompts, group, mini_batches, epochs = (runs[0].config[key] for key in keys)
+    tasks = dict.fromkeys(
+        f"examples/{part.config.parent.name}"
+        for part in PARTS.values()
+        if in_all(seeds, list(part.arms))
+    )
+
+    def every(*keys: str) -> str:
+        """A number of the runs, the product of these keys: `16`, or `8 to 16` if they differ."""
+        found = [math.prod(run.config[key] for key in keys) for run in runs]
+        low, high = min(found), max(found)
+        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
     numbers = sorted({run.seed for run in runs})
+    chosen = "the task, its settings and the claims' windows"
+    seen = [str(seed) for seed in numbers if seed not in FRESH_SEEDS]
     return "\n".join(
         [
             "## Setting",
             "",
             f"    {command}",
             "",
-            f"{len(runs)} runs, seeds {', '.join(map(str, numbers))}, "
-            f"{timedelta(seconds=round(seconds))} on {_machine()}. The task is that of "
-            f"examples/entropy_control: {prompts} prompts x {group} samples a step, "
-            f"{mini_batches * epochs} updates a rollout, Adam {runs[0].config['optim.lr']:g}, runs "
-            "of 60 steps (one region at a time: 10); one warm-up for all; TP 1, PP 1. No seed was "
-            "used for choosing the task, its settings or the claims' windows.",
+            f"{len(runs)} runs of {' and '.join(tasks)}, seeds {', '.join(map(str, numbers))}: "
+            f"{every('train.steps')} steps, {every('rollout.prompts_per_step')} prompts x "
+            f"{every('rollout.group_size')} samples a step, "
+            f"{every('train.mini_batches', 'train.epochs')} updates a rollout, Adam "
+            f"{every('optim.lr')}, TP {every('parallel.tp')}, PP {every('parallel.pp')}. "
+            + (
+                f"Seeds {', '.join(seen)} may have been in use when {chosen} were chosen."
+                if seen
+                else f"No seed was used for choosing {chosen}."
+            ),
             "",
             "Numbers are means over seeds ± half a 95 % interval (Student's t); differences are "
-            "taken seed by seed. In pictures bands are one standard deviation, thin lines single "
-            "runs. Entropy is exact, in nats, over all response tokens of a step's samples.",
+            "taken seed by seed. Windows are shares of a run. In pictures bands are one standard "
+            "deviation, thin lines single runs. Entropy is exact, in nats, over all response "
+            "tokens of a step's samples.",
         ]
     )
-
-
-def _machine() -> str:
-    file = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
-    name = names[0] if names else platform.machine()
-    return f"{os.cpu_count()} cores ({name}), torch {torch.__version__}"
 
 
 # --- parts ------------------------------------------------------------------------------------
@@ -324,8 +329,8 @@ def _coins(seeds: Sequence[Seed]) -> str:
     return (
         title + "The main task with a coin for a reward: nothing can be learned, and what entropy "
         "does is the clip's own doing (arXiv 2509.26114: a lower bound raises entropy, an upper "
-        "one lowers it). Slope of entropy over 12 steps, in thousandths of a nat a token for each "
-        "update; last column: static's, in nats for each update and unit of learning rate.\n\n"
+        "one lowers it). Slope of entropy over a run's steps, in thousandths of a nat a token for "
+        "each update; last column: static's, in nats for each update and unit of learning rate.\n\n"
         + markdown_table(
             ["updates a rollout", "Adam", *COINS.values(), "static / learning rate"], rows
         )
@@ -354,7 +359,7 @@ def _outcomes(seeds: Sequence[Seed]) -> str:
     return (
         "## (g) Reward\n\n"
         "Half of it is luck whatever the policy does, so nothing can be learned from it about what "
-        "entropy is worth: examples/exploration asks that. After the last step, on ten held-out "
+        "entropy is worth: examples/exploration asks that. After the last step, on held-out "
         f"prompts with {first.config['eval.samples']} samples each:\n\n"
         + paired_tables(seeds, TITLES, arms, held_out_numbers(first.config["eval.samples"]))
     )

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # for what examples share
+from comparison import Arm, comparison_parser, run_comparison, written  # noqa: E402
 from findings import (  # noqa: E402
     STATIC,
     Number,
@@ -25,17 +25,11 @@ from findings import (  # noqa: E402
     difference,
     draw_over_steps,
     draw_pass_at_k,
-    finished_runs,
     held_out_numbers,
     in_all,
     mean_entropy,
     paired_tables,
 )
-from side_by_side import add_arguments, run_side_by_side  # noqa: E402
-
-from megatron_gpc.config.file import load  # noqa: E402
-from megatron_gpc.errors import RunStopped, UserError  # noqa: E402
-from megatron_gpc.run.folder import make_model  # noqa: E402
 
 CONFIG = Path(__file__).with_name("config.yaml")
 OUT = Path(__file__).parents[2] / "runs" / "exploration-compare"
@@ -68,27 +62,13 @@ PANELS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = comparison_parser(__doc__, range(10, 20), OUT)
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--report", action="store_true", help="make no run")
-    add_arguments(parser, range(10, 20), OUT)
-    given = parser.parse_args()
+    return run_comparison(parser, arms_of, written(report))
 
-    runs = {
-        f"{arm}-{seed}": ["plots=false", *ARMS[arm], f"seed={seed}", *given.overrides]
-        for seed, arm in product(given.seeds, given.arms)
-    }
-    try:
-        if not given.report:
-            make_model(load(CONFIG, given.overrides))  # once, not by every run
-            run_side_by_side(CONFIG, given.out, runs, given.jobs)
-        text = report(finished_runs(given.out, given.arms, given.seeds), given.out)
-        (given.out / "report.md").write_text(text)
-    except (UserError, RunStopped) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    print(text)
-    return 0
+
+def arms_of(given: argparse.Namespace) -> dict[str, Arm]:
+    return {arm: Arm(CONFIG, ["plots=false"], ARMS[arm]) for arm in given.arms}
 
 
 def report(seeds: Sequence[Seed], out: Path) -> str:

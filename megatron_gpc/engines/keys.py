@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.files import write_output
 
 MOST_BYTES = 4096
 WAY_OUT = "make one with: (umask 077 && head -c 24 /dev/urandom | base64 >FILE)"
@@ -90,9 +90,4 @@ def write_secret(file: Path, text: str) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(file, text, 0o600)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
-    return file
+    return write_output(file, text, 0o600)

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.runs import Run, group_runs, load_run
-from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.files import write_output
 
 BASELINE_KEY = "log.baseline"
 _NUMBERS: Mapping[str, Callable[[Run], float]] = {
@@ -57,11 +57,7 @@ def record(run_dirs: Sequence[Path], out: Path) -> Path:
             raise UserError(f"{run.folder}: has not made all its steps; no baseline")
     numbers = {name: [round(of(run), 5) for run in runs] for name, of in _NUMBERS.items()}
     found = Baseline(groups[0].label, _deciding(runs[0]), numbers)
-    try:
-        replace_text(out, json.dumps(asdict(found), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
-    return out
+    return write_output(out, json.dumps(asdict(found), indent=1) + "\n")
 
 
 def read_baseline(file: Path) -> Baseline:

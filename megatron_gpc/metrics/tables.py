@@ -25,7 +25,6 @@ from megatron_gpc.metrics.runs import (
     Series,
     group_runs,
     load_run,
-    paired,
 )
 from megatron_gpc.types import Sample
 
@@ -123,14 +122,24 @@ def target_distance(run: Run, limit: float = math.inf) -> float:
     """Of entropy from clip.target, root of the mean square [nats]; nan without one.
 
     Args:
-        limit: only over steps at which |lambda| was below.
+        limit: as of `off_target`.
     """
-    opened, target = run.series("clip_lambda"), run.series("entropy_target")
+    apart = off_target(run, limit).values
+    return float(np.sqrt(np.mean(apart**2))) if len(apart) else math.nan
+
+
+def off_target(run: Run, limit: float = math.inf) -> Series:
+    """How far entropy was above clip.target [nats].
+
+    Args:
+        limit: only of steps at which |lambda| was below.
+    """
+    opened = run.series("clip_lambda")
     at_limit = opened.steps[np.abs(opened.values) >= limit]
-    kept = ~np.isin(target.steps, at_limit)
-    wanted = Series(target.steps[kept], target.values[kept])
-    found, aims = paired(run.series("entropy"), wanted)
-    return float(np.sqrt(np.mean((found - aims) ** 2))) if len(found) else math.nan
+    entropy, target = run.series("entropy").known(), run.series("entropy_target").known()
+    steps, here, there = np.intersect1d(entropy.steps, target.steps, return_indices=True)
+    apart = Series(steps, entropy.values[here] - target.values[there])
+    return apart.where(~np.isin(steps, at_limit))
 
 
 _COMPARED: Mapping[str, Callable[[Run], float]] = {

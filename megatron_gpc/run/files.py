@@ -154,6 +154,20 @@ def replace_text(file: Path, text: str, mode: int = 0o666) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def write_output(file: Path, text: str, mode: int = 0o666) -> Path:
+    """`replace_text`, in a folder that is made if it is missing; returns the file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text, mode)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+    return file
+
+
 def disk_problem(error: OSError, folder: Path) -> str | None:
     """`/runs/a/lock: No space left on device` if that is what keeps a folder from being written;
     None if the error is about something else."""

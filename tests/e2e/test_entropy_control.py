@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -57,72 +56,6 @@ def test_the_record_of_static_clipping_is_of_the_main_jobs_settings(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(steps)
     (tmp_path / "config.yaml").write_text(dump(load(EXAMPLE / "config.yaml")))
     assert against(load_run(tmp_path)).startswith("against static (")
-
-
-SCRIPTS = (
-    *("entropy_control/compare.py", "entropy_control/tracking.py", "entropy_study/study.py"),
-    *("exploration/compare.py", "arithmetic/compare.py"),
-)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_comparisons_refuse_what_would_hang_or_end_in_the_middle(
-    script, capsys, monkeypatch, tmp_path
-):
-    (tmp_path / "file").write_text("")
-    main = parts.find("model.build", f"{ROOT}/examples/{script}:main", {})
-    for arguments, words in (
-        (["--jobs", "0"], "a number of 1 or more is needed"),
-        (["--out", str(tmp_path / "file")], "is a file; name a folder"),
-        (["--seeds", "many"], "invalid int value: 'many'"),
-    ):
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        with pytest.raises(SystemExit) as left:
-            main()
-        assert left.value.code == 2 and words in capsys.readouterr().err
-
-
-def test_a_seed_that_is_named_twice_counts_once(tmp_path):
-    script = str(EXAMPLE / "compare.py")
-    add = parts.find("model.build", f"{script}:add_arguments", {})
-    parser = argparse.ArgumentParser()
-    add(parser, (0,), tmp_path)
-    assert parser.parse_args(["--seeds", "2", "1", "2"]).seeds == [2, 1]
-
-
-def test_the_report_of_tracking_says_how_far_entropy_was_from_its_curve(
-    tmp_path, capsys, monkeypatch
-):
-    config = load(
-        EXAMPLE / "config.yaml",
-        ["clip.schedule=target", "clip.target=[[0,1.0],[1,0.5]]", "train.steps=4"],
-    )
-    for seed, apart in ((20, 0.01), (21, 0.03)):
-        folder = tmp_path / f"control-line-{seed}"
-        folder.mkdir()
-        (folder / "config.yaml").write_text(dump(config))
-        lines = [
-            {
-                "step": n,
-                "reward": 0.5,
-                "entropy_target": aim,
-                "entropy": aim + off,
-                "clip_lambda": at,
-            }
-            for n, aim, off, at in (
-                *((1, 1.0, apart, 0.5), (2, 0.8, -apart, -0.5)),
-                *((3, 0.6, 2 * apart, -1.0), (4, 0.5, 2 * apart, 1.0)),
-            )
-        ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    main = parts.find("model.build", f"{EXAMPLE}/tracking.py:main", {})
-    monkeypatch.setattr(sys, "argv", ["tracking.py", "--report", "--out", str(tmp_path)])
-    assert main() == 0
-    row = next(one for one in capsys.readouterr().out.splitlines() if "| control | line |" in one)
-    found = [float(cell.split("±")[0]) for cell in row.split("|")[3:-1]]
-    mean = 0.02 * 2.5**0.5  # root of (1 + 1 + 4 + 4) / 4
-    assert found == pytest.approx([2, 0.5, mean, 200 * mean, 4.0, 50.0, 4.0], abs=1e-3)
-    assert (tmp_path / "control.png").stat().st_size > 10_000
 
 
 @pytest.fixture

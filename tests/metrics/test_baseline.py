@@ -83,7 +83,7 @@ def test_a_baseline_is_of_finished_runs_of_one_experiment(write_run, tmp_path):
     with pytest.raises(UserError, match="has not made all its steps"):
         record([one, write_run("c", "static", 2, made=50)], tmp_path / "out.json")
     with pytest.raises(UserError, match="cannot be written"):
-        record([one], tmp_path / "no" / "out.json")
+        record([one], tmp_path / "a" / "metrics.jsonl" / "out.json")
 
 
 @pytest.mark.parametrize("change", [{"numbers": {}}, {"config": 1}, {"more": 1}, {"numbers": None}])

@@ -20,7 +20,7 @@ for folder in (EXAMPLES, EXAMPLES / "entropy_study"):
 
 from arms import COIN_SETTINGS, COINS, PARTS, TITLES, coin_arm  # noqa: E402
 from claims import CLAIMS, Claim, Verdict, drift, fit, judge, moved, switches  # noqa: E402
-from findings import difference, finished_runs, mean_entropy, over, paired_tables  # noqa: E402
+from findings import difference, mean_entropy, over, paired_tables  # noqa: E402
 
 
 def run_of(**series: list[float]) -> Run:
@@ -101,13 +101,6 @@ def test_coins_say_nothing_and_a_share_of_them_hides_the_rest():
     assert 850 < heads < 1150 and 1350 < mixed < 1650  # 6 standard deviations or more
 
 
-def test_unfinished_runs_are_left_out(write_run, tmp_path):
-    write_run("static-3", "static", steps=20)
-    write_run("hi-3", "hi", steps=20, made=10)
-    (found,) = finished_runs(tmp_path, ["static", "hi", "lo"], [3])
-    assert list(found) == ["static"]
-
-
 def test_the_report_is_made_of_the_runs_that_are_there(write_run, tmp_path):
     from report import write_report
 
@@ -118,8 +111,9 @@ def test_the_report_is_made_of_the_runs_that_are_there(write_run, tmp_path):
         }
         for seed in (10, 11)
     ]
-    text = write_report(seeds, tmp_path, "the command", 61.0).with_suffix(".md").read_text()
-    assert "6 runs, seeds 10, 11, 0:01:01" in text
+    text = write_report(seeds, tmp_path, "the command").with_suffix(".md").read_text()
+    assert "6 runs of examples/entropy_control, seeds 10, 11: 20 steps, 32 prompts x 8" in text
+    assert "8 updates a rollout" in text and "No seed was used for choosing the task" in text
     assert "- Lo(p) holds less entropy than static 0.2" in text.split("## Not measured yet")[1]
     assert "Not measured yet: `python examples/entropy_study/study.py --parts noise`." in text
     assert "| Hi(p) alone - static | 2 |" in text
