@@ -24,6 +24,7 @@ from typing import Any
 from megatron_gpc.algo.clipping import opened_bounds
 from megatron_gpc.config import ClipConfig
 from megatron_gpc.config.types import EntropyTarget
+from megatron_gpc.errors import UserError
 from megatron_gpc.types import Bounds
 
 
@@ -46,6 +47,21 @@ def target_at(target: EntropyTarget, done: float, first: float) -> float:
 
 def _nats(value: float | str, first: float) -> float:
     return first * float(value.removesuffix("%")) / 100 if isinstance(value, str) else value
+
+
+def check_target(clip: ClipConfig, vocab_size: int) -> None:
+    """Refuse a curve that no policy of so many tokens can follow.
+
+    Raises:
+        UserError: clip.target goes above ln V.
+    """
+    points = clip.target if isinstance(clip.target, tuple) else ((0.0, clip.target),)
+    highest = max((nats for _, nats in points if isinstance(nats, float)), default=0.0)
+    if clip.schedule == "target" and highest > math.log(vocab_size):
+        raise UserError(
+            f"clip.target: {highest:g} nats; a policy of {vocab_size} tokens has at most their "
+            f"logarithm, {math.log(vocab_size):.4g}"
+        )
 
 
 class TargetSchedule:

@@ -338,9 +338,10 @@ class ClipConfig:
     schedule_arguments: Arguments = dataclasses.field(default_factory=dict)
     """Passed to a schedule of your own by keyword."""
     target: EntropyTarget | None = None
-    """What clip.schedule=target steers entropy to (docs/entropy.md): nats a token (`0.9`), a
-    share of the first step's entropy (`80%`), or a curve through points [share of the run, either],
-    such as `[[0, 100%], [0.5, 115%], [1, 70%]]`: straight between them, level before and after."""
+    """What clip.schedule=target steers entropy to (docs/entropy.md): nats a token (`0.9`, at most
+    ln V), a share of the first step's entropy (`80%`, 0.1 to 1000), or a curve through points
+    [share of the run, either], such as `[[0, 100%], [0.5, 115%], [1, 70%]]`: straight between
+    them, level before and after."""
     target_gain: PositiveFloat = 20.0
     """How much lambda `target` gives for a relative error of 1: at 20, entropy that is 5 % off its
     target opens a threshold fully."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 import urllib.parse
 from typing import Literal
@@ -132,12 +133,19 @@ def _different(value: tuple[str, ...]) -> tuple[str, ...]:
 SinkName = typing.Annotated[str, Part("jsonl", "tensorboard", "wandb", "mlflow", "swanlab")]
 Sinks = typing.Annotated[tuple[SinkName, ...], AfterValidator(_different), _one_or_list]
 
-MOST_NATS = 20.0
-"""Above ln V of any vocabulary."""
+LEAST_NATS, MOST_NATS = 1e-4, 20.0
+"""Of a target entropy; the second is above ln V of any vocabulary."""
+LEAST_PERCENT, MOST_PERCENT = 0.1, 1000.0
+"""Of the first step's entropy, likewise."""
+_NUMBER = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?")
 
 
 def _number(value: object) -> float:
     """A number, or one as text (`5e-1` is text to YAML); nan if it is none."""
+    if isinstance(value, str) and not _NUMBER.fullmatch(
+        value
+    ):  # float() takes _ and others' digits
+        return math.nan
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return math.nan
     try:
@@ -150,17 +158,24 @@ def _entropy(value: object) -> float | str:
     """A number of nats, or a share of the first step's entropy as text, `80%`."""
     text = value.replace(" ", "") if isinstance(value, str) else ""
     percent = text.endswith("%")
-    amount = _number(text[:-1] if percent else value)
+    amount = _number(text.removesuffix("%") or value)
     if not 0 < amount < math.inf:
         raise ValueError(
             "expected an entropy above 0, in nats (0.9) or as a share of the first step's (80%)"
         )
+    if percent and not LEAST_PERCENT <= amount <= MOST_PERCENT:
+        raise ValueError(
+            f"{amount:g}% of the first step's entropy is out of all reach; give {LEAST_PERCENT:g}% "
+            f"to {MOST_PERCENT:g}%"
+        )
     if percent:
         return text
+    if amount < LEAST_NATS:
+        raise ValueError(f"{amount:g} nats are no entropy to steer to; give {LEAST_NATS:g} or more")
     if amount > MOST_NATS:
+        hint = f"; did you mean {amount:g}%, a share of the first step's entropy?"
         raise ValueError(
-            f"no vocabulary has {amount:g} nats; did you mean {amount:g}%, a share of the first "
-            "step's entropy?"
+            f"no vocabulary has {amount:g} nats" + (hint if amount <= MOST_PERCENT else "")
         )
     return amount
 

@@ -18,6 +18,7 @@ import torch
 
 from megatron_gpc.algo.losses import Objective
 from megatron_gpc.algo.schedules import check_schedule
+from megatron_gpc.algo.target import check_target
 from megatron_gpc.config import Config
 from megatron_gpc.config.layout import check_batch, check_layout, model_parallel_size
 from megatron_gpc.engines.starter import check_start
@@ -67,6 +68,8 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     Objective(config)  # calls it on a made-up example
     check_verifier(config.data)
     check_schedule(config.clip, config.train.steps)
+    if hf is not None:
+        check_target(config.clip, family_of(hf).model_fields(hf).vocab_size)
     check_sinks(config.log)
     if config.log.baseline is not None:
         read_baseline(config.log.baseline)

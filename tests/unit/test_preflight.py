@@ -286,6 +286,10 @@ WITHOUT_PROMPTS: dict[str, tuple[Callable[[Job], object], str]] = {
         lambda j: j.overrides.append(f"rollout.server.urls_file={j.model}"),
         "is a folder",
     ),
+    "clip.target: above ln V": (
+        lambda j: j.overrides.extend(["clip.schedule=target", "clip.target=[[0,100%],[1,19.5]]"]),
+        "clip.target: 19.5 nats; a policy of ",
+    ),
     "baseline: absent": (
         lambda j: j.overrides.append("log.baseline=/nowhere"),
         "log.baseline: /no",

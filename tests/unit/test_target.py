@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megatron_gpc.algo.schedules import CheckedSchedule, check_schedule
-from megatron_gpc.algo.target import TargetSchedule, target_at
+from megatron_gpc.algo.target import TargetSchedule, check_target, target_at
 from megatron_gpc.config import ClipConfig
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.reach import PATIENCE, Reach
@@ -157,14 +157,22 @@ ABOVE_0 = "expected an entropy above 0, in nats (0.9) or as a share of the first
     [
         *((one, ABOVE_0) for one in (-1, 0, math.nan, math.inf, True, "0%", "-5%", "nan%", "high")),
         *((one, ABOVE_0) for one in ("%", "1%%", "", {}, {"to": 1}, [[0, -1]], [[0, [1]]])),
+        *((one, ABOVE_0) for one in ("٨٠%", "８０%", "0.٩", "1_0%", "0x8%", "1e999%", "infinity")),
+        *((one, "% of the first step's entropy is out of") for one in ("1e9%", "1e308%", "0.01%")),
+        *(([[0, "100%"], [1, one]], "out of all reach") for one in ("1001%", "1e-9%")),
         (80, "no vocabulary has 80 nats; did you mean 80%, a share"),
+        ("1e9", "no vocabulary has 1e+09 nats"),
+        (1e-9, "1e-09 nats are no entropy to steer to; give 0.0001 or more"),
         ([], "name at least one point"),
         ([0.5, 0.8], "expected points [share of the run, entropy]"),
         ([[0, 1, 2]], "expected points [share of the run, entropy]"),
         ([[0.5, 1], [0.2, 1]], "shares of the run must rise, but 0.2 follows 0.5"),
         ([[0, 1], [0, 2]], "shares of the run must rise, but 0 follows 0"),
         *(([[one, 1]], "a share of the run is a number from 0 to 1") for one in (-0.1, 1.1, "5%")),
-        *(([[one, 1]], "a share of the run is a number from 0 to 1") for one in (math.nan, True)),
+        *(
+            ([[one, 1]], "a share of the run is a number from 0 to 1")
+            for one in (math.nan, True, "٠")
+        ),
         (None, "schedule=target follows clip.target, which is not set"),
     ],
     ids=str,
@@ -173,6 +181,14 @@ def test_what_is_no_curve_is_refused(target, says):
     with pytest.raises(ValidationError) as error:
         clip(target)
     assert says in str(error.value)
+
+
+def test_a_curve_above_what_a_vocabulary_has_is_refused():
+    check_target(clip([[0, "900%"], [1, 2.4]]), vocab_size=12)
+    check_target(ClipConfig(schedule="id", target=9.0), vocab_size=12)  # is not used
+    for target in (2.5, [[0, 2.5], [1, "80%"]]):
+        with pytest.raises(UserError, match="2.5 nats; a policy of 12 tokens has at most .* 2.485"):
+            check_target(clip(target), vocab_size=12)
 
 
 @pytest.mark.parametrize("key", ["hi_slope", "lo_slope"])
