@@ -141,8 +141,9 @@ class ServerConfig:
     max_restarts: NonNegativeInt = 20
     """How often engines that died are started again, over a run."""
     sync: Literal["disk", "tensor", "distributed"] = "disk"
-    """How new weights reach the engines: safetensors in a shared folder; inside requests, a bucket
-    at a time; or by broadcast in a process group of trainer and engines (NCCL, or gloo on CPUs)."""
+    """How new weights reach the engines: safetensors in a shared folder; as tensors that engines of
+    this host read in place (CUDA IPC, or shared memory), a bucket at a time; or by broadcast in a
+    process group of trainer and engines (NCCL, or gloo on CPUs)."""
     colocated: bool = False
     """Engines and policy take turns on the same GPUs: engines give up weights and cache while the
     policy trains, and the policy's optimizer state and gradients wait in CPU memory while they

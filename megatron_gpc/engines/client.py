@@ -242,21 +242,20 @@ class SGLangClient:
         )
 
     async def update_weights_from_tensor(
-        self, packed: str, version: str, *, tp_size: int = 1, load_format: str | None = None
+        self, parts: Sequence[str], version: str, *, load_format: str | None = None
     ) -> None:
         """Send weights, in any number of parts, between begin_ and end_weight_update.
 
         Args:
-            packed: by `pack_tensors`, or the path of a safetensors file; whole tensors under their
-                Hugging Face names.
-            tp_size: tensor-parallel ranks of the server; each takes its own from a copy of all.
-            load_format: `safetensors` for a path, which the embedded server alone knows.
+            parts: one for each tensor-parallel rank of the server, with whole tensors under their
+                Hugging Face names: by `pack_tensors`, or a bucket's `payload` (weights/handles.py).
+            load_format: None for the first kind, handles.FORMAT for the second.
         """
         format_named = {} if load_format is None else {"load_format": load_format}
         await self._post(
             "/update_weights_from_tensor",
             {
-                "serialized_named_tensors": [packed] * tp_size,
+                "serialized_named_tensors": list(parts),
                 "weight_version": version,
                 "flush_cache": True,
                 **format_named,
@@ -372,11 +371,8 @@ def _pause_s(attempt: RetryCallState) -> float:
 
 
 def pack_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> str:
-    """base64 of a plain pickle of [(name, CPU tensor), ...], for /update_weights_from_tensor.
-
-    Plain pickle, since SGLang's own serializer shares memory by file descriptor, which does not
-    reach another process's children.
-    """
+    """base64 of a plain pickle of [(name, CPU tensor), ...], for engines that share no memory with
+    this process: all numbers travel inside the request."""
 
     def compact(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().cpu().contiguous()

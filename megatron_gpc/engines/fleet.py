@@ -37,7 +37,7 @@ from megatron_gpc.engines.probe import Tolerance
 from megatron_gpc.engines.process import ServerError, ServerProcess, SGLangServer
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.network import own_address
+from megatron_gpc.run.network import is_here, own_address
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ServerProcess)
@@ -67,6 +67,10 @@ class Engine:
     url: str
     client: SGLangClient
     tp_size: int = 1
+    device: str = "cpu"
+    """Where its weights are: `cpu` or `cuda`."""
+    here: bool = False
+    """Whether it is on this host."""
     process: ServerProcess | None = None
     """None if others started it."""
     state: Literal["ready", "stale", "down"] = "stale"
@@ -166,17 +170,18 @@ class Fleet:
             self.engines = [Engine(i, url, starter.client(url)) for i, url in enumerate(urls)]
             timeout_s = self.config.start_timeout_s
             await asyncio.gather(*(e.client.wait_until_healthy(timeout_s) for e in self.engines))
-            for engine in self.engines:
-                info = await self._insist(engine.client.server_info)
-                engine.tp_size = int(info.get("tp_size", 1))
         else:
             starts = [
                 self._launch(starter.engine, i, starter.port(i)) for i in range(self.config.engines)
             ]
             self.engines = [
-                Engine(i, process.url, starter.client(process.url), starter.tp_size, process)
+                Engine(i, process.url, starter.client(process.url), process=process)
                 for i, process in enumerate(await asyncio.gather(*starts))
             ]
+        for engine in self.engines:
+            info = await self._insist(engine.client.server_info)
+            engine.tp_size, engine.device = int(info.get("tp_size", 1)), info.get("device", "cpu")
+            engine.here = is_here(urlsplit(engine.url).hostname or "")
         if self.config.router:
             urls = [engine.url for engine in self.engines]
             self.router = await self._launch(starter.router, urls)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -21,9 +21,19 @@ from megatron_gpc.engines.client import pack_tensors
 from megatron_gpc.engines.fleet import Engine, Fleet
 from megatron_gpc.engines.process import EmbeddedServer
 from megatron_gpc.engines.weight_group import join_group, leave_group
-from megatron_gpc.weights import SINGLE_HEADER_BYTES, in_memory, write_single
+from megatron_gpc.run.say import say
+from megatron_gpc.weights import SINGLE_HEADER_BYTES, write_single
+from megatron_gpc.weights.handles import (
+    FORMAT,
+    Bucket,
+    DeviceMemory,
+    FileMemory,
+    Memory,
+    Named,
+    NamedMemory,
+    Rooms,
+)
 
-Named = tuple[str, torch.Tensor]
 _numbers = itertools.count()  # torch wants a name of its own for every group of a process
 
 
@@ -80,41 +90,85 @@ class DiskSync:
 
 
 class TensorSync:
-    """Tensors inside requests, packed once for all engines: for small models on one host.
+    """Tensors that engines of this host read where they are; inside requests for all others.
 
-    An embedded server that was started here reads them from this process's memory instead.
+    A bucket is packed once for all engines of a kind, and the next one while they read it.
     """
 
     def __init__(self, fleet: Fleet, bucket_bytes: int):
         self.fleet, self.bucket_bytes = fleet, bucket_bytes
+        self.rooms = {kind: Rooms(kind) for kind in (FileMemory, NamedMemory)}
+        self.said = False
 
     def push(self, tensors: Iterable[Named], name: str) -> None:
         members = self.fleet.alive()
+        self._say_who_is_elsewhere(members)
         self.fleet.each(members, lambda engine: engine.client.begin_weight_update())
-        near = [engine for engine in members if isinstance(engine.process, EmbeddedServer)]
-        far = [engine for engine in members if engine not in near]
-        for bucket in buckets(tensors, self.bucket_bytes):
-            if far:
-                packed = pack_tensors(bucket)
-                self.fleet.each(
-                    far,
-                    lambda engine, packed=packed: engine.client.update_weights_from_tensor(
-                        packed, name, tp_size=engine.tp_size
-                    ),
-                )
-            if near:
-                with in_memory(bucket) as file:
-                    self.fleet.each(
-                        near,
-                        lambda engine, file=file: engine.client.update_weights_from_tensor(
-                            str(file), name, load_format="safetensors"
-                        ),
-                    )
+        with contextlib.ExitStack() as reading:
+            for bucket in buckets(tensors, self.bucket_bytes):
+                packed = _Packed(bucket, {engine: self._memory(engine) for engine in members})
+                reading.close()  # of the bucket before, which ends here
+                reading.callback(packed.send(self.fleet, name))
+        if any(engine.state == "down" for engine in members):
+            self.close()  # one that is late may still read
         self.fleet.each(members, lambda engine: engine.client.end_weight_update())
         self.fleet.confirm(members, name)
 
     def close(self) -> None:
-        pass
+        for rooms in self.rooms.values():
+            rooms.close()
+
+    def _memory(self, engine: Engine) -> Callable[[int], Memory] | None:
+        """Where an engine reads tensors; None: in its requests."""
+        if not engine.here:
+            return None
+        if engine.device == "cuda" and torch.cuda.is_available():
+            return DeviceMemory
+        own = all(isinstance(e.process, EmbeddedServer) for e in self.fleet.engines if e.here)
+        return self.rooms[FileMemory if own else NamedMemory]
+
+    def _say_who_is_elsewhere(self, members: list[Engine]) -> None:
+        elsewhere = [engine.url for engine in members if not engine.here]
+        if elsewhere and not self.said:
+            say(
+                f"rollout.server.sync=tensor: {elsewhere[0]} is not on this host, where it could "
+                "read weights in place; they travel inside requests, and sync=distributed is faster"
+            )
+        self.said = True
+
+
+class _Packed:
+    """One bucket, in every kind of memory that an engine reads."""
+
+    def __init__(
+        self, named: list[Named], engines: Mapping[Engine, Callable[[int], Memory] | None]
+    ):
+        kinds = set(engines.values())
+        self.buckets = {kind: Bucket(named, kind) for kind in kinds if kind is not None}
+        inside = pack_tensors(named) if None in kinds else ""
+        self.of = {engine: kind and self.buckets[kind] for engine, kind in engines.items()}
+        self.parts = {
+            engine: [bucket.payload() if bucket else inside for _ in range(engine.tp_size)]
+            for engine, bucket in self.of.items()
+        }
+
+    def send(self, fleet: Fleet, name: str) -> Callable[[], None]:
+        """Have the engines read it; the returned function waits until they have."""
+        await_answers = fleet.begin_each(
+            list(self.parts),
+            lambda engine: engine.client.update_weights_from_tensor(
+                self.parts[engine], name, load_format=FORMAT if self.of[engine] else None
+            ),
+        )
+
+        def await_read() -> None:
+            await_answers()
+            for engine, bucket in self.of.items():
+                if engine.state == "down" and bucket:
+                    for part in self.parts[engine]:
+                        bucket.forget(part)
+
+        return await_read
 
 
 class DistributedSync:

@@ -40,6 +40,14 @@ def own_address() -> str:
     return socket.gethostbyname(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
 
 
+def is_here(host: str) -> bool:
+    """Whether a name or address is one of this host's: nobody can listen on others."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError, UnicodeError), socket.create_server((host, 0), family=family):
+            return host != ""
+    return False
+
+
 def interface_to(peer: str) -> tuple[str, str]:
     """(interface that leads to a host, this machine's address there).
 

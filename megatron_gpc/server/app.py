@@ -53,6 +53,7 @@ from megatron_gpc.server.protocol import (
 from megatron_gpc.server.sampling import SamplingParams
 from megatron_gpc.server.sequence import RequestFailed
 from megatron_gpc.server.weight_receiver import WeightReceiver
+from megatron_gpc.weights import handles
 
 T = TypeVar("T")
 MOST_BYTES = 32 * 2**20
@@ -223,14 +224,14 @@ class Server:
 
     async def update_from_tensor(self, body: TensorBody) -> Response:
         self._check_in_update("update_weights_from_tensor")
-        if body.load_format not in (None, "safetensors"):
+        if body.load_format not in (None, handles.FORMAT):
             raise UserError(
                 f"The embedded server has no load_format={body.load_format!r}; send a "
-                "pickled list of (name, tensor)"
+                f"pickled list of (name, tensor), or a {handles.FORMAT}"
             )
         if not body.serialized_named_tensors:
             raise UserError("serialized_named_tensors must have one entry")
-        read = loading.unpack_tensors if body.load_format is None else loading.read_tensors
+        read = loading.unpack_tensors if body.load_format is None else handles.unpack
         named = await asyncio.to_thread(read, body.serialized_named_tensors[0])
         await self._command(self.generator.update_from_tensors(named, body.weight_version))
         return _updated("Success", body.weight_version)

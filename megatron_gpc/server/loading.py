@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
@@ -143,7 +142,8 @@ def with_tensors(model: PreTrainedModel, named: list[tuple[str, torch.Tensor]]) 
         None,
         dtype=model.dtype,
         config=model.config,
-        state_dict={**state, **new},
+        # Clones: a model that is made anew keeps tensors, and the sender's are only lent.
+        state_dict={**state, **{name: tensor.clone() for name, tensor in new.items()}},
     )
 
 
@@ -222,19 +222,3 @@ def unpack_tensors(serialized: str, /) -> list[tuple[str, torch.Tensor]]:
     if not valid:
         raise UserError("serialized_named_tensors: expected a pickled list of (name, tensor)")
     return named
-
-
-def read_tensors(file: str, /) -> list[tuple[str, torch.Tensor]]:
-    """Named tensors of a safetensors file.
-
-    Raises:
-        UserError: it is no such file.
-    """
-    check_regular(Path(file))
-    try:
-        # they are views of the mapped file, which is not the server's
-        return [(name, tensor.clone()) for name, tensor in load_file(file).items()]
-    except (*_FILE_ERRORS, SafetensorError) as error:
-        raise UserError(
-            f"serialized_named_tensors: {file[:300]}: cannot be read: {error}"
-        ) from None

@@ -68,7 +68,8 @@ class TensorBody(Body):
     serialized_named_tensors: List[str]
     """One entry a tensor-parallel rank; this server is one rank and takes the first."""
     load_format: Name | None = None
-    """`safetensors`: the entry is the path of such a file.  SGLang knows other formats."""
+    """`flattened_bucket`: the entry names memory of this host (weights/handles.py).  SGLang knows
+    other formats."""
     weight_version: Name | None = None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,23 +84,6 @@ def write_single(
         return -(-writer.json_bytes // 8) * 8  # tensors stand at multiples of 8 bytes
     except OSError as error:
         raise UserError(f"{final}: cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def in_memory(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
-    """A safetensors file that exists in memory alone, for processes of this host and user.
-
-    It is gone after the block, and with this process however that ends.
-
-    Raises:
-        UserError: as `write_hf`.
-    """
-    with open(os.memfd_create("weights"), "wb") as file:
-        writer = _Shard(file, _HEADER_BYTES)
-        for name, tensor in tensors:
-            writer.add(name, _plain(name, tensor, None))
-        writer.finish()
-        yield Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 class _Shard:

@@ -283,44 +283,89 @@ def _varlen(parts: list[torch.Tensor], lengths: list[int], loop: Any) -> dict[st
 
 
 def handover() -> dict[str, Any]:
-    """Weights from the device to another process: as requests carry them to SGLang, through the
-    host's memory as embedded servers get them, and by handles of the device's own (CUDA IPC)."""
-    from safetensors.torch import load_file
+    """A bucket of weights from the device to another process, as `sync: tensor` hands it over: by
+    handle of the device's memory, in the host's memory, and inside requests.
 
+    The other process copies it as an engine does, and every number is compared.
+    """
     from megatron_gpc.engines.client import pack_tensors
     from megatron_gpc.server.loading import unpack_tensors
-    from megatron_gpc.weights import in_memory
+    from megatron_gpc.weights.handles import (
+        Bucket,
+        DeviceMemory,
+        FileMemory,
+        NamedMemory,
+        Rooms,
+        unpack,
+    )
 
-    one = torch.randn((2**28 if CUDA else 2**18), device=DEVICE, dtype=torch.float32)
-    named = [("w", one)]
-
-    def through_memory() -> None:
-        with in_memory(named) as file:
-            load_file(file)["w"].to(DEVICE, copy=True)
-
+    # As in a run, whose ranks set it: such memory has no handle that engines can open.
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if CUDA:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    size = 2**27 if CUDA else 2**16
+    named = [
+        (f"w{number}", torch.randn(size + number, device=DEVICE, dtype=torch.bfloat16))
+        for number in range(8)
+    ]
+    bucket_bytes = sum(tensor.nbytes for _, tensor in named)
+    expected = [_sum_of_bits(tensor) for _, tensor in named]
     ways = torch.multiprocessing.get_context("spawn")
     inbox, outbox = ways.Queue(), ways.Queue()
-    receiver = ways.Process(target=_receive, args=(inbox, outbox), daemon=True)
+    receiver = ways.Process(target=_engine, args=(unpack, inbox, outbox), daemon=True)
     receiver.start()
+    read_ms: dict[str, float] = {}
 
-    def by_handle() -> None:
-        inbox.put(one)
-        assert outbox.get(timeout=60) == float(one[-1]), "the other process has other numbers"
+    def hand_over(name: str, room: Callable[[int], Any]) -> None:
+        bucket = Bucket(named, room)
+        inbox.put(bucket.payload())
+        got, read_ms[name] = outbox.get(timeout=100)
+        assert got == expected, f"{name}: the other process has other numbers"
 
-    found = {"MiB": one.nbytes // 2**20, "a copy": timed(one.clone)}
-    found["in requests"] = timed(lambda: unpack_tensors(pack_tensors(named)), rounds=1)
-    found["through memory"] = timed(through_memory, rounds=3)
-    found["by handle"] = timed(by_handle, rounds=3)
+    kinds: dict[str, Callable[[int], Any]] = {
+        "named memory of the host": Rooms(NamedMemory),
+        "memory of the host": Rooms(FileMemory),
+    }
+    if CUDA:
+        kinds = {"by handle": DeviceMemory, **kinds}
+    found: dict[str, Any] = {"MiB": bucket_bytes // 2**20}
+    found["a copy"] = timed(lambda: [tensor.clone() for _, tensor in named])
+    for name, kind in kinds.items():
+        found[name] = {**timed(partial(hand_over, name, kind), rounds=3), "read_ms": read_ms[name]}
+        if isinstance(kind, Rooms):
+            kind.close()
+    some = named[:1]
+    found["inside requests"] = {
+        **timed(lambda: unpack_tensors(pack_tensors(some)), rounds=1),
+        "MiB": some[0][1].nbytes // 2**20,
+    }
     inbox.put(None)
     receiver.join(60)
+    if CUDA:
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated() - bucket_bytes
+        assert held < bucket_bytes // 2, f"{held} bytes are held after the other process is done"
     return found
 
 
-def _receive(inbox: Any, outbox: Any) -> None:
-    """In the other process: copy what comes, and say its last number."""
-    while (tensor := inbox.get()) is not None:
-        outbox.put(float(tensor.clone()[-1]))
+def _engine(unpack: Callable[[str], Any], inbox: Any, outbox: Any) -> None:
+    """In the other process: copy what comes into weights of its own, and say their sums."""
+    weights: dict[str, torch.Tensor] = {}
+    while (payload := inbox.get()) is not None:
+        begin = time.perf_counter()
+        for name, tensor in unpack(payload):
+            weights.setdefault(name, torch.empty_like(tensor, device=DEVICE)).copy_(tensor)
+        if CUDA:
+            torch.cuda.synchronize()
+        read_ms = 1e3 * (time.perf_counter() - begin)
         del tensor
+        outbox.put(([_sum_of_bits(own) for own in weights.values()], read_ms))
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    """Of a bf16 tensor, the same in whatever order."""
+    return int(tensor.view(torch.int16).sum(dtype=torch.int64))
 
 
 # ---- training steps ----

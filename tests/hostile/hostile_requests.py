@@ -157,7 +157,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
         {"serialized_named_tensors": ["AAAA"]},
         {
             "serialized_named_tensors": ["", [], [1], [None], *NO_LIST],
-            "load_format": ["direct", "safetensors", *NO_TEXT],
+            "load_format": ["direct", "safetensors", "flattened_bucket", *NO_TEXT],
             "weight_version": NO_TEXT,
         },
     ),

@@ -354,8 +354,8 @@ def test_weights_sent_in_parts_are_the_ones_sampled_from(http, reference_b):
 
     async def work(client: SGLangClient) -> Any:
         assert await client.begin_weight_update() is True
-        await client.update_weights_from_tensor(pack_tensors(named[:5]), "part")
-        await client.update_weights_from_tensor(pack_tensors(named[5:]), "whole")
+        await client.update_weights_from_tensor([pack_tensors(named[:5])], "part")
+        await client.update_weights_from_tensor([pack_tensors(named[5:])], "whole")
         await client.end_weight_update()
         assert (await client.model_info())["weight_version"] == "whole"
         return await generate(client, SampleRequest([5, 6], {"max_new_tokens": 10}))

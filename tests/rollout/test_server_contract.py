@@ -23,6 +23,7 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_gpc.engines.weight_group import join_group, leave_group
 from megatron_gpc.rollout.tokenizer import load_tokenizer
+from megatron_gpc.weights.handles import FORMAT, Bucket, NamedMemory, Rooms
 
 pytestmark = pytest.mark.timeout(900)  # SGLang's start, beside other work
 PROMPT = [84, 104, 101, 32]
@@ -417,15 +418,21 @@ def test_update_from_disk_takes_effect_and_a_bad_path_keeps_the_weights(
     assert http.get("/model_info").json()["weight_version"] == "v1"
 
 
-def test_update_from_tensors_takes_effect_between_begin_and_end_only(http, reference_b):
+@pytest.mark.parametrize("way", ["inside requests", "in place"])
+def test_update_from_tensors_takes_effect_between_begin_and_end_only(http, reference_b, way):
+    rooms = Rooms(NamedMemory)
+
     def body(reference: Qwen2ForCausalLM, version: str) -> dict[str, Any]:
         named = [(name, tensor.clone()) for name, tensor in reference.state_dict().items()]
-        packed = base64.b64encode(pickle.dumps(named)).decode()
-        return {
-            "serialized_named_tensors": [packed],
-            "weight_version": version,
-            "flush_cache": True,
-        }
+        if way == "in place":
+            given = {
+                "serialized_named_tensors": [Bucket(named, rooms).payload()],
+                "load_format": FORMAT,
+            }
+        else:
+            packed = base64.b64encode(pickle.dumps(named)).decode()
+            given = {"serialized_named_tensors": [packed]}
+        return given | {"weight_version": version, "flush_cache": True}
 
     early = http.post("/update_weights_from_tensor", json=body(reference_b, "early"))
     assert early.status_code == 400
@@ -441,6 +448,9 @@ def test_update_from_tensors_takes_effect_between_begin_and_end_only(http, refer
     closed = post_ok(http, "/end_weight_update")
     assert opened == closed == {"success": True, "message": "Success"}
     assert done == {"success": True, "message": "Success Weight version updated to t1."}
+    for memory in rooms.held:
+        memory.flat_B.zero_()  # the server has its own copy
+    rooms.close()
     answer = generate(
         http, input_ids=PROMPT, return_logprob=True, sampling_params=GREEDY | {"max_new_tokens": 12}
     )
