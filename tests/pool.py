@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from megatron_gpc.run.child import die_with_parent
+from megatron_gpc.run.child import die_with
 
 START_TIMEOUT_S = 120.0
 MAX_TASKS = 40
@@ -41,7 +41,7 @@ def _context(cuda: bool) -> BaseContext:
 
 
 def _serve(rank: int, world: int, cuda: bool, store: str, inbox: Any, outbox: Any) -> None:
-    die_with_parent()
+    die_with(os.getppid())
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world))
     from datetime import timedelta
 

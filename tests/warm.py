@@ -202,7 +202,7 @@ def _become(data: bytes, files: list[int], channel: socket.socket) -> NoReturn:
             raise
         deadline = time.monotonic() + 60
         while os.getppid() != request.owner:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not Path(f"/proc/{request.owner}").exists():
                 _leave(1)
             time.sleep(0.001)
         channel.send(str(os.getpid()).encode())

@@ -14,7 +14,7 @@ from megatron_gpc.commands.arguments import add_configuration
 from megatron_gpc.commands.rank import train_rank
 from megatron_gpc.config.file import dump, load, warnings
 from megatron_gpc.run import environment
-from megatron_gpc.run.child import die_with_parent
+from megatron_gpc.run.child import die_with
 from megatron_gpc.run.imports import many_imports
 from megatron_gpc.run.launch import STACKS_SIGNAL, run_ranks
 from megatron_gpc.run.say import say
@@ -74,7 +74,7 @@ def _start_or_be_a_rank(arguments: argparse.Namespace) -> int:
 
     if share is None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent()  # torchrun itself leaves its ranks behind at a second Ctrl-C
+            die_with(os.getppid())  # torchrun itself leaves its ranks behind at a second Ctrl-C
         if environment.is_first():
             lock = ready()  # noqa: F841 - until this process ends
         return train_rank(config)

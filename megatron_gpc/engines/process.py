@@ -17,7 +17,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_gpc.engines.answers import RolloutError
-from megatron_gpc.run.child import Child, die_with_parent, own_search_path
+from megatron_gpc.run.child import Child, die_with, own_search_path
 from megatron_gpc.run.launch import STACKS_SIGNAL
 from megatron_gpc.run.network import free_port
 
@@ -31,9 +31,9 @@ class ServerError(RolloutError):
     """A server did not start; the message has the end of its log."""
 
 
-def _before_it_runs(deaf_to: Collection[int]) -> None:
+def _before_it_runs(deaf_to: Collection[int], parent: int) -> None:
     """Run in the new process before its program."""
-    die_with_parent()
+    die_with(parent)
     signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
     for one in (signal.SIGUSR1, STACKS_SIGNAL):  # Slurm sends them to every process of a step
         signal.signal(one, signal.SIG_IGN)

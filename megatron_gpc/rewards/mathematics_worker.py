@@ -23,7 +23,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Eq, Expr, FiniteSet, Float, Interval, MatrixBase, Rational, Tuple
 
 from megatron_gpc.rewards import literals, spelling
-from megatron_gpc.run.child import die_with_parent
+from megatron_gpc.run.child import die_with
 
 PRACTICE = (
     (r"\frac{1}{2}", r"\dfrac{2}{4}"),
@@ -58,11 +58,12 @@ def main() -> None:
     for gold, answer in PRACTICE:
         same(gold, answer)
     gc.freeze()  # forks need not copy what was imported
+    parent = os.getpid()
     reply("ready")
     while True:
         child = os.fork()
         if child == 0:
-            die_with_parent()
+            die_with(parent)
             answer_requests()
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:

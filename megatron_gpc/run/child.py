@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import megatron_gpc
@@ -18,10 +19,16 @@ LOG_LINES = 20
 """Of the end of a log, in an error about who wrote it."""
 
 
-def die_with_parent() -> None:
-    """Called in a child before it runs: the kernel kills it when its parent ends in any way."""
+def die_with(parent: int) -> None:
+    """Called in a child before it runs: it is killed when its parent ends in any way, or has.
+
+    Args:
+        parent: its pid, as the parent itself knows it.
+    """
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def own_search_path() -> str:
@@ -44,7 +51,7 @@ class Child:
         log: file that its output is appended to; None: it writes where this process does.
         session: it leads a session of its own: a terminal's Ctrl-C is not for it, and `end` also
             ends what it has started.
-        begin: is called in it before its program.
+        begin: is called in it, with this process's pid, before its program.
         pass_fds: file descriptors that it inherits.
     """
 
@@ -55,7 +62,7 @@ class Child:
         log: Path | None = None,
         *,
         session: bool = False,
-        begin: Callable[[], object] = die_with_parent,
+        begin: Callable[[int], object] = die_with,
         pass_fds: Sequence[int] = (),
     ):
         self.log, self._session = log, session
@@ -67,7 +74,7 @@ class Child:
                 stdin=subprocess.DEVNULL if log else None,
                 stdout=output,
                 stderr=output,
-                preexec_fn=begin,
+                preexec_fn=partial(begin, os.getpid()),
                 start_new_session=session,
                 pass_fds=pass_fds,
             )

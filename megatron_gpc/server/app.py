@@ -33,7 +33,7 @@ import megatron_gpc
 from megatron_gpc.engines.keys import read_key
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.tokenizer import decoder, eos_tokens, load_tokenizer
-from megatron_gpc.run.child import die_with_parent
+from megatron_gpc.run.child import die_with
 from megatron_gpc.server import loading, sequence
 from megatron_gpc.server.gate import BoundedProtocol, Gate, room_for_connections
 from megatron_gpc.server.generate import MOST_CHARACTERS, answer, parse
@@ -388,13 +388,6 @@ def _first_problem(error: RequestValidationError) -> str:
     return f"{'.'.join(str(part) for part in problem['loc'][1:])}: {problem['msg']}"
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent has ended, in whatever way."""
-    die_with_parent()
-    if os.getppid() != parent:  # it was gone before the line above
-        sys.exit(f"parent process {parent} has ended")
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there, at port 0 at any free one; its connections send at once.
 
@@ -426,7 +419,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, help="end when this parent process ends")
     args = parser.parse_args()
     if args.parent is not None:
-        _die_with(args.parent)
+        die_with(args.parent)
     transformers_logging.set_verbosity_error()
     if not args.model_path.is_dir():
         sys.exit(f"--model-path: {args.model_path} is not a folder")

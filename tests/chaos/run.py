@@ -7,13 +7,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 from commands import CONFIG, launch, pids_using, rank_process
 from rollout_models import build_model
 
-from megatron_gpc.run.child import die_with_parent
+from megatron_gpc.run.child import die_with
 
 RANKS = 2
 PROMPTS_PER_STEP = 4
@@ -94,7 +95,7 @@ class Run:
                 stdout=output,
                 stderr=output,
                 env=self.environment,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(die_with, os.getpid()),
             )
 
     @property

@@ -27,6 +27,23 @@ def test_ranks_run_this_package_and_not_one_that_lies_in_the_current_folder(
     assert (tmp_path / "logs" / "rank_1.log").read_text().strip() == __version__
 
 
+ORPHAN = """
+import os, time
+from megatron_gpc.run.child import die_with
+parent = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    die_with(parent)
+    print("lives on")
+"""
+
+
+def test_a_child_ends_whose_parent_was_killed_before_the_child_could_ask_to_end_with_it():
+    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 ENDS = """
 import os, sys
 from megatron_gpc.run.launch import outcome

@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_gpc.mcore.checkpoint.folder import bring_to_disk
 from megatron_gpc.mcore.setup import is_main
-from megatron_gpc.run.child import die_with_parent
+from megatron_gpc.run.child import die_with
 from megatron_gpc.run.files import sha256
 from megatron_gpc.run.stop import STOP_SIGNALS
 
@@ -84,10 +84,11 @@ class RankWriter:
         self.writer, self.metadata = planned
         buckets = FileSystemWriterAsync.preload_tensors(self.writer.write_buckets)
         context = multiprocessing.get_context("fork")
+        written = (folder, self.writer.transforms, buckets, common if is_main() else None)
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(
             target=_write,
-            args=(folder, self.writer.transforms, buckets, common if is_main() else None, sender),
+            args=(os.getpid(), *written, sender),
             daemon=True,
         )
         self._process.start()
@@ -112,10 +113,15 @@ class RankWriter:
 
 
 def _write(
-    folder: Path, transforms: Any, buckets: list[Any], common: Any, sender: Connection
+    parent: int,
+    folder: Path,
+    transforms: Any,
+    buckets: list[Any],
+    common: Any,
+    sender: Connection,
 ) -> None:
     """In the forked process: write, bring to the disk, hash, report."""
-    die_with_parent()
+    die_with(parent)
     for one in STOP_SIGNALS:
         signal.signal(one, signal.SIG_IGN)  # the rank decides when to stop
     gc.disable()  # CUDA tensors of the rank must not be freed here
