@@ -77,7 +77,7 @@ class Campaign:
 
     Args:
         kind: its name.
-        faults: takes turns, a run each.
+        faults: one after the other.
         task: `make_task`'s folder.
         undisturbed: a finished run of `steps` steps.
         say: is shown a line for every fault.
@@ -95,18 +95,17 @@ class Campaign:
     seconds: float = 0.0
 
     def strike(self, count: int, folder: Path) -> None:
-        """Let `count` faults happen, in as many runs as it takes.
+        """Let `count` faults happen, as many of each, in as many runs as it takes.
 
         Raises:
             AssertionError: a run did not survive one.
         """
         began = time.monotonic()
-        while len(self.outcomes) < count:
-            fault = self.faults[self.runs % len(self.faults)]
-            turns_left = max(1, len(self.faults) - self.runs)
-            share = -(-(count - len(self.outcomes)) // turns_left)
-            self.runs += 1
-            self._one_run(fault, share, folder / f"{self.kind}-{self.runs}")
+        for number, fault in enumerate(self.faults, start=1):
+            goal = count * number // len(self.faults)
+            while (missing := goal - len(self.outcomes)) > 0:
+                self.runs += 1
+                self._one_run(fault, missing, folder / f"{self.kind}-{self.runs}")
         self.seconds = time.monotonic() - began
 
     def _one_run(self, fault: Fault, most: int, folder: Path) -> None:

@@ -23,6 +23,8 @@ CHECKPOINT_BYTES = 400_000
 """Of less free space no checkpoint can be made [bytes] ..."""
 WEIGHTS_BYTES = 130_000
 """... and of less than this no file for a hand-over [bytes]."""
+ENDS_SOON = 4
+"""A run does that with so many steps to go."""
 
 
 class _Disk(Fault):
@@ -48,7 +50,8 @@ class _Disk(Fault):
 
 
 class FullDisk(_Disk):
-    """At any time, in the middle of a checkpoint, or before weights are handed over at the end.
+    """At any time, in the middle of a checkpoint, or, of a run that is about to end, before weights
+    are handed over for the last time.
 
     The main rank is stopped until the disk is full, lest it be past that moment.
 
@@ -61,11 +64,13 @@ class FullDisk(_Disk):
         self._asynchronous = asynchronous
 
     def hit(self, run: Run, draw: Random) -> Outcome | None:
+        ends_soon = run.steps_asked - run.step() <= ENDS_SOON
         when, comes, most_free = draw.choice(
             [
                 ("at any time", lambda: True, CHECKPOINT_BYTES),
                 ("while a checkpoint is written", lambda: _parts(run.folder), CHECKPOINT_BYTES),
-                ("before the last hand-over", lambda: self._hands_over(run), WEIGHTS_BYTES),
+                *ends_soon
+                * [("before the last hand-over", lambda: self._hands_over(run), WEIGHTS_BYTES)],
             ]
         )
         if not run.wait_for(lambda: bool(comes())):

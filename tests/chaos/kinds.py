@@ -1,4 +1,4 @@
-"""The kinds of faults by name; those of a kind take turns."""
+"""The kinds of faults by name; a campaign goes through those of its kind in this order."""
 
 from __future__ import annotations
 
