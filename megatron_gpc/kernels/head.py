@@ -78,15 +78,12 @@ def head_stats(
         does if asked for; sum_p2_T and sum_p2_logp_T never do.
     """
     trained = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    head = _Head(
-        vocab_size,
-        group,
-        temperature,
-        entropy_grad,
-        keep_logits and trained,
-        chunk or chunk_vocab(len(hidden_TD), hidden_TD.device.type),
-        rows or rows_for(hidden_TD.device.type),
-    )
+    keep_logits, device = keep_logits and trained, hidden_TD.device.type
+    if chunk is None:
+        whole = keep_logits and device != "cpu"
+        chunk = len(weight_VD) if whole else chunk_vocab(len(hidden_TD), device)
+    rows = rows or rows_for(device)
+    head = _Head(vocab_size, group, temperature, entropy_grad, keep_logits, chunk, rows)
     return TokenStats(*_HeadStats.apply(hidden_TD, weight_VD, targets_T, head))
 
 
@@ -175,10 +172,25 @@ def _logits(
 
 
 def _add_product(sum_NM: torch.Tensor, a_NK: torch.Tensor, b_KM: torch.Tensor) -> None:
+    """sum += a b, in one pass over the sum where its dtype allows that."""
     if sum_NM.dtype == a_NK.dtype:
         sum_NM.addmm_(a_NK, b_KM)
+    elif _adds_to_fp32(sum_NM.device):
+        torch.addmm(sum_NM, a_NK, b_KM, out_dtype=sum_NM.dtype, out=sum_NM)
     else:
         sum_NM += a_NK @ b_KM
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device) -> bool:
+    """Whether this torch adds a product of bf16 to fp32 there; 2.10 wants the sum in bf16 too."""
+    sum_NM = torch.ones(16, 16, device=device)
+    ones = torch.ones_like(sum_NM, dtype=torch.bfloat16)
+    try:
+        torch.addmm(sum_NM, ones, ones, out_dtype=torch.float32, out=sum_NM)
+    except (NotImplementedError, RuntimeError):  # the first is a CPU's answer
+        return False
+    return bool((sum_NM == 17).all())
 
 
 def _stand_in(weight_VD: Any) -> torch.Tensor:

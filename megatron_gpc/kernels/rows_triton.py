@@ -11,10 +11,9 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from megatron_gpc.kernels.rows import RowGradient
 
-BLOCK = 2048
-"""Logits of a token that are looked at together."""
-ROWS = 4
-"""Tokens that a program folds."""
+FOLD_BLOCK = 4096
+"""Logits of a token that `_fold` looks at together."""
+TURN_BLOCK = 2048
 WARPS = 8
 
 
@@ -24,9 +23,9 @@ def fold(
     """As rows.fold."""
     tokens, columns = logits_TC.shape
     if tokens:
-        _fold[(triton.cdiv(tokens, ROWS),)](  # pyright: ignore[reportIndexIssue]
-            *(part_T6, logits_TC, column_T, scale, tokens, logits_TC.stride(0)),
-            **{"COLUMNS": columns, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": WARPS},
+        _fold[(tokens,)](  # pyright: ignore[reportIndexIssue]
+            *(part_T6, logits_TC, column_T, scale, logits_TC.stride(0)),
+            **{"COLUMNS": columns, "BLOCK": FOLD_BLOCK, "num_warps": WARPS},
         )
 
 
@@ -39,11 +38,11 @@ def turn_into_gradient(
     numbers = (row.max_T, slope_T, row.constant_T, row.target_T)
     if tokens:
         _turn_into_gradient[  # pyright: ignore[reportIndexIssue]
-            (tokens, triton.cdiv(columns, BLOCK))
+            (tokens, triton.cdiv(columns, TURN_BLOCK))
         ](
             *(logits_TC, column_T, scale, *(each.contiguous() for each in numbers)),
             *(columns, logits_TC.stride(0)),
-            **{"SLOPED": row.slope_T is not None, "BLOCK": BLOCK, "num_warps": WARPS},
+            **{"SLOPED": row.slope_T is not None, "BLOCK": TURN_BLOCK, "num_warps": WARPS},
         )
 
 
@@ -53,48 +52,42 @@ def _fold(
     logits_pointer,
     column_pointer,
     scale,
-    tokens,
     stride,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     LEAST: tl.constexpr = -3.4028234663852886e38  # the maximum of no logits (kernels/merging.py)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < tokens
+    row = tl.program_id(0)
     part = part_pointer + row * 6
-    target_column = tl.load(column_pointer + row, mask=there, other=-1)
-    m = tl.load(part, mask=there, other=LEAST)
-    s = tl.load(part + 1, mask=there, other=0.0)
-    xs = tl.load(part + 2, mask=there, other=0.0)
-    s2 = tl.load(part + 3, mask=there, other=0.0)
-    xs2 = tl.load(part + 4, mask=there, other=0.0)
-    target = tl.load(part + 5, mask=there, other=0.0)
-    begin = logits_pointer + row[:, None].to(tl.int64) * stride
+    m, s, xs = tl.load(part), tl.load(part + 1), tl.load(part + 2)
+    s2, xs2, target = tl.load(part + 3), tl.load(part + 4), tl.load(part + 5)
+    begin = logits_pointer + row.to(tl.int64) * stride
+    hit = tl.load(column_pointer + row)
+    here = (hit >= 0) & (hit < COLUMNS)
+    target += tl.load(begin + hit, mask=here, other=0.0).to(tl.float32) * scale
     for first in range(0, COLUMNS, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        valid = there[:, None] & (column < COLUMNS)[None, :]
-        x = tl.load(begin + column[None, :], mask=valid, other=0.0).to(tl.float32) * scale
-        target += tl.sum(tl.where(valid & (column[None, :] == target_column[:, None]), x, 0.0), 1)
-        larger = tl.maximum(m, tl.max(tl.where(valid, x, LEAST), 1))
+        valid = column < COLUMNS
+        x = tl.load(begin + column, mask=valid, other=0.0).to(tl.float32) * scale
+        larger = tl.maximum(m, tl.max(tl.where(valid, x, LEAST), 0))
         # what was relative to the old maximum becomes relative to the new one
         d = tl.where(s > 0, m - larger, 0.0)
         w = tl.exp(d)
         xs, xs2 = w * (xs + d * s), w * w * (xs2 + d * s2)
         s, s2, m = w * s, w * w * s2, larger
-        y = tl.where(valid, x - m[:, None], 0.0)
+        y = tl.where(valid, x - m, 0.0)
         e = tl.where(valid, tl.exp(y), 0.0)
         ye = y * e
-        s += tl.sum(e, 1)
-        xs += tl.sum(ye, 1)
-        s2 += tl.sum(e * e, 1)
-        xs2 += tl.sum(ye * e, 1)
-    tl.store(part, m, mask=there)
-    tl.store(part + 1, s, mask=there)
-    tl.store(part + 2, xs, mask=there)
-    tl.store(part + 3, s2, mask=there)
-    tl.store(part + 4, xs2, mask=there)
-    tl.store(part + 5, target, mask=there)
+        s += tl.sum(e, 0)
+        xs += tl.sum(ye, 0)
+        s2 += tl.sum(e * e, 0)
+        xs2 += tl.sum(ye * e, 0)
+    tl.store(part, m)
+    tl.store(part + 1, s)
+    tl.store(part + 2, xs)
+    tl.store(part + 3, s2)
+    tl.store(part + 4, xs2)
+    tl.store(part + 5, target)
 
 
 @triton.jit

@@ -57,11 +57,11 @@ def install() -> None:
         UserError: transformer-engine is installed for a GPU and cannot be imported.
     """
     check_transformer_engine()
+    with _compilation(torch.cuda.is_available()):
+        for name in _MODULES:
+            importlib.import_module(f"megatron.core.{name}")
     if not torch.cuda.is_available():
         _patch_tensor_methods()
-        with _no_compilation():
-            for name in _MODULES:
-                importlib.import_module(f"megatron.core.{name}")
         stand_in = _torch_for_cpu()
         for name, module in list(sys.modules.items()):
             if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
@@ -98,13 +98,16 @@ def check_transformer_engine() -> None:
 
 
 @contextmanager
-def _no_compilation() -> Iterator[None]:
-    """torch.compile leaves functions as they are for the time of the block.
+def _compilation(wanted: bool) -> Iterator[None]:
+    """For the time of the block, torch.compile compiles for tensors of any length, or not at all.
 
-    @jit_fuser is torch.compile, which would want a C++ compiler on the user's machine and costs
-    every process a second of imports.  Goes when core makes compilation an option.
+    @jit_fuser is torch.compile.  Every micro-batch has a length of its own, and compiled for one at
+    a time, a function falls back to plain torch for good after eight.  A CPU would want a C++
+    compiler on the user's machine, and a second of imports in every process.  Goes when core makes
+    compilation an option.
     """
-    compile_, torch.compile = torch.compile, lambda function: function
+    compile_ = torch.compile
+    torch.compile = functools.partial(compile_, dynamic=True) if wanted else lambda plain: plain
     try:
         yield
     finally:

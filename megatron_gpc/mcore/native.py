@@ -194,7 +194,7 @@ def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:
         "apply_rope_fusion": with_te,
         "masked_softmax_fusion": with_te,
         "bias_activation_fusion": cuda,
-        "bias_dropout_fusion": cuda,
+        "bias_dropout_fusion": False,  # there is no dropout: an addition is left
         "persist_layer_norm": with_te,
         **model.transformer,
         **_overrides(config, "transformer"),

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -88,27 +89,27 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "head": measures.head,
     "attention": measures.attention,
     "handover": measures.handover,
-    "steps": measures.steps,
     "tests": tests,
     "example": example,
+    "small steps": partial(measures.steps, "small"),
+    **{f"{models} steps": partial(measures.steps, models) for models in measures.REAL},
 }
-ON_GPUS = ("tests", "example")
+ON_GPUS = ("tests", "example", *(f"{models} steps" for models in measures.REAL))
 """Parts that are skipped without one."""
 
 
 def run_part(name: str, folder: Path, limit_s: float) -> dict[str, Any]:
     """One part in a process of its own: {"seconds", "found"}, {"seconds", "error"}, or all three
     where some of it has failed."""
-    begin, log = time.monotonic(), folder / f"{name}.log"
-    result = folder / f"{name}.json"
+    begin, log = time.monotonic(), folder / f"{name.replace(' ', '_')}.log"
+    result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
     error = ""
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--only", name, "--out", str(folder)],
+            [sys.executable, __file__, "--only", name, "--result", str(result)],
             stdout=output,
             stderr=output,
-            env={**os.environ, "CHECK_OUT": str(folder)},
             start_new_session=True,
         )
         try:
@@ -147,14 +148,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for all of it")
     parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := {*arguments.parts} - {*PARTS}:
         parser.error(f"no part {min(unknown)!r}; there are {', '.join(PARTS)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only:
         found = PARTS[arguments.only]()
-        (arguments.out / f"{arguments.only}.json").write_text(json.dumps(found, default=str))
+        arguments.result.write_text(json.dumps(found, default=str))
         return 0
+    arguments.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + arguments.budget
     table = Table("part", "", "found", title="tests/gpu/check.sh")
     results: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first minutes on a GPU: measures what nobody has measured, in at most 8 minutes.  docs/gpu.md
 #
-#   tests/gpu/check.sh [FOLDER]
+#   tests/gpu/check.sh [FOLDER [PART ...]]
 #
 # FOLDER (default: gpu_check) gets found.json, found.txt and the logs of what failed.  Without a GPU everything
 # that can be is run small, in a minute.  Exit code 0 if every part came to its end.
@@ -20,4 +20,5 @@ if [[ -n ${WHEELS:-} ]]; then
 fi
 export PYTHONPATH=$ROOT:$ROOT/tests${site:+:$site}${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-"$PYTHON" "$ROOT/tests/gpu/check.py" --out "${1:-gpu_check}" --budget "${BUDGET_S:-480}"
+"$PYTHON" "$ROOT/tests/gpu/check.py" --out "${1:-gpu_check}" --budget "${BUDGET_S:-480}" \
+  "${@:2}"

@@ -35,6 +35,7 @@ SHAPES = {  # layers, hidden, heads, groups, feed-forward: those of Qwen2.5
     "0.5B": (24, 896, 14, 2, 4864),
     "1.5B": (28, 1536, 12, 2, 8960),
 }
+REAL = (*SHAPES, "experts")
 SMALL = (2, 64, 4, 2, 128)
 MIXTURE = (2, 2048, 32, 4, 6144)
 """Two layers of Qwen3-30B-A3B's size."""
@@ -196,7 +197,10 @@ def _heads(count: int) -> dict[str, Callable[[], None]]:
 
 
 def _passes() -> dict[str, Any]:
-    """TB/s of logits read to fold them, and read and written to turn them into their gradient."""
+    """TB/s of logits read to fold them, and read and written to turn them into their gradient.
+
+    A chunk's pass is as short as a call takes the host: ten are timed together.
+    """
     count, columns = (8192, chunk_vocab(8192, "cuda")) if CUDA else (64, 1000)
     logits_TC = torch.randn(count, columns, device=DEVICE).bfloat16()
     column_T = torch.randint(columns, (count,), device=DEVICE)
@@ -205,11 +209,15 @@ def _passes() -> dict[str, Any]:
     passes.fold(part_T6, logits_TC, column_T, 1.0)
     slope_T = torch.zeros(count, device=DEVICE)
     row = RowGradient.of(merge_ranks(part_T6, None), 1.0, slope_T, slope_T)
-    fold = timed(lambda: passes.fold(part_T6, logits_TC, column_T, 1.0))
-    turn = timed(lambda: passes.turn_into_gradient(logits_TC, column_T, 1.0, row))
+
+    def ten(work: Callable[[], None]) -> float:
+        return timed(lambda: [work() for _ in range(10)])["ms"] / 10
+
+    fold = ten(lambda: passes.fold(part_T6, logits_TC, column_T, 1.0))
+    turn = ten(lambda: passes.turn_into_gradient(logits_TC, column_T, 1.0, row))
     return {
-        "fold_TB_s": logits_TC.nbytes / fold["ms"] / 1e9,
-        "turn_into_gradient_TB_s": 2 * logits_TC.nbytes / turn["ms"] / 1e9,
+        "fold_TB_s": logits_TC.nbytes / fold / 1e9,
+        "turn_into_gradient_TB_s": 2 * logits_TC.nbytes / turn / 1e9,
     }
 
 
@@ -225,58 +233,61 @@ def attention() -> dict[str, Any]:
 
     torch.manual_seed(0)
     heads, groups, size = 28, 4, 128
-    lengths = torch.randint(300, 3000, (10,)).tolist() if CUDA else [5, 7, 9]
-    found: dict[str, Any] = {"tokens": sum(lengths)}
 
-    def draw(dtype: torch.dtype) -> list[torch.Tensor]:
+    def draw(dtype: torch.dtype, lengths: list[int]) -> list[torch.Tensor]:
         shapes = ((sum(lengths), n, size) for n in (heads, groups, groups))
         return [torch.randn(s, device=DEVICE, dtype=dtype, requires_grad=True) for s in shapes]
 
-    def loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        each = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    def loop(lengths: list[int], *parts: torch.Tensor) -> torch.Tensor:
+        each = zip(*(x.split(lengths) for x in parts), strict=True)
         outputs = (ours(*(x[None].transpose(1, 2) for x in one), None, None) for one in each)
         return torch.cat([output[0].transpose(0, 1) for output in outputs])
 
-    parts = draw(torch.bfloat16)
-    found["bf16, a call a sequence"] = or_memory(lambda: loop(*parts).sum().backward())
-    single = draw(torch.float32)
-    found["fp32, a call a sequence"] = or_memory(lambda: loop(*single).sum().backward())
+    drawn = {"long": torch.randint(300, 3000, (10,)), "short": torch.randint(20, 300, (64,))}
+    if not CUDA:
+        drawn = {"long": torch.tensor([5, 7, 9])}
+    found: dict[str, Any] = {}
+    for name, lengths_B in drawn.items():
+        lengths = lengths_B.tolist()
+        parts = draw(torch.bfloat16, lengths)
+        found[f"{name}, tokens"] = sum(lengths)
+        work = partial(loop, lengths, *parts)
+        found[f"{name}, a call a sequence"] = or_memory(lambda w=work: w().sum().backward())
+        if CUDA:
+            found[f"{name}, varlen_attn"] = _varlen(parts, lengths, work())
+    lengths = drawn["long"].tolist()
+    single = draw(torch.float32, lengths)
+    found["long in fp32"] = or_memory(lambda: loop(lengths, *single).sum().backward())
     longest = max(lengths)
-    query, key, value = (x[None, :longest].transpose(1, 2).detach() for x in parts)
+    parts = draw(torch.bfloat16, [longest])
+    query, key, value = (x[None].transpose(1, 2).detach() for x in parts)
     seen = torch.ones(longest, longest, dtype=torch.bool, device=DEVICE).tril()
-    found["bf16 with a mask"] = or_memory(lambda: ours(query, key, value, seen, None))
+    found["one with a mask"] = or_memory(lambda: ours(query, key, value, seen, None))
     masked = ours(query, key, value, seen, None)
     plain = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     found["mask against causal"] = float((masked - plain).abs().max())
-    if CUDA:
-        found |= _varlen(parts, lengths, loop)
     return found
 
 
-def _varlen(parts: list[torch.Tensor], lengths: list[int], loop: Any) -> dict[str, Any]:
-    """What a call for the whole pack would give (torch 2.10 has it, and changed its arguments)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        return {"varlen_attn": {"failed": str(error)}}
+def _varlen(parts: list[torch.Tensor], lengths: list[int], ours: torch.Tensor) -> dict[str, Any]:
+    """What one call for the whole pack would give."""
+    from torch.nn.attention.varlen import varlen_attn
+
     begins = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-    query, key, value = parts
-    repeat = query.shape[1] // key.shape[1]
     where = (begins, begins, max(lengths), max(lengths))
 
     def call() -> torch.Tensor:
-        copies = (x.repeat_interleave(repeat, 1) for x in (key, value))
-        try:
-            return varlen_attn(query, *copies, *where, is_causal=True)
-        except TypeError:
-            return varlen_attn(query, *copies, *where, window_size=(-1, 0))
+        query, key, value = parts
+        repeat = query.shape[1] // key.shape[1]
+        copies = [x.repeat_interleave(repeat, 1) for x in (key, value)]
+        outcome: Any = varlen_attn(query, *copies, *where, window_size=(-1, 0))
+        return outcome
 
     try:
-        apart = float((call() - loop(*parts)).abs().max())
+        apart = float((call() - ours).abs().max())
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        return {"varlen_attn": {"failed": str(error)[:300]}}
-    found = or_memory(lambda: call().sum().backward())
-    return {"varlen_attn": {**found, "against a call a sequence": apart}}
+        return {"failed": str(error)[:300]}
+    return {**or_memory(lambda: call().sum().backward()), "against a call a sequence": apart}
 
 
 # ---- weights for engines on the same host ----
@@ -371,11 +382,11 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
 # ---- training steps ----
 
 
-def steps() -> dict[str, Any]:
+def steps(models: str) -> dict[str, Any]:
     """Scoring and updates of models with random weights, as a run makes them, on one process.
 
-    Also what met faults of megatron-core without transformer-engine: experts, a replicated
-    optimizer, and the optimizer's state for a checkpoint.
+    The small ones also met faults of megatron-core without transformer-engine: experts, a
+    replicated optimizer, and the optimizer's state for a checkpoint.
     """
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     from megatron_gpc.run.network import free_port
@@ -387,24 +398,29 @@ def steps() -> dict[str, Any]:
     from megatron_gpc.mcore.native import uses_transformer_engine
 
     found: dict[str, Any] = {"transformer-engine": uses_transformer_engine(torch.bfloat16)}
-    small = {"small, replicated": (_dense(SMALL), ["optim.distributed=false"])}
-    ways = [f"train.experts={way}" for way in ("each", "grouped")]
-    small |= {f"small, {way}": (_experts(SMALL, 4, 64), [way]) for way in ways}
-    real: dict[str, tuple[dict[str, Any], list[str]]] = {}
-    if CUDA:
-        real = {name: (_dense(shape), []) for name, shape in SHAPES.items()}
-        real |= {f"128 experts, {way}": (_experts(MIXTURE, 128, 768), [way]) for way in ways}
-    for name, (hf, overrides) in {**small, **real}.items():
+    for name, (hf, overrides) in _models(models).items():
+        begin = time.monotonic()
         try:
             with TemporaryDirectory() as folder, _policy(Path(folder), hf, overrides) as made:
-                found[name] = _step(*made, hf, real=name in real)
+                found[name] = _step(*made, hf, real=models != "small")
         except Exception as error:  # the others are still worth knowing
             traceback.print_exc()
             found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+        found[name]["seconds"] = time.monotonic() - begin
+        gc.collect()
         if CUDA:
-            gc.collect()
             torch.cuda.empty_cache()
     return found
+
+
+def _models(models: str) -> dict[str, tuple[dict[str, Any], list[str]]]:
+    ways = [f"train.experts={way}" for way in ("each", "grouped")]
+    if models == "small":
+        small = {"replicated": (_dense(SMALL), ["optim.distributed=false"])}
+        return small | {way: (_experts(SMALL, 4, 64), [way]) for way in ways}
+    if models == "experts":
+        return {f"128, {way}": (_experts(MIXTURE, 128, 768), [way]) for way in ways}
+    return {models: (_dense(SHAPES[models]), [])}
 
 
 def _dense(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -515,7 +531,7 @@ def _profile(work: Callable[[], Any]) -> dict[str, Any]:
     """The kernels that take longest, and how often the host waits for the GPU."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         work()
     events = profiled.key_averages()
     longest = sorted(events, key=lambda event: -event.self_device_time_total)[:15]

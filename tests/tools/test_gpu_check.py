@@ -29,9 +29,9 @@ def test_every_part_comes_to_its_end(tmp_path):
     found = json.loads((tmp_path / "found" / "found.json").read_text())
     assert [name for name, result in found.items() if "error" in result] == []
     assert found["machine"]["found"]["torch"] in (tmp_path / "found" / "found.txt").read_text()
-    steps = found["steps"]["found"]
+    steps = found["small steps"]["found"]
     small = ("replicated", "train.experts=each", "train.experts=grouped")
-    assert all(steps[f"small, {what}"]["devices"] for what in small)
+    assert all(steps[what]["devices"] for what in small)
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"found.json", "found.txt"}
 
 
@@ -40,8 +40,8 @@ def test_a_part_that_fails_is_told_and_costs_no_other(tmp_path):
     broken.parent.mkdir(parents=True)
     broken.write_text("raise ImportError('not for this machine')")
     search = os.pathsep.join([str(tmp_path / "site"), str(ROOT), *sys.path])
-    done = check(tmp_path / "found", "steps", "machine", PYTHONPATH=search)
+    done = check(tmp_path / "found", "small steps", "machine", PYTHONPATH=search)
     assert done.returncode == 1
     found = json.loads((tmp_path / "found" / "found.json").read_text())
-    assert "not for this machine" in found["steps"]["error"]
+    assert "not for this machine" in found["small steps"]["error"]
     assert found["machine"]["found"]["gpu"]

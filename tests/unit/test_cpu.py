@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from megatron_gpc.mcore import cpu
+
 CUDA = """
 import torch
 torch.cuda.is_available = lambda: True  # what a GPU node says
@@ -93,3 +98,20 @@ def test_a_transformer_engine_that_cannot_be_imported_is_refused(tmp_path):
 
 def test_patches_stay_inside_megatron_and_are_done_once():
     run(ONCE)
+
+
+@pytest.mark.slow
+def test_on_a_gpu_a_fused_function_is_compiled_once_for_all_lengths():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    with cpu._compilation(wanted=True):
+        fused = torch.compile(lambda x: torch.nn.functional.silu(x) * x, backend=counter)
+    for length in (2, 300, 7, 8192, 16):
+        fused(torch.ones(length, 1, 8))
+    assert counter.frame_count == 1
+
+
+def test_on_a_cpu_nothing_is_compiled():
+    with cpu._compilation(wanted=False):
+        assert torch.compile(len) is len

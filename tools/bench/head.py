@@ -154,7 +154,11 @@ def measure(way: str, tokens: int, hidden: int, vocab: int, dtype: torch.dtype) 
             logp_T, entropy_T = WAYS[way](hidden_TD, weight_VD, targets_T)
             half = now()
             scale = tokens / len(logp_T)  # 1, but for Liger's mean
-            (scale * logp_T.sum() + 0.1 * entropy_T.sum().to(logp_T.device)).backward()
+            # products, whose gradient is a tensor in memory, as verl's kernel wants it
+            loss = scale * (logp_T @ torch.ones_like(logp_T))
+            if len(entropy_T):
+                loss = loss + 0.1 * (entropy_T @ torch.ones_like(entropy_T))
+            loss.backward()
             seconds.append((half - begin, now() - begin))
         forward, both = (min(each) for each in zip(*seconds, strict=True))
     gradients = hidden_TD.nbytes + weight_VD.nbytes
