@@ -8,7 +8,6 @@ over all seeds that lie in the comparison's folder; left out if there are none.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -20,8 +19,8 @@ from matplotlib.figure import Figure
 
 from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.algo.regions import region_masks
+from megatron_gpc.cli import Parser, exit_code
 from megatron_gpc.config import ClipConfig
-from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.panels import BLACK, BLUE, GREY, ORANGE, RED, SKY, STYLE, save_figure
 from megatron_gpc.metrics.plots import groups_figure
 from megatron_gpc.metrics.runs import group_runs, load_run
@@ -38,22 +37,18 @@ REGIONS = (  # words, colour, sign of the advantage, and where the words stand
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", type=Path, default=ROOT / "runs" / "compare")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     given = parser.parse_args()
     folders = [run for arm in ("static", "id") for run in sorted(given.compare.glob(f"{arm}-*/"))]
-    try:
-        print(save_figure(method_figure(), given.out / "method.png"))
-        if folders:
-            groups = group_runs([load_run(folder) for folder in folders])
-            panels = {"entropy": "entropy [nats a token]", "reward": "reward"}
-            print(save_figure(groups_figure(groups, panels), given.out / "id_static.png"))
-        else:
-            print(f"{given.compare} has no runs: `make compare` makes them", file=sys.stderr)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(save_figure(method_figure(), given.out / "method.png"))
+    if folders:
+        groups = group_runs([load_run(folder) for folder in folders])
+        panels = {"entropy": "entropy [nats a token]", "reward": "reward"}
+        print(save_figure(groups_figure(groups, panels), given.out / "id_static.png"))
+    else:
+        print(f"{given.compare} has no runs: `make compare` makes them", file=sys.stderr)
     return 0
 
 
@@ -123,4 +118,4 @@ def _regions(ax: Axes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -27,7 +27,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.config.file import load
+from megatron_gpc.errors import UserError
 from megatron_gpc.run.launch import run_ranks
 from megatron_gpc.run.placement import Share
 from megatron_gpc.weights import family_of
@@ -38,6 +41,8 @@ RANKS, REPEATS = 2, 3
 
 def qwen2(layers: int, hidden: int, vocab: int) -> dict[str, Any]:
     """config.json of a Qwen2 with heads of 64 and a key-value head a rank."""
+    if hidden % (64 * RANKS):
+        raise UserError(f"--hidden: expected a multiple of {64 * RANKS}, got {hidden}")
     return {
         "model_type": "qwen2",
         "vocab_size": vocab,
@@ -131,10 +136,10 @@ def rank(folder: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--vocab", type=int, default=32_000)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=number(int, 1), default=8)
+    parser.add_argument("--hidden", type=number(int, 1), default=768)
+    parser.add_argument("--vocab", type=number(int, RANKS), default=32_000)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--folder", type=Path, help="disk to measure; default: for temporary files")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -175,4 +180,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -33,6 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.checkpoint import checkpoint
 
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.kernels import chunk_vocab
 from megatron_gpc.kernels.head import head_stats
 from megatron_gpc.kernels.vocab_parallel import token_stats
@@ -253,10 +255,10 @@ def disagreements(found: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=896)
-    parser.add_argument("--vocab", type=int, default=151_936)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=number(int, 1), default=1024)
+    parser.add_argument("--hidden", type=number(int, 1), default=896)
+    parser.add_argument("--vocab", type=number(int, 1), default=151_936)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     names = ["matmuls", *WAYS]
     absent = [way for way, module in OTHERS.items() if not (CUDA and find_spec(module))]
@@ -298,4 +300,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -8,11 +8,13 @@ powers.  Times depend on the machine: what counts are the ratios of one run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
 import time
 
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.rewards import mathematics
 from megatron_gpc.rewards.mathematics import Pool
 
@@ -51,9 +53,10 @@ def seconds(pairs: list[tuple[str, str]], workers: int) -> float:
     return took
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--hung", type=int, default=ANSWERS // 10, help="of 512 (%(default)s)")
+def main() -> int:
+    parser = Parser(description=__doc__.split("\n")[0])
+    bounded = number(int, 1, ANSWERS)
+    parser.add_argument("--hung", type=bounded, default=51, help=f"of {ANSWERS} (%(default)s)")
     given = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     one = seconds(ordinary(ANSWERS), 1)
@@ -71,7 +74,8 @@ def main() -> None:
         ),
     }
     print(json.dumps(found, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -11,11 +11,9 @@ start, evaluation of the first and last policy, picture.
 
 from __future__ import annotations
 
-import argparse
-import json
+import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from training import train
+
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
+from megatron_gpc.errors import UserError
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/entropy_control/config.yaml"
 PARTS = ("rollout", "sync", "train")
@@ -53,16 +56,9 @@ def run(layout: str, steps: int, overrides: list[str]) -> Run:
         folder = Path(name) / "run"
         given = (f"run_dir={folder}", f"parallel.tp={tp}", f"parallel.pp={pp}")
         begin, cpu_begin = time.perf_counter(), cpu_of_children()
-        subprocess.run(
-            [sys.executable, "-m", "megatron_gpc", "train", str(CONFIG), *given]
-            + [f"train.steps={steps}", "checkpoint.every=0", *overrides],
-            stdout=subprocess.DEVNULL,
-            check=True,
-            timeout=1200,
-        )
-        seconds, cpu_seconds = time.perf_counter() - begin, cpu_of_children() - cpu_begin
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return Run([json.loads(line) for line in lines], seconds, cpu_seconds)
+        steady = (f"train.steps={steps}", "checkpoint.every=0")
+        lines = train(CONFIG, *given, *steady, *overrides)
+        return Run(lines, time.perf_counter() - begin, cpu_of_children() - cpu_begin)
 
 
 def cpu_of_children() -> float:
@@ -71,15 +67,18 @@ def cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
+def main() -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=number(int, 1), default=20)
     parser.add_argument("--layouts", nargs="+", default=["1x1", "2x2"], help="TPxPP")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     table = Table(title="the main job: seconds of a training step")
     for heading in ("TP x PP", *PARTS, "step", "CPU a step", "besides steps", "CPU of that"):
         table.add_column(heading, justify="right")
+    for layout in arguments.layouts:
+        if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", layout):
+            raise UserError(f"--layouts: expected TPxPP such as 2x2, got {layout!r}")
     for layout in arguments.layouts:
         short = run(layout, FIRST, arguments.overrides)
         whole = run(layout, FIRST + arguments.steps, arguments.overrides)
@@ -95,7 +94,8 @@ def main() -> None:
             *(f"{value:.1f}" for value in (besides, cpu_besides)),
         )
     Console(width=100).print(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

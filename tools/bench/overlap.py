@@ -13,17 +13,19 @@ cores little is gained; where engines have their own, up to the shorter of the t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import rich.console
 from rich.table import Table
+from training import train
+
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
 
 CONFIG = Path(__file__).parents[2] / "examples" / "arithmetic" / "config.yaml"
 PARTS = ("seconds_rollout", "seconds_sync", "seconds_train")
@@ -33,29 +35,18 @@ WARM_UP = 3
 
 def measure(run_dir: Path, overlap: bool, steps: int, overrides: list[str]) -> list[float]:
     """Median seconds of each of PARTS over the run's steps, and of their sum."""
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "megatron_gpc", "train", str(CONFIG), f"run_dir={run_dir}"),
-            *(f"train.steps={steps}", "eval.prompts=null", "checkpoint.every=0", *overrides),
-            f"rollout.overlap={overlap}",
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()[WARM_UP:]
-    found = [[json.loads(line)[part] for part in PARTS] for line in lines]
+    steady = (f"train.steps={steps}", "eval.prompts=null", "checkpoint.every=0")
+    last = (f"run_dir={run_dir}", f"rollout.overlap={overlap}")
+    lines = train(CONFIG, *steady, *overrides, *last)[WARM_UP:]
+    found = [[line[part] for part in PARTS] for line in lines]
     return [statistics.median(times) for times in zip(*[[*f, sum(f)] for f in found], strict=True)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=20)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=number(int, WARM_UP + 1), default=20)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
-    if arguments.steps <= WARM_UP:
-        parser.error(f"--steps must be more than {WARM_UP}")
+    arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         times = {
             name: measure(
@@ -73,7 +64,8 @@ def main() -> None:
     ratio = times["synchronous"][-1] / times["overlapped"][-1]
     cores = len(os.sched_getaffinity(0))
     console.print(f"synchronous / overlapped: {ratio:.2f}; {cores} {platform.machine()} cores")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

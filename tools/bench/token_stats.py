@@ -22,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.kernels.vocab_parallel import token_stats
 
 
@@ -90,17 +92,17 @@ def in_own_process(way: str, tokens: int, vocab: int, chunk: int) -> dict[str, f
     return json.loads(done.stdout)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--chunk", type=int, default=1024, help="most tokens of a chunk")
+def main() -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=number(int, 1), nargs="+", default=[256, 1024])
+    parser.add_argument("--vocab", type=number(int, 1), default=151_936)
+    parser.add_argument("--chunk", type=number(int, 1), default=1024, help="most tokens of a chunk")
     parser.add_argument("--way", choices=["full", "chunked"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
         (tokens,) = arguments.tokens
         print(json.dumps(measure(arguments.way, tokens, arguments.vocab, arguments.chunk)))
-        return
+        return 0
     table = Table(
         title=f"log-prob + entropy, forward and backward, V = {arguments.vocab:,}, "
         f"chunks of at most {arguments.chunk} tokens"
@@ -125,7 +127,8 @@ def main() -> None:
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()
     print(f"{where}; torch {torch.__version__}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -10,7 +10,6 @@ probe whether samples come from the right weights, and evaluates nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -23,6 +22,10 @@ import torch
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
+from megatron_gpc.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/entropy_control"
 UPDATES = 16
@@ -47,11 +50,13 @@ def rewards(completions: list[str], label: list[list[int]], **unused: Any) -> li
     return list(map(fits, completions, label))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10)
+def main() -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=number(int, 3), default=10)
     steps = parser.parse_args().steps
     start = EXAMPLE / "start"
+    if not start.is_dir():
+        raise UserError(f"{start} is not there; `make run` builds it")
     prompts = map(json.loads, (start / "train.jsonl").read_text().splitlines())
     tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.pad_token = tokenizer.eos_token
@@ -91,7 +96,8 @@ def main() -> None:
         f"TRL {trl.__version__}: {statistics.median(seconds):.3f} s a step, "
         f"{statistics.median(cpu):.3f} s of CPU"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

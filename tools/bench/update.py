@@ -39,6 +39,8 @@ from megatron_gpc.algo.clipping import affine_bounds
 from megatron_gpc.algo.losses import LossInputs, LossOutputs
 from megatron_gpc.algo.losses.clip import clip
 from megatron_gpc.batching import mini_batches, pack, token_streams
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.config.file import load
 from megatron_gpc.metrics.reduce import Sums
 from megatron_gpc.run.launch import run_ranks
@@ -174,12 +176,12 @@ def interval(ordered: list[float]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=8, help="of a response")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=number(int, 1), default=4)
+    parser.add_argument("--hidden", type=number(int, 1), default=256)
+    parser.add_argument("--vocab", type=number(int, 2), default=8192)
+    parser.add_argument("--tokens", type=number(int, 1, 4000), default=8, help="of a response")
+    parser.add_argument("--rounds", type=number(int, 1), default=40)
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
@@ -228,4 +230,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
