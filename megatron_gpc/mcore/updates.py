@@ -16,7 +16,7 @@ from megatron_gpc.mcore.policy import UPDATE_MAXIMA, Policy
 from megatron_gpc.mcore.setup import device
 from megatron_gpc.mcore.signal_share import signal_share
 from megatron_gpc.metrics.reduce import Sums
-from megatron_gpc.run.files import replacing
+from megatron_gpc.run.files import name_of_step, replacing
 from megatron_gpc.types import Bounds, RolloutBatch, TokenStats, TokenStreams
 
 
@@ -82,7 +82,7 @@ class Updates:
             self.alive()
             learning_rate = updated["learning_rate"]
             if updated["skipped"]:
-                self.skipped.append(f"step_{step:06d}_update_{number}.pt")
+                self.skipped.append(f"{name_of_step(step)}_update_{number}.pt")
                 file = self._folder / self.skipped[-1]
                 self.main(self._keep, file, batch, samples, streams, bounds)
                 self._check_skipped()

@@ -11,7 +11,7 @@ import yaml
 from megatron_gpc.config.types import MOST
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import FILE_NAME, read_metrics
-from megatron_gpc.run.files import check_regular, read_json, step_of_name
+from megatron_gpc.run.files import by_step, check_regular, read_json
 from megatron_gpc.run.lock import last_start, life
 from megatron_gpc.run.stop import marker
 
@@ -30,8 +30,9 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
     Raises:
         UserError: it is no run's folder.
     """
-    file = run_dir / "config.yaml"
-    if not file.exists() and last_start(run_dir):  # the lock is the first thing in a run's folder
+    file, checkpoints = run_dir / "config.yaml", run_dir / "checkpoints"
+    started = last_start(run_dir)
+    if not file.exists() and started:  # the lock is the first thing in a run's folder
         return [f"{run_dir}: no step yet", life(run_dir)]
     try:
         check_regular(file)
@@ -47,7 +48,7 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
             f"{type(error).__name__}: {error!s:.300}"
         ) from None
     metrics = run_dir / FILE_NAME
-    begun = metrics.exists() or (run_dir / "checkpoints").exists() or last_start(run_dir)
+    begun = metrics.exists() or checkpoints.exists() or started
     if not begun:
         raise UserError(
             f"{run_dir}: not the folder of a run: none has begun here; runs of its config.yaml are "
@@ -66,12 +67,12 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
         )
     lines.append(life(run_dir))
     error = _first_error(run_dir)
-    if error and error.time >= last_start(run_dir):
+    if error and error.time >= started:
         lines.append(f"ended by an error: {error.words}; --traceback shows where")
-    saved = sorted((run_dir / "checkpoints").glob("step_*"))
-    whole = [one.name for one in saved if step_of_name(one.name) is not None]
-    lines.append(f"newest checkpoint: {whole[-1] if whole else 'none'}")
-    lines += [f"damaged, set aside: {one.name}" for one in saved if ".damaged" in one.name]
+    saved = [one.name for one in by_step(checkpoints).values()]
+    lines.append(f"newest checkpoint: {saved[-1] if saved else 'none'}")
+    damaged = sorted(checkpoints.glob("step_*.damaged*"))
+    lines += [f"damaged, set aside: {one.name}" for one in damaged]
     if marker(run_dir).exists():
         lines.append("was asked to end, and did; the same command continues it")
     if lead_s is not None and records:

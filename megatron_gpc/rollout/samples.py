@@ -19,10 +19,10 @@ from megatron_gpc.config import RolloutConfig
 from megatron_gpc.config.layout import MOST_STEP_SAMPLES
 from megatron_gpc.engines.answers import untrue_routes
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.files import replacing, strict_json
+from megatron_gpc.run.files import by_step, name_of_step, replacing, strict_json
 from megatron_gpc.types import LARGEST, Experts, Prompt, Sample, is_usable
 
-FOLDER = "samples"
+FOLDER, SUFFIX = "samples", ".parquet"
 MOST_LOGPROB = 1e-3
 """Rounding lifts a log-prob above 0 by less [nats]."""
 SCHEMA = pa.schema(
@@ -55,7 +55,7 @@ LATER = {"right": None, "routes": b""}
 
 
 def samples_file(run_dir: Path, step: int) -> Path:
-    return run_dir / FOLDER / f"step_{step:06d}.parquet"
+    return run_dir / FOLDER / (name_of_step(step) + SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -257,10 +257,7 @@ def _sample(row: dict[str, Any]) -> Sample:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps whose samples were saved, ascending."""
-    names = (
-        re.fullmatch(r"step_([0-9]{1,18})\.parquet", f.name) for f in (run_dir / FOLDER).glob("*")
-    )
-    return sorted(int(name[1]) for name in names if name)
+    return list(by_step(run_dir / FOLDER, SUFFIX))
 
 
 def _what_there_is(run_dir: Path) -> str:

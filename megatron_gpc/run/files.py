@@ -119,10 +119,17 @@ def _finite(text: str) -> float:
     return value
 
 
-def step_of_name(name: str) -> int | None:
-    """The number in `step_000120`; None for other names, such as `step_000120.part`."""
-    found = re.fullmatch(r"step_([0-9]{1,18})", name)
-    return int(found[1]) if found else None
+def name_of_step(step: int) -> str:
+    """`step_000120`."""
+    return f"step_{step:06d}"
+
+
+def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """What a folder has of steps, ascending: `step_000120` with the suffix; other names, such as
+    `step_000120.part`, are left out."""
+    pattern = re.compile(f"step_([0-9]{{1,18}}){re.escape(suffix)}")
+    found = ((pattern.fullmatch(path.name), path) for path in folder.glob("step_*"))
+    return dict(sorted((int(name[1]), path) for name, path in found if name))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from megatron_gpc.config import Config
 from megatron_gpc.config.file import dump, flatten
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.child import Child
-from megatron_gpc.run.files import replace_text, step_of_name
+from megatron_gpc.run.files import by_step, replace_text
 from megatron_gpc.run.launch import CHILD_POLL_S
 from megatron_gpc.run.lock import PREPARING, take
 from megatron_gpc.run.say import say
@@ -88,8 +88,7 @@ def _set_aside(config: Config) -> None:
 def _newest_step(run_dir: Path) -> int | None:
     """Finished steps of the newest checkpoint; None if there is no checkpoint to continue from.
     A checkpoint that is being written has another name."""
-    steps = [step_of_name(f.name) for f in (run_dir / "checkpoints").glob("step_*")]
-    return max((step for step in steps if step is not None), default=None)
+    return max(by_step(run_dir / "checkpoints"), default=None)
 
 
 def _read(file: Path) -> dict[str, Any]:

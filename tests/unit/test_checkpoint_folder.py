@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gpc.mcore.checkpoint import folder as folders
-from megatron_gpc.run.files import problems, problems_of_all, sha256
+from megatron_gpc.run.files import by_step, problems, problems_of_all, sha256
 
 FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "metadata.json")
 
@@ -94,5 +94,5 @@ def test_what_is_removed(tmp_path, keep, keep_every, left):
     for step in range(1, 7):
         write(tmp_path, step)
     folders.remove_old(tmp_path, keep, keep_every)
-    assert [folders.step_of(folder) for folder in folders.checkpoints(tmp_path)] == left
+    assert list(by_step(tmp_path / "checkpoints")) == left
     assert len(os.listdir(tmp_path / "checkpoints")) == len(left)

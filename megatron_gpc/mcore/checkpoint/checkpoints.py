@@ -24,7 +24,7 @@ from megatron_gpc.mcore.checkpoint.state import content, take_over
 from megatron_gpc.mcore.checkpoint.writer import RankWriter, Written, strategy
 from megatron_gpc.mcore.policy import Policy
 from megatron_gpc.mcore.setup import from_main, is_main, sum_over_ranks
-from megatron_gpc.run.files import LAST, problems, sha256
+from megatron_gpc.run.files import LAST, by_step, problems, sha256
 from megatron_gpc.run.say import say
 from megatron_gpc.types import TrainState
 
@@ -112,15 +112,15 @@ class Checkpoints:
         """
         run_dir = self.config.run_dir
 
-        def found() -> list[Path]:
+        def found() -> dict[int, Path]:
             folders.remove_parts(run_dir)
-            return folders.checkpoints(run_dir)
+            return by_step(run_dir / "checkpoints")
 
-        for folder in reversed(_on_main(found, f"{run_dir}/checkpoints: cannot be used")):
+        there = _on_main(found, f"{run_dir}/checkpoints: cannot be used")
+        for step, folder in reversed(there.items()):
             wrong = problems(folder, dist.get_rank(), dist.get_world_size())
             if not (wrong := sorted({one for share in _gather(wrong) for one in share})):
-                step, name = folders.step_of(folder), f"{folder.parent.name}/{folder.name}"
-                say(f"resuming from step {step} ({name})")
+                say(f"resuming from step {step} ({folder.parent.name}/{folder.name})")
                 return take_over(self.config, self.policy, folder)
             aside = _on_main(lambda f=folder: folders.set_aside(f), f"{folder}: cannot be renamed")
             say(

@@ -11,30 +11,21 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_gpc.run.files import SUMS, step_of_name
-
-PREFIX = "step_"
+from megatron_gpc.run.files import SUMS, by_step, name_of_step
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    names = (run_dir / "checkpoints").glob(PREFIX + "*")
-    found = [f for f in names if step_of_name(f.name) is not None]
-    return sorted(found, key=step_of)
+    return list(by_step(run_dir / "checkpoints").values())
 
 
 def damaged(run_dir: Path) -> list[Path]:
     """Checkpoints that `set_aside` has renamed."""
-    return sorted((run_dir / "checkpoints").glob(f"{PREFIX}*.damaged*"))
-
-
-def step_of(folder: Path) -> int:
-    """The training step after which a complete checkpoint was written."""
-    return int(folder.name[len(PREFIX) :])
+    return sorted((run_dir / "checkpoints").glob("step_*.damaged*"))
 
 
 def final_name(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"{PREFIX}{step:06d}"
+    return run_dir / "checkpoints" / name_of_step(step)
 
 
 def part_name(final: Path) -> Path:
@@ -43,7 +34,7 @@ def part_name(final: Path) -> Path:
 
 def remove_parts(run_dir: Path) -> None:
     """Remove what runs that were killed left half written, or half removed."""
-    for part in (run_dir / "checkpoints").glob(f"{PREFIX}*.part"):
+    for part in (run_dir / "checkpoints").glob("step_*.part"):
         shutil.rmtree(part)
 
 
@@ -81,6 +72,6 @@ def remove_old(run_dir: Path, keep: int, keep_every: int) -> None:
 
     A folder loses its final name first: half removed it is no checkpoint.
     """
-    for old in checkpoints(run_dir)[:-keep]:
-        if not keep_every or step_of(old) % keep_every:
+    for step, old in list(by_step(run_dir / "checkpoints").items())[:-keep]:
+        if not keep_every or step % keep_every:
             shutil.rmtree(old.rename(part_name(old)))
