@@ -1,10 +1,10 @@
-"""megatron-core on CPU tensors over gloo.  Every patch of a foreign library stands in this file.
+"""megatron-core on CPU tensors over gloo.
 
-`install()` runs before the first megatron import.  Written for megatron-core 0.16.1.  Faults of
-upstream that are not about CPUs are patched everywhere, each where what it needs is missing.  The
-rest is done without CUDA only: inside `megatron.core`, and only there, the name `torch` becomes a
-stand-in whose CUDA surface answers for the CPU; everybody else keeps the real torch, but for
-`Tensor.cuda` and `Tensor.type`, because a method has no module in which to replace it.
+`install()` runs before the first megatron import.  Written for megatron-core 0.16.1.  Faults that
+are not about CPUs are mended everywhere (upstream.py).  The rest is done without CUDA only: inside
+`megatron.core`, and only there, the name `torch` becomes a stand-in whose CUDA surface answers for
+the CPU; everybody else keeps the real torch, but for `Tensor.cuda` and `Tensor.type`, because a
+method has no module in which to replace it.
 
 Each patch says why upstream needs it and when it can go.  "A device argument" means: when the
 module takes its device from the tensor or from a parameter, instead of writing "cuda".
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.mcore.upstream import core, mend
 
 # Imported before the stand-in is put in place: a module that comes later would see the real torch.
 _MODULES = [
@@ -70,11 +71,7 @@ def install() -> None:
         _patch_p2p()
         _patch_split_sizes()
         _patch_groups_of_one()
-    _patch_checkpoint_writer()
-    _patch_checkpoint_objects()
-    _patch_router()
-    _patch_norms()
-    _patch_optimizer_state()
+    mend()
 
 
 def check_transformer_engine() -> None:
@@ -112,10 +109,6 @@ def _compilation(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_
-
-
-def _core(name: str) -> Any:
-    return importlib.import_module(f"megatron.core.{name}")
 
 
 class _TypeName(str):
@@ -296,7 +289,7 @@ def _patch_groups_of_one() -> None:
 
     A rank's part of them is a view; alone it is all of them.  Why and until when: `_unless_alone`.
     """
-    buffers = _core("distributed.param_and_grad_buffer")
+    buffers = core("distributed.param_and_grad_buffer")
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
         setattr(buffers, name, _unless_alone(getattr(buffers, name)))
 
@@ -308,7 +301,7 @@ def _patch_random() -> None:
     complains when the CPU generator moves, which here is the one that is forked.
     Gone when: core takes a device argument.
     """
-    random = _core("tensor_parallel.random")
+    random = core("tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: (
         torch.get_rng_state()
     )
@@ -327,7 +320,7 @@ def _patch_p2p() -> None:
     is still sending (on CUDA the stream holds the memory); gradients at VPP 2 were off by
     0.14-0.61. Gone when: gloo holds what it sends.
     """
-    p2p = _core("pipeline_parallel.p2p_communication")
+    p2p = core("pipeline_parallel.p2p_communication")
     send_and_receive = p2p._p2p_ops
 
     def keep_alive(**kwargs: Any) -> Any:
@@ -349,7 +342,7 @@ def _patch_split_sizes() -> None:
     Why: token_dispatcher converts them only when it moves them off a GPU.
     Gone when: core takes a device argument.
     """
-    dispatcher = _core("transformer.moe.token_dispatcher")
+    dispatcher = core("transformer.moe.token_dispatcher")
     move = dispatcher.maybe_move_tensor_to_cpu
 
     def move_or_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -358,109 +351,3 @@ def _patch_split_sizes() -> None:
         return move(tensor, as_numpy, False)
 
     dispatcher.maybe_move_tensor_to_cpu = move_or_convert
-
-
-def _patch_router() -> None:
-    """The router of experts works without transformer-engine.
-
-    Why: moe_utils tests `te_general_gemm is not None` but defines the name only beside
-    transformer-engine.  An upstream fault, not about CPUs.  Gone when: the name is defined.
-    """
-    _core("transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
-
-
-class _ParallelNorm:
-    """torch's norm, its weights marked for sequence parallelism."""
-
-    def __new__(
-        cls, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any
-    ) -> torch.nn.Module:
-        assert not config.layernorm_zero_centered_gamma and not config.memory_efficient_layer_norm
-        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
-        for weight in norm.parameters():
-            # finalize_model_grads sums the gradients so marked over the tensor-parallel group
-            weight.sequence_parallel = config.sequence_parallel
-        return norm
-
-
-def _patch_norms() -> None:
-    """The local spec's norm is torch's, and works under sequence parallelism.
-
-    Why: WrappedTorchNorm asserts that sequence parallelism is off; past the assert, unmarked, norm
-    gradients would not be summed over TP (off by 0.8-1.0 while the loss is right).  Beside apex the
-    norm after the last layer would be apex's FusedLayerNorm, which refuses RMSNorm.  An upstream
-    fault, not about CPUs.  Gone when: WrappedTorchNorm sets the mark, and every RMSNorm is one.
-    """
-    for name in ("models.backends", "models.gpt.gpt_layer_specs"):
-        module = _core(name)
-        module.WrappedTorchNorm = module.LNImpl = _ParallelNorm
-
-
-def _patch_optimizer_state() -> None:
-    """The distributed optimizer saves and loads the state of torch's own Adam.
-
-    Why: without transformer-engine and apex, state_dict() fails before the first step (torch's Adam
-    has no state yet), and always on a stage without experts, whose expert optimizer has no
-    parameters; loading raises KeyError 'step', and would leave one "step" tensor shared by all
-    parameters, which Adam advances once for each.  An upstream fault, not about CPUs.
-    Gone when: core reads the state of torch.optim.Adam.
-    """
-    module = _core("optimizer.distrib_optimizer")
-    if module.HAVE_APEX_OR_TE:
-        return
-    optimizer = module.DistributedOptimizer
-    state_dict = optimizer.state_dict
-    set_states = optimizer._set_main_param_and_optimizer_states
-
-    def filled_state_dict(self: Any) -> Any:
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if not self.optimizer.state[p]:
-                    self.optimizer.state[p].update(
-                        step=torch.zeros(()),
-                        exp_avg=torch.zeros_like(p),
-                        exp_avg_sq=torch.zeros_like(p),
-                    )
-        if not self.optimizer.state:
-            self.optimizer.state["no parameters"]["step"] = torch.zeros(())
-        return state_dict(self)
-
-    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        state["step"] = state["step"].clone()
-        set_states(self, model_param, {"step": state["step"], **tensors})
-
-    optimizer.state_dict = filled_state_dict
-    optimizer._set_main_param_and_optimizer_states = set_states_with_step
-
-
-def _patch_checkpoint_writer() -> None:
-    """No process is started to collect what checkpoint writers report.
-
-    Why: planning a save starts a multiprocessing manager in every rank.  It outlives a rank that is
-    killed, imports the main script again, and costs the first save 6 s; nobody needs it, because
-    mcore/checkpoint/writer.py reports through a pipe.  An upstream fault, not about CPUs.
-    Gone when: core starts it only if it is used, while writing.
-    """
-    _core("dist_checkpointing.strategies.filesystem_async")._get_write_results_queue = _nothing
-
-
-def _patch_checkpoint_objects() -> None:
-    """Objects of a checkpoint that are no tensors are read without pickle's powers first.
-
-    Why: torch unpickles them as they are (weights_only=False), so that whoever wrote a `.distcp`
-    file, or says in `.metadata` that a tensor is such an object, could run any code.  What passes
-    has the classes of data alone, and to let torch read it after that is safe.  Not about CPUs.
-    Gone when: torch's load planner asks for weights_only.
-    """
-    planner = importlib.import_module("torch.distributed.checkpoint.default_planner")
-    load_bytes = planner.DefaultLoadPlanner.load_bytes
-
-    def checked_load_bytes(self: Any, read_item: Any, value: Any) -> None:
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        load_bytes(self, read_item, value)
-
-    planner.DefaultLoadPlanner.load_bytes = checked_load_bytes

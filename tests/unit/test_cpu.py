@@ -41,7 +41,7 @@ config = SimpleNamespace(layernorm_zero_centered_gamma=False, memory_efficient_l
 for norm in (backends.LocalSpecProvider().layer_norm(rms_norm=True), gpt_layer_specs.LNImpl):
     made = norm(config, 8)
     assert type(made) is torch.nn.RMSNorm and made.weight.sequence_parallel
-assert DistributedOptimizer.state_dict.__module__ == cpu.__name__
+assert DistributedOptimizer.state_dict.__module__ == cpu.mend.__module__
 """
 
 BROKEN_TE = f"""{CUDA}
