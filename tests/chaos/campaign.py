@@ -54,6 +54,9 @@ class Fault:
     while_it_starts = False
     """Whether it may also come before the first step."""
 
+    picks_its_moment = False
+    """Whether `hit` itself waits for it; it is drawn otherwise."""
+
     @contextmanager
     def around(self, folder: Path) -> Iterator[Sequence[str]]:
         """What the run needs around it, in a folder of its own; gives further overrides."""
@@ -148,6 +151,8 @@ class Campaign:
             return fault.hit(run, self.draw)
         if not run.wait_for(run.trains):
             return None
+        if fault.picks_its_moment:
+            return fault.hit(run, self.draw)
         goal = run.step() + self.draw.randrange(AHEAD)
         if not run.wait_for(lambda: run.step() >= goal):
             return None

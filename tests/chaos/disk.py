@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -23,8 +23,6 @@ CHECKPOINT_BYTES = 400_000
 """Of less free space no checkpoint can be made [bytes] ..."""
 WEIGHTS_BYTES = 130_000
 """... and of less than this no file for a hand-over [bytes]."""
-ENDS_SOON = 4
-"""A run does that with so many steps to go."""
 
 
 class _Disk(Fault):
@@ -50,8 +48,7 @@ class _Disk(Fault):
 
 
 class FullDisk(_Disk):
-    """At any time, in the middle of a checkpoint, or, of a run that is about to end, before weights
-    are handed over for the last time.
+    """At any time, or in the middle of a checkpoint.
 
     The main rank is stopped until the disk is full, lest it be past that moment.
 
@@ -59,39 +56,49 @@ class FullDisk(_Disk):
         asynchronous: whether checkpoints are written in the background.
     """
 
+    most_free = CHECKPOINT_BYTES
+
     def __init__(self, asynchronous: bool):
         self.overrides = (f"checkpoint.asynchronous={str(asynchronous).lower()}",)
         self._asynchronous = asynchronous
 
     def hit(self, run: Run, draw: Random) -> Outcome | None:
-        ends_soon = run.steps_asked - run.step() <= ENDS_SOON
-        when, comes, most_free = draw.choice(
-            [
-                ("at any time", lambda: True, CHECKPOINT_BYTES),
-                ("while a checkpoint is written", lambda: _parts(run.folder), CHECKPOINT_BYTES),
-                *ends_soon
-                * [("before the last hand-over", lambda: self._hands_over(run), WEIGHTS_BYTES)],
-            ]
-        )
+        when, comes = self.moment(run, draw)
         if not run.wait_for(lambda: bool(comes())):
             return None
         began = time.monotonic()
         if not run.signal(lambda: run.rank(0), signal.SIGSTOP):
             return None
-        with full_disk(run.folder, draw.randrange(most_free)):
+        with full_disk(run.folder, draw.randrange(self.most_free)):
             run.signal(lambda: run.rank(0), signal.SIGCONT)
             if not self._ends(run, "No space left on device"):
                 return None
         took = time.monotonic() - began
         return Outcome(f"disk full {when}, for {_named(run)}", True, took)
 
-    def _hands_over(self, run: Run) -> bool:
-        """Whether the last hand-over is next.  It comes while the last checkpoint is written, or
-        once that is done and an older one, and so its space, was given back."""
+    def moment(self, run: Run, draw: Random) -> tuple[str, Callable[[], object]]:
+        """In words, and what is true once it has come."""
+        aimed = ("while a checkpoint is written", lambda: _parts(run.folder))
+        return draw.choice([("at any time", lambda: True), aimed])
+
+
+class FullInTheEnd(FullDisk):
+    """When the last checkpoint is begun (if that is in the background) or done, and weights are
+    handed over for the last time."""
+
+    most_free = WEIGHTS_BYTES
+    picks_its_moment = True
+
+    def moment(self, run: Run, draw: Random) -> tuple[str, Callable[[], object]]:
         last = final_name(run.folder, run.steps_asked)
-        if self._asynchronous:
-            return part_name(last).exists()
-        return last.exists() and not _parts(run.folder) and len(checkpoints(run.folder)) == KEPT
+
+        def hands_over_next() -> bool:
+            if self._asynchronous:
+                return part_name(last).exists()
+            room = not _parts(run.folder) and len(checkpoints(run.folder)) == KEPT
+            return last.exists() and room  # an older one was removed
+
+        return "before the last hand-over", hands_over_next
 
 
 class NoWriting(_Disk):

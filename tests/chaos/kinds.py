@@ -7,7 +7,7 @@ from pathlib import Path
 
 from chaos.campaign import Fault
 from chaos.clock import JumpClock
-from chaos.disk import FlippedByte, FolderIsGone, FullDisk, NoWriting
+from chaos.disk import FlippedByte, FolderIsGone, FullDisk, FullInTheEnd, NoWriting
 from chaos.kills import KillEngine, KillLauncher, KillRank
 from chaos.network import CutForAWhile, CutTooLong
 from chaos.stops import StopEngineTooLong, StopForAWhile, StopRankTooLong
@@ -20,6 +20,7 @@ KINDS: dict[str, Callable[[Path], Sequence[Fault]]] = {
     "network": lambda task: [CutForAWhile(task), CutTooLong(task)],
     "disk": lambda _: [
         *(FullDisk(asynchronous=False), FullDisk(asynchronous=True)),
+        *(FullInTheEnd(asynchronous=False), FullInTheEnd(asynchronous=True)),
         *(NoWriting(), FolderIsGone(), FlippedByte()),
     ],
     "clock": lambda _: [JumpClock()],
