@@ -28,12 +28,18 @@ class Estimate:
     activations: float
     logits: float
     """With their gradient, that of the LM head, and what log-prob and entropy take."""
+    update: float
+    """For torch's Adam, what it takes beyond the room that activations and logits have left."""
     engine_weights: float
     kv_token: float
 
     @property
     def trainer(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(getattr(self, name) for name in TRAINER)
+
+
+TRAINER = ("weights", "gradients", "optimizer", "activations", "logits", "update")
+"""An Estimate's parts that the trainer has at a time."""
 
 
 def estimate(config: Config, hf: Mapping[str, Any], world: int) -> Estimate:
@@ -62,13 +68,17 @@ def estimate(config: Config, hf: Mapping[str, Any], world: int) -> Estimate:
     head, groups = sizes["kv_channels"], sizes["num_query_groups"]
     engine_tp = int(config.sglang.args.get("tp_size", 1))
     everything = sum(_numel(param) for param in params)
+    held = dense / copies[0] + expert / copies[1]
+    activations = activation_bytes(config, sizes)
+    logits = head_bytes(config, model.vocab_size, sizes["hidden_size"])
     return Estimate(
         parameters=everything,
         weights=size * (dense + expert),
         gradients=4 * (dense + expert),
-        optimizer=state * (dense / copies[0] + expert / copies[1]),
-        activations=activation_bytes(config, sizes),
-        logits=head_bytes(config, model.vocab_size, sizes["hidden_size"]),
+        optimizer=state * held,
+        activations=activations,
+        logits=logits,
+        update=max(0.0, 4 * held - activations - logits),  # the roots of all second moments
         engine_weights=size * everything / engine_tp,
         kv_token=2 * size * sizes["num_layers"] * max(1, groups / engine_tp) * head,
     )
@@ -171,9 +181,8 @@ def lines(found: Estimate, gpu_gib: float, fraction: float) -> list[str]:
         gpu_gib: memory of one GPU.
         fraction: the share of it that the engine takes (SGLang's mem_fraction_static).
     """
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
     said = [f"{found.parameters / 1e9:.2f} B parameters; GiB on the fullest GPU:"]
-    said += [f"  {name:<14}{getattr(found, name) / GIB:6.1f}" for name in names]
+    said += [f"  {name:<14}{getattr(found, name) / GIB:6.1f}" for name in TRAINER]
     cache = fraction * gpu_gib * GIB - found.engine_weights
     total = found.trainer / GIB + fraction * gpu_gib
     said += [

@@ -14,7 +14,7 @@ from megatron_gpc.kernels.rows import RowGradient
 FOLD_BLOCK = 4096
 """Logits of a token that `_fold` looks at together."""
 TURN_BLOCK = 2048
-WARPS = 8
+WARPS = 4
 
 
 def fold(
@@ -56,7 +56,7 @@ def _fold(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    LEAST: tl.constexpr = -3.4028234663852886e38  # the maximum of no logits (kernels/merging.py)
+    ABSENT: tl.constexpr = -1e20  # no logit's, and exp of it is 0; times 0 it is 0, unlike infinity
     row = tl.program_id(0)
     part = part_pointer + row * 6
     m, s, xs = tl.load(part), tl.load(part + 1), tl.load(part + 2)
@@ -67,16 +67,15 @@ def _fold(
     target += tl.load(begin + hit, mask=here, other=0.0).to(tl.float32) * scale
     for first in range(0, COLUMNS, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        valid = column < COLUMNS
-        x = tl.load(begin + column, mask=valid, other=0.0).to(tl.float32) * scale
-        larger = tl.maximum(m, tl.max(tl.where(valid, x, LEAST), 0))
+        x = tl.load(begin + column, mask=column < COLUMNS, other=ABSENT).to(tl.float32) * scale
+        larger = tl.maximum(m, tl.max(x, 0))
         # what was relative to the old maximum becomes relative to the new one
         d = tl.where(s > 0, m - larger, 0.0)
         w = tl.exp(d)
         xs, xs2 = w * (xs + d * s), w * w * (xs2 + d * s2)
         s, s2, m = w * s, w * w * s2, larger
-        y = tl.where(valid, x - m, 0.0)
-        e = tl.where(valid, tl.exp(y), 0.0)
+        y = x - m
+        e = tl.exp(y)
         ye = y * e
         s += tl.sum(e, 0)
         xs += tl.sum(ye, 0)

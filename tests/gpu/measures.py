@@ -399,10 +399,12 @@ def steps(models: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {"transformer-engine": uses_transformer_engine(torch.bfloat16)}
     for name, (hf, overrides) in _models(models).items():
-        begin = time.monotonic()
+        begin, there = time.monotonic(), torch.cuda.memory_allocated() if CUDA else 0
         try:
             with TemporaryDirectory() as folder, _policy(Path(folder), hf, overrides) as made:
                 found[name] = _step(*made, hf, real=models != "small")
+            if "peak_GiB" in found[name]:
+                found[name]["peak_GiB"] -= there / 2**30
         except Exception as error:  # the others are still worth knowing
             traceback.print_exc()
             found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
@@ -536,6 +538,7 @@ def _profile(work: Callable[[], Any]) -> dict[str, Any]:
     events = profiled.key_averages()
     longest = sorted(events, key=lambda event: -event.self_device_time_total)[:15]
     return {
+        "gpu_busy_ms": sum(event.self_device_time_total for event in events) / 1e3,
         "host_syncs": sum(event.count for event in events if "Synchronize" in event.key),
         "kernels_ms": {e.key[:60]: round(e.self_device_time_total / 1e3, 1) for e in longest},
     }

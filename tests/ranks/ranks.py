@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny import plain_streams
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_gpc.config import Config
 from megatron_gpc.types import Bounds, RolloutBatch
@@ -112,6 +113,7 @@ def _score_and_update(
     config: Config, batch: RolloutBatch, bounds: Bounds, samples: list[int] | None
 ) -> dict[str, Any]:
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA
+    from megatron_gpc.mcore.setup import device
     from megatron_gpc.metrics.reduce import Sums
 
     policy, params = start(config)
@@ -130,7 +132,7 @@ def _score_and_update(
         clipped.update(zip(micro.slots_T.tolist(), flags, strict=True))
     attention_calls = len(calls)
     before = gather(policy, params, lambda p: p)
-    sums = Sums(policy.update_means, UPDATE_MAXIMA)
+    sums = Sums(policy.update_means, UPDATE_MAXIMA, device())
     updated = policy.update(*given, sums)
     after = gather(policy, params, lambda p: p)
     found = {"scored": scored, "clipped": clipped, "attention_calls": attention_calls}
@@ -157,6 +159,7 @@ def entropy_change(
     """
     from megatron_gpc.mcore.entropy_change import EntropyChange
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
+    from megatron_gpc.mcore.setup import device
     from megatron_gpc.mcore.signal_share import signal_share
     from megatron_gpc.mcore.weights import Exporter
     from megatron_gpc.metrics.reduce import Sums
@@ -174,7 +177,7 @@ def entropy_change(
                 samples,
                 plain_streams(batch),
                 bounds,
-                Sums(UPDATE_MEANS, UPDATE_MAXIMA),
+                Sums(UPDATE_MEANS, UPDATE_MAXIMA, device()),
             )
         after = {n: t.clone() for n, t in Exporter(policy.models, params).tensors()}
         return {
@@ -295,10 +298,14 @@ def collectives_of_update(
 ) -> set[str]:
     """Names of the process groups' operations that scoring and an update take."""
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA
+    from megatron_gpc.mcore.setup import device
     from megatron_gpc.metrics.reduce import Sums
 
     with policy_of(replace(config, model=replace(config.model, hf=hf))) as (policy, _):
-        sums, samples = Sums(policy.update_means, UPDATE_MAXIMA), list(range(batch.num_samples))
+        sums, samples = (
+            Sums(policy.update_means, UPDATE_MAXIMA, device()),
+            list(range(batch.num_samples)),
+        )
         with torch.profiler.profile() as profile:
             policy.score(batch)
             policy.update(batch, samples, plain_streams(batch), bounds, sums)
@@ -338,10 +345,12 @@ def after_updates(
     """
     from megatron_gpc.mcore.offload import Offload
     from megatron_gpc.mcore.policy import UPDATE_MAXIMA, UPDATE_MEANS
+    from megatron_gpc.mcore.setup import device
     from megatron_gpc.metrics.reduce import Sums
 
-    with policy_of(config) as (policy, params):
-        sums, away = Sums(UPDATE_MEANS, UPDATE_MAXIMA), Offload(policy)
+    # The other kernels' gradients are not the same bits every time on a GPU.
+    with sdpa_kernel(SDPBackend.MATH), policy_of(config) as (policy, params):
+        sums, away = Sums(UPDATE_MEANS, UPDATE_MAXIMA, device()), Offload(policy)
         updates, freed, scores, references = [], [], [], []
         other = reference_of(config, policy) if reference else None
         for batch in batches:
@@ -368,9 +377,9 @@ def after_updates(
             "scores": scores,
             "references": references,
             "metrics": sums.reduce(),
-            "weights": [p.detach().clone() for m in policy.models for p in m.parameters()],
+            "weights": [p.detach().cpu().clone() for m in policy.models for p in m.parameters()],
             "moments": [
-                value.clone()
+                value.cpu().clone()
                 for optimizer in policy.optimizer.chained_optimizers
                 for state in optimizer.optimizer.state.values()
                 for name, value in sorted(state.items())
