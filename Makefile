@@ -22,7 +22,7 @@ help:
 	@echo "make test-sglang  the tests that talk to the real SGLang, on a CPU (installs 2.6 GB)"
 	@echo "make chaos    disturb runs KILLS times (default 30); they must end as if nothing had happened"
 	@echo "              KIND=rank|launcher|engine|stop|network|disk|clock: by one kind of fault alone"
-	@echo "make bench    measure log-prob + entropy at V = 151,936, checkpoints, clipping, judging, steps"
+	@echo "make bench    measure log-prob + entropy at V = 151,936, checkpoints, clipping, judging, steps, weights"
 	@echo "make layouts  hold every layout to float64 and print the table of docs/layouts.md"
 	@echo "make docs     write docs/config.md from the docstrings of the configuration"
 	@echo "make lint     ruff and pyright"
@@ -83,6 +83,7 @@ bench: .venv/.installed
 	$(BIN)/python tools/bench/update.py
 	$(BIN)/python tools/bench/loop.py
 	$(BIN)/python tools/bench/judge.py
+	$(BIN)/python tools/bench/handover.py
 
 layouts: .venv/.installed
 	PYTHONPATH=tests:. $(BIN)/python tests/ranks/layouts.py

@@ -67,10 +67,9 @@ class Engine:
     url: str
     client: SGLangClient
     tp_size: int = 1
-    device: str = "cpu"
-    """Where its weights are: `cpu` or `cuda`."""
-    here: bool = False
-    """Whether it is on this host."""
+    reads: Literal["requests", "host", "gpu"] = "requests"
+    """Where it can read the trainer's tensors: in requests alone, in this host's memory too, or on
+    the trainer's GPU as well."""
     process: ServerProcess | None = None
     """None if others started it."""
     state: Literal["ready", "stale", "down"] = "stale"
@@ -180,8 +179,11 @@ class Fleet:
             ]
         for engine in self.engines:
             info = await self._insist(engine.client.server_info)
-            engine.tp_size, engine.device = int(info.get("tp_size", 1)), info.get("device", "cpu")
-            engine.here = is_here(urlsplit(engine.url).hostname or "")
+            engine.tp_size = int(info.get("tp_size", 1))
+            if is_here(urlsplit(engine.url).hostname or ""):
+                # One that others started may not see our GPU, and SGLang would die of its handle.
+                sees = engine.process is not None and starter.shows_gpus
+                engine.reads = "gpu" if sees and info.get("device") == "cuda" else "host"
         if self.config.router:
             urls = [engine.url for engine in self.engines]
             self.router = await self._launch(starter.router, urls)

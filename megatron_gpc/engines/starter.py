@@ -63,6 +63,8 @@ class Starter:
         """Once set, starts that are under way are not waited for."""
         self.tp_size = 1
         """Ranks of one started engine."""
+        self.shows_gpus = "CUDA_VISIBLE_DEVICES" not in sglang.environment
+        """Whether engines that it starts see the GPUs of this process."""
         if config.kind == "sglang":
             self.tp_size = int(sglang.args.get("tp_size", sglang.args.get("tp", 1)))
 

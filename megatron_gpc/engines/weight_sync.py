@@ -34,6 +34,9 @@ from megatron_gpc.weights.handles import (
     Rooms,
 )
 
+HOST_BUCKET_BYTES = 64 * 2**20
+"""Of a bucket in the host's memory, unless rollout.server.bucket_mb is less: requests cost little
+then, and most of the time one bucket is packed while another is read."""
 _numbers = itertools.count()  # torch wants a name of its own for every group of a process
 
 
@@ -104,8 +107,10 @@ class TensorSync:
         members = self.fleet.alive()
         self._say_who_is_elsewhere(members)
         self.fleet.each(members, lambda engine: engine.client.begin_weight_update())
+        on_gpu = all(self._memory(engine) is DeviceMemory for engine in members)
+        size = self.bucket_bytes if on_gpu else min(self.bucket_bytes, HOST_BUCKET_BYTES)
         with contextlib.ExitStack() as reading:
-            for bucket in buckets(tensors, self.bucket_bytes):
+            for bucket in buckets(tensors, size):
                 packed = _Packed(bucket, {engine: self._memory(engine) for engine in members})
                 reading.close()  # of the bucket before, which ends here
                 reading.callback(packed.send(self.fleet, name))
@@ -120,15 +125,15 @@ class TensorSync:
 
     def _memory(self, engine: Engine) -> Callable[[int], Memory] | None:
         """Where an engine reads tensors; None: in its requests."""
-        if not engine.here:
+        if engine.reads == "requests":
             return None
-        if engine.device == "cuda" and torch.cuda.is_available():
+        if engine.reads == "gpu" and torch.cuda.is_available():
             return DeviceMemory
-        own = all(isinstance(e.process, EmbeddedServer) for e in self.fleet.engines if e.here)
+        own = all(isinstance(e.process, EmbeddedServer) for e in self.fleet.engines)
         return self.rooms[FileMemory if own else NamedMemory]
 
     def _say_who_is_elsewhere(self, members: list[Engine]) -> None:
-        elsewhere = [engine.url for engine in members if not engine.here]
+        elsewhere = [engine.url for engine in members if engine.reads == "requests"]
         if elsewhere and not self.said:
             say(
                 f"rollout.server.sync=tensor: {elsewhere[0]} is not on this host, where it could "

@@ -13,6 +13,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -272,8 +273,16 @@ def _open_on_host(_: object, manager: bytes, name: bytes, size: int) -> torch.Te
         check_regular(Path(path))
     elif not re.fullmatch(r"/proc/\d+/fd/\d+", path) or _MEMFD not in os.readlink(path):
         raise ValueError(f"{path[:200]} is no shared memory")
-    if type(size) is not int or not 0 < size <= os.stat(path).st_size - _HEADER_BYTES:
+    now = os.stat(path)
+    if type(size) is not int or not 0 < size <= now.st_size - _HEADER_BYTES:
         raise ValueError(f"{path} is smaller than it says")
+    return _kept(path, size, now.st_dev, now.st_ino)
+
+
+@lru_cache(maxsize=2)
+def _kept(path: str, size: int, *_which: int) -> torch.Tensor:
+    """Mapped once for many hand-overs, in the sender's two pieces: new pages cost as much as the
+    copy."""
     return _mapped(path, size, shared=False)
 
 

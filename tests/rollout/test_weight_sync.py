@@ -105,7 +105,8 @@ def test_every_rank_reads_all_tensors_in_place_and_only_names_travel(fleet_of):
 def test_an_engine_of_another_host_gets_the_numbers_themselves_and_that_is_said(fleet_of, capsys):
     with server_of_ranks(2) as (far, by_far), server_of_ranks(1) as (near, by_near):
         fleet = fleet_of(far, near)
-        fleet.engines[0].here = False
+        assert [engine.reads for engine in fleet.engines] == ["host", "host"]
+        fleet.engines[0].reads = "requests"
         sync = TensorSync(fleet, 2**20)
         for again in range(2):
             sync.push(NAMED, f"{again}")
