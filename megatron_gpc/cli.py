@@ -35,6 +35,14 @@ COMMANDS = {
 """Command -> what it does.  `convert prompts` is commands/convert_prompts.py."""
 
 
+LONGEST_LINE = 1500
+"""Characters of an error; it repeats what the user has given, which may be a book."""
+_OF_A_PATH = (
+    *(errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+)
+"""What is wrong with a path that was given, and not with the program or the disk."""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with its arguments in one line."""
 
@@ -60,12 +68,12 @@ def exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        print(f"megatron-gpc: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"megatron-gpc: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in _OF_A_PATH or error.filename is None:
             raise
-        print(f"megatron-gpc: {error.filename!r:.100}: {error.strerror}", file=sys.stderr)
+        print(_one_line(f"megatron-gpc: {error.filename}: {error.strerror}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("interrupted")
@@ -73,6 +81,14 @@ def exit_code(work: Callable[[], int]) -> int:
     except RunStopped as stopped:
         say(str(stopped))  # every rank stops, with the same words
         return 1
+
+
+def _one_line(text: str) -> str:
+    """The text without anything that a terminal would obey, and the middle if it is too long."""
+    text = " ".join(text.split())
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE - 300]} ... {text[-200:]}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _run(words: list[str]) -> int:

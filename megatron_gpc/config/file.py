@@ -8,24 +8,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import re
 import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_gpc.config import Config
+from megatron_gpc.config.plain_yaml import MOST_DEPTH, dump_plain, parse, read_mapping
 from megatron_gpc.config.types import Part
 from megatron_gpc.errors import CREDENTIALS, UserError
-from megatron_gpc.run.files import check_regular
 
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4000
 """Of a file or folder, on Linux; a path has room for the names of what lies in the folder."""
-MOST_VALUES = 10**5
-"""Of a file, aliases written out."""
 
 
 @functools.cache
@@ -52,76 +50,26 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     flat, origin = _read(Path(path))
     for override in overrides:
         key, found, text = override.partition("=")
-        said = f"override {key if '@' in text else override!r}"  # it may have a password
+        said = f"override {key if '@' in text else override!r:.200}"  # it may have a password
         if not found:
             raise UserError(f"{said}: expected key=value")
         try:
-            value = _parse(text)
-        except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, brackets
-            value = text
-        nested: Any = value
-        for part in reversed(key.split(".")):
+            nested: Any = parse(text)
+        except ValueError:  # brackets that are not closed
+            nested = text
+        for part in reversed(key.split(".", MOST_DEPTH)):
             nested = {part: nested}
         given = _flatten(nested, said)
+        if not given:
+            raise UserError(f"{said}: {key} is a section; set its keys")
         flat = _over(flat, _resolve_paths(given, Path.cwd()))
         origin.update(dict.fromkeys(given, said))
     return _build(flat, str(path), origin)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses what YAML leaves to chance: a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _parse(text: str) -> Any:
-    """
-    Raises:
-        yaml.YAMLError, ValueError, RecursionError: no YAML, or far more of it than there is text.
-    """
-    content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    if "*" in text:  # aliases of aliases: a few lines become billions, or have no end
-        whole, size = [content], 0
-        while whole:
-            value = whole.pop()
-            whole += [*value, *value.values()] if isinstance(value, dict) else ()
-            whole += value if isinstance(value, list | tuple | set) else ()
-            size += 1
-            if size + len(whole) > MOST_VALUES:
-                raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
-    return content
-
-
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Dotted key -> value of a file, over those of the file that it extends; and key -> file."""
-    try:
-        if not path.is_dir():
-            check_regular(path)  # a pipe would be waited for
-        text = path.read_bytes().decode()
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no text file, and no YAML: {error}") from None
-    except ValueError as error:  # a NUL
-        raise UserError(f"{str(path)!r} cannot be a path: {error}") from None
-    try:
-        content = _parse(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
+    content = read_mapping(path)
     name, path, base = str(path), path.resolve(), content.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"{path}: extends: expected the name of a file, got {base!r}")
@@ -163,7 +111,7 @@ def warnings(config: Config) -> list[str]:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; `load` gives the same configuration back."""
-    return yaml.safe_dump(plain(config), sort_keys=False, width=100)
+    return dump_plain(plain(config))
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -200,14 +148,16 @@ def _flatten(content: dict[str, Any], source: str, prefix: str = "") -> dict[str
                     f"{source}: {key} is a section; set its keys, such as "
                     f"{next(k for k in valid if k.startswith(key + '.'))}"
                 )
-            flat.update(_flatten(value, source, key + "."))
-        elif key in valid:
-            if typing.get_origin(valid[key]) is dict and isinstance(value, dict) and value:
-                flat.update({f"{key}.{field}": inner for field, inner in value.items()})
-            else:
-                flat[key] = value
-        else:
+            found = _flatten(value, source, key + ".")
+        elif key not in valid:
             raise UserError(f"{source}: unknown key {key!r}{_nearest(key, [*valid, *sections])}")
+        elif typing.get_origin(valid[key]) is dict and isinstance(value, dict) and value:
+            found = {f"{key}.{field}": inner for field, inner in value.items()}
+        else:
+            found = {key: value}
+        if twice := sorted({*flat} & {*found}):  # `train.steps: 1` beside `train: {steps: 2}`
+            raise UserError(f"{source}: {twice[0]!r} is given twice")
+        flat |= found
     return flat
 
 
@@ -269,6 +219,15 @@ def _names_parts(kind: Any) -> bool:
     return isinstance(kind, Part) or any(map(_names_parts, typing.get_args(kind)))
 
 
+def _scalars(value: Any) -> list[Any]:
+    """All that is in a list or a mapping but is none itself."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if not isinstance(value, list):
+        return [value]
+    return [one for inner in value for one in _scalars(inner)]
+
+
 def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
     """`origin` says what to blame for the keys that are not the file's."""
     # Without a required section pydantic would name the section, not the key.
@@ -291,8 +250,11 @@ def _build(flat: dict[str, Any], file: str, origin: dict[str, str]) -> Config:
             )
     kinds = keys()
     for key, value in flat.items():
-        if isinstance(value, bool) and kinds.get(key, bool) is not bool:  # pydantic takes it for 1
-            raise UserError(f"{origin.get(key, file)}: {key}: is no switch, got {value}")
+        for one in _scalars(value):
+            if isinstance(one, bool) and kinds.get(key, bool) is not bool:  # for pydantic it is 1
+                raise UserError(f"{origin.get(key, file)}: {key}: is no switch, got {one}")
+            if isinstance(one, float) and not math.isfinite(one) and key not in kinds:
+                raise UserError(f"{origin.get(key, file)}: {key}: {one} is no finite number")
     arguments = nested.get("sglang", {}).get("args")
     for name in arguments if isinstance(arguments, dict) else ():
         if str(name).replace("-", "_") in ("api_key", "admin_api_key"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import math
 import re
 import typing
-import urllib.parse
 from typing import Literal
 
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, core_schema
 
+T = typing.TypeVar("T")
 MOST = 10**9
 """No number is larger: steps, tokens, seconds.  Beyond it clocks and products overflow."""
 MOST_SAMPLES = 2**16
@@ -50,27 +51,37 @@ def _not_zero(value: int) -> int:
 TopK = typing.Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_not_zero)]
 
 
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_ADDRESS = re.compile(
+    rf"(?i:https?)://(\[(?P<ip>[^\[\]/]+)\]|(?=.{{1,253}}(/|:|$)){_LABEL}(\.{_LABEL})*\.?)"
+    r"(:(?P<port>[0-9]{1,5}))?(/[A-Za-z0-9._~/-]*)?"
+)
+
+
 def http_url(value: str) -> str:
     """The address, if a request can be sent to it.
 
     Raises:
         ValueError: it cannot.
     """
-    parts = urllib.parse.urlsplit(value)
-    plain = not set(value) & set(" ,\t\n") and parts.scheme in ("http", "https")
     if "@" in value:
         raise ValueError(
             "an address has no user name and no password; name the key's file in "
             "rollout.server.api_key_file"
         )
-    if not (plain and parts.hostname and (parts.port is None or parts.port > 0)):
+    found = _ADDRESS.fullmatch(value)
+    if found is None or (found["port"] and not 0 < int(found["port"]) < 2**16):
         raise ValueError("expected an address such as http://127.0.0.1:30000")
+    if found["ip"]:
+        ipaddress.IPv6Address(found["ip"])
     return value.rstrip("/")
 
 
 Url = typing.Annotated[str, AfterValidator(http_url)]
 VariableName = typing.Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-VariableValue = typing.Annotated[str, Field(coerce_numbers_to_str=True, pattern=r"^[^\x00]*$")]
+VariableValue = typing.Annotated[  # Linux takes 2**17 bytes, name and all
+    str, Field(coerce_numbers_to_str=True, pattern=r"^[^\x00]*$", max_length=2**15)
+]
 
 
 def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -79,14 +90,29 @@ def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _different(value: tuple[T, ...]) -> tuple[T, ...]:
+    twice = [name for name in value if value.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice")
+    return value
+
+
 _one_or_list = BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value)
-Urls = typing.Annotated[tuple[Url, ...], _one_or_list]
+Urls = typing.Annotated[tuple[Url, ...], AfterValidator(_different), _one_or_list]
+MOST_STOP_TEXTS = 256
+MOST_STOP_LENGTH = 4096
+"""Characters of one stop text; every token is held against so many bytes before it."""
+_StopText = typing.Annotated[str, Field(max_length=MOST_STOP_LENGTH)]
 StopList = typing.Annotated[
-    tuple[typing.Annotated[int, Field(ge=0, strict=True)] | str, ...], _one_or_list
+    tuple[typing.Annotated[int, Field(ge=0, strict=True)] | _StopText, ...],
+    Field(max_length=MOST_STOP_TEXTS),
+    _one_or_list,
 ]
 Region = Literal["e1", "e2", "e3", "e4"]
-Counts = typing.Annotated[tuple[PositiveInt, ...], _one_or_list]
-Regions = typing.Annotated[tuple[Region, ...], AfterValidator(_not_empty), _one_or_list]
+Counts = typing.Annotated[tuple[PositiveInt, ...], AfterValidator(_different), _one_or_list]
+Regions = typing.Annotated[
+    tuple[Region, ...], AfterValidator(_not_empty), AfterValidator(_different), _one_or_list
+]
 
 
 class Part:
@@ -123,13 +149,6 @@ class Part:
         )
 
 
-def _different(value: tuple[str, ...]) -> tuple[str, ...]:
-    twice = [name for name in value if value.count(name) > 1]
-    if twice:
-        raise ValueError(f"{twice[0]} is named twice")
-    return value
-
-
 SinkName = typing.Annotated[str, Part("jsonl", "tensorboard", "wandb", "mlflow", "swanlab")]
 Sinks = typing.Annotated[tuple[SinkName, ...], AfterValidator(_different), _one_or_list]
 
@@ -141,7 +160,7 @@ _NUMBER = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?")
 
 
 def _number(value: object) -> float:
-    """A number, or one as text (`5e-1` is text to YAML); nan if it is none."""
+    """A number, or one as text; nan if it is none."""
     if isinstance(value, str) and not _NUMBER.fullmatch(
         value
     ):  # float() takes _ and others' digits
@@ -213,8 +232,6 @@ EntropyTarget = typing.Annotated[
 
 Arguments = dict[str, typing.Any]
 """Passed to a part by keyword."""
-
-T = typing.TypeVar("T")
 
 
 @typing.dataclass_transform(

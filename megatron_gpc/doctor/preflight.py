@@ -34,6 +34,7 @@ from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.run import environment
 from megatron_gpc.run.files import check_regular
+from megatron_gpc.run.folder import read_config
 from megatron_gpc.run.lock import PREPARING, RUNNING
 from megatron_gpc.types import Experts
 from megatron_gpc.weights import check_reference, check_weights, family_of, replayed_experts
@@ -251,6 +252,8 @@ def _check_run_folder(config: Config) -> None:
     for name in (FILE_NAME, EVAL_NAME):
         if (config.run_dir / name).exists():
             read_metrics(config.run_dir, name)
+    if checkpoints(run_dir) and (run_dir / "config.yaml").exists():
+        read_config(run_dir / "config.yaml")
 
 
 def _refuse_inside(config: Config) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_gpc.config import Config, ServerConfig, SGLangConfig
+from megatron_gpc.config.plain_yaml import read_mapping
 from megatron_gpc.config.types import http_url
 from megatron_gpc.engines.client import SGLangClient
 from megatron_gpc.engines.keys import key_beside, new_key, read_key, write_secret
@@ -180,10 +181,9 @@ class Starter:
         given: Any = {}
         if own := self.sglang.args.get("config"):
             try:
-                given = dict(yaml.safe_load(Path(own).read_text()) or {})
-            except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"sglang.args.config: {own}: cannot be read: {reason}") from None
+                given = read_mapping(Path(own))
+            except UserError as error:
+                raise UserError(f"sglang.args.config: {error}") from None
         text = yaml.safe_dump({**given, "api-key": self._api_key()})
         return write_secret(self.log_dir / "sglang_secrets.yaml", text)
 

@@ -20,11 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from megatron_gpc.config import Config
+from megatron_gpc.config.types import MOST
 from megatron_gpc.errors import UserError
 from megatron_gpc.weights import ModelFields
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ACTIVATIONS = {"silu": torch.nn.functional.silu}
+_OPTIMIZERS = ("adam", "sgd")
+"""Those that megatron-core makes of this field."""
 _SECTIONS = {
     "transformer": TransformerConfig,
     "ddp": DistributedDataParallelConfig,
@@ -156,12 +159,17 @@ def _in_type(key: str, value: Any, kind: Any) -> Any:
     try:
         adapter = TypeAdapter(kind)
         adapter.json_schema()  # refuses what no text can say, such as a function
-        return adapter.validate_python(value)
+        found = adapter.validate_python(value)
     except PydanticUserError:
         raise UserError(f"{key} cannot be set in a configuration: it is of type {kind}") from None
     except ValidationError as error:
         what = error.errors()[0]["msg"]
         raise UserError(f"{key}: {what[0].lower()}{what[1:]}, got {value!r}") from None
+    if isinstance(found, int) and not 0 <= found <= MOST:
+        raise UserError(f"{key}: expected a number from 0 to {MOST}, got {found}")
+    if key == "megatron.optimizer.optimizer" and found not in _OPTIMIZERS:
+        raise UserError(f"{key}: expected one of {', '.join(_OPTIMIZERS)}, got {found!r}")
+    return found
 
 
 def transformer_config(config: Config, model: ModelFields) -> TransformerConfig:

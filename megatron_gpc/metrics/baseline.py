@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.runs import Run, group_runs, load_run
-from megatron_gpc.run.files import write_output
+from megatron_gpc.run.files import read_json, write_output
 
 BASELINE_KEY = "log.baseline"
 _NUMBERS: Mapping[str, Callable[[Run], float]] = {
@@ -67,15 +67,17 @@ def read_baseline(file: Path) -> Baseline:
         UserError: the file is missing or something else.
     """
     try:
-        found = Baseline(**json.loads(file.read_text(encoding="utf-8")))
+        found = Baseline(**read_json(file))
         numbers = [found.numbers[name] for name in _NUMBERS]
         if isinstance(found.config, dict) and all(
             n and all(map(math.isfinite, n)) for n in numbers
         ):
             return found
-    except OSError as error:
-        raise UserError(f"{BASELINE_KEY}: {file}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, LookupError):
+    except FileNotFoundError:
+        raise UserError(f"{BASELINE_KEY}: {file} is not there; name a record of runs") from None
+    except UserError as error:
+        raise UserError(f"{BASELINE_KEY}: {error}") from None
+    except (ArithmeticError, TypeError, LookupError):
         pass
     raise UserError(f"{BASELINE_KEY}: {file} is no record of runs; see docs/runs.md")
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from megatron_gpc.config.file import flatten
 from megatron_gpc.config.parts import short
+from megatron_gpc.config.plain_yaml import read_mapping
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import EVAL_NAME, read_metrics
-from megatron_gpc.run.files import check_regular
 
 PLOT_NAME = "plots.png"
 """Where a run's own picture lies in its folder."""
@@ -164,16 +163,9 @@ def load_run(folder: Path) -> Run:
     if (folder / EVAL_NAME).exists():
         lines = sorted(lines + read_metrics(folder, EVAL_NAME), key=lambda line: line["step"])
     file = folder / "config.yaml"
-    try:
-        check_regular(file)
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; give the folder of a run (run_dir)") from None
-    except UserError:
-        raise
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    config = flatten(content) if isinstance(content, dict) else {}
+    if not file.exists():
+        raise UserError(f"{file}: no such file; give the folder of a run (run_dir)")
+    config = flatten(read_mapping(file))
     for key, kind in (
         ("seed", int),
         ("clip.schedule", str),

@@ -6,12 +6,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from megatron_gpc.config.plain_yaml import read_mapping
 from megatron_gpc.config.types import MOST
 from megatron_gpc.errors import UserError
 from megatron_gpc.metrics.jsonl import FILE_NAME, read_metrics
-from megatron_gpc.run.files import by_step, check_regular, read_json
+from megatron_gpc.run.files import by_step, read_json
 from megatron_gpc.run.lock import last_start, life
 from megatron_gpc.run.stop import marker
 
@@ -35,14 +34,12 @@ def status_lines(run_dir: Path, lead_s: float | None) -> list[str]:
     if not file.exists() and started:  # the lock is the first thing in a run's folder
         return [f"{run_dir}: no step yet", life(run_dir)]
     try:
-        check_regular(file)
-        config = yaml.safe_load(file.read_text())
+        config = read_mapping(file)
         steps = int(config["train"]["steps"])
         if not 0 < steps <= MOST:
             raise ValueError("train.steps cannot be")
         _ = config["run_dir"], config["model"]["hf"]  # which a resolved configuration has
-    except (OSError, ArithmeticError, ValueError, yaml.YAMLError, LookupError, TypeError,
-            RecursionError) as error:  # fmt: skip
+    except (UserError, ArithmeticError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{run_dir}: not the folder of a run: config.yaml: "
             f"{type(error).__name__}: {error!s:.300}"

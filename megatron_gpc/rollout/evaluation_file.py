@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_gpc.config import Config
-from megatron_gpc.config.file import dump
+from megatron_gpc.config.file import plain
+from megatron_gpc.config.plain_yaml import read_mapping
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.evaluation import as_evaluated
 from megatron_gpc.run.files import SUMS, read_json, sha256
@@ -50,7 +49,7 @@ class Evaluation:
         """For the file."""
         run = None
         if self.run is not None:
-            content = yaml.safe_load((self.run / "config.yaml").read_text())
+            content = read_mapping(self.run / "config.yaml")
             run = {"folder": str(self.run), "config": content}
         return {
             "evaluation": self.id,
@@ -77,7 +76,7 @@ def evaluation_of(config: Config, checkpoint: Path) -> Evaluation:
         digest = sha256(prompts)
     except OSError as error:
         raise UserError(f"eval.prompts: {prompts}: cannot be read: {error.strerror}") from None
-    content = yaml.safe_load(dump(as_evaluated(config)))
+    content = plain(as_evaluated(config))
     settings = {
         **{key: content["data"][key] for key in ("verifier", "verifier_arguments", "right_at")},
         **{key: content["data"][key] for key in _DATA},

@@ -18,10 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 from megatron_gpc.config import Config
-from megatron_gpc.config.file import dump, flatten
+from megatron_gpc.config.file import dump, flatten, plain
+from megatron_gpc.config.plain_yaml import read_mapping
 from megatron_gpc.errors import UserError
 from megatron_gpc.run.child import Child
 from megatron_gpc.run.files import by_step, replace_text
@@ -58,19 +57,17 @@ def prepare(config: Config, consequences: Consequences | None = None) -> TextIO:
         held = take(config.run_dir, PREPARING)
         marker(config.run_dir).unlink(missing_ok=True)
         file = config.run_dir / "config.yaml"
-        text = dump(config)
         step = _newest_step(config.run_dir)
         if step is not None and file.exists():
-            old = _read(file)
-            changed = _changes(old, text)
-            if changed:
+            old = read_config(file)
+            if changed := _changes(old, plain(config)):
                 say(
                     "warning: continuing a run under another configuration; changed: "
                     + ", ".join(changed)
                 )
                 for one in consequences(old, config, step) if consequences else ():
                     say(f"warning: {one}")
-        replace_text(file, text)
+        replace_text(file, dump(config))
     except OSError as error:
         raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from None
     return held
@@ -91,22 +88,21 @@ def _newest_step(run_dir: Path) -> int | None:
     return max(by_step(run_dir / "checkpoints"), default=None)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     """A run's configuration so far, unchecked.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
-        content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"{file} is damaged; remove it to continue the run") from None
-    return content if isinstance(content, dict) else {}
+        return read_mapping(file)
+    except UserError as error:
+        raise UserError(f"{file} is damaged; remove it to continue the run: {error}") from None
 
 
-def _changes(content: dict[str, Any], text: str) -> list[str]:
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`clip.schedule static -> id` for every key that differs."""
-    old, new = flatten(content), flatten(yaml.safe_load(text))
+    old, new = flatten(before), flatten(now)
     return [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in dict.fromkeys([*new, *old])

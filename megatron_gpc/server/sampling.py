@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.random.bit_generator import ISeedSequence
 
+from megatron_gpc.config.types import MOST_STOP_LENGTH, MOST_STOP_TEXTS
 from megatron_gpc.errors import UserError
 
 GREEDY_BELOW = 1e-6
@@ -24,9 +25,6 @@ MOST_TOKENS = 2**31 - 1
 """No context and no vocabulary has more."""
 MOST_SAMPLES_A_PROMPT = 4096
 """Of one prompt."""
-MOST_STOP_TEXTS = 256
-MOST_STOP_LENGTH = 4096
-"""Characters of one stop text; every token is held against so many bytes before it."""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Iterator
 
 import pytest
+from hostile.outcomes import OUTCOMES
 from rollout_models import build_model
 from starlette.testclient import TestClient
 
 from megatron_gpc.rollout.tokenizer import decoder, load_tokenizer
 from megatron_gpc.server.app import Server
 from megatron_gpc.server.generator import Generator
+
+
+@pytest.fixture(autouse=True)
+def outside(monkeypatch):
+    """No job of Slurm's or torchrun's around the tests."""
+    for name in [*os.environ]:
+        if name.startswith("SLURM") or name in VARIABLES:
+            monkeypatch.setenv(name, "")  # so that what a command sets is undone
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *VARIABLES):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS")
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +46,6 @@ def client(server: Server) -> TestClient:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    inputs = sys.modules.get("hostile.test_inputs") or sys.modules.get("test_inputs")
-    if inputs is not None and inputs.OUTCOMES:
-        counted = ", ".join(f"{count} {what}" for what, count in inputs.OUTCOMES.most_common())
+    if OUTCOMES:
+        counted = ", ".join(f"{count} {what}" for what, count in OUTCOMES.most_common())
         terminalreporter.write_line(f"inputs that cannot be: {counted}")

@@ -9,33 +9,18 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from damage import rewrite_tensors
+from hostile.outcomes import DEEP, DEEP_OBJECT, Change, refused, saying
 from tools.tool_scripts import call
 from unit.test_preflight import Job, job, start  # noqa: F401 - fixtures
 
 from megatron_gpc.cli import main
-from megatron_gpc.config.file import keys
 from megatron_gpc.rollout import tokenizer
-from megatron_gpc.rollout.samples import SavedStep, samples_file, write_samples
-from megatron_gpc.types import Prompt, Sample
 from megatron_gpc.weights.hf_files import SINGLE
-
-DEEP = "[" * 100_000
-DEEP_OBJECT = '{"a":' * 100_000
-Change = Callable[[Job], object]
-OUTCOMES: Counter[str] = Counter()
-
-
-def saying(*overrides: str) -> Change:
-    return lambda j: j.overrides.extend(overrides)
 
 
 def pipe(file: Path) -> None:
@@ -305,39 +290,6 @@ INPUTS: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def outside(monkeypatch):
-    """No job of Slurm's or torchrun's around the tests."""
-    for name in [*os.environ]:
-        if name.startswith("SLURM") or name in VARIABLES:
-            monkeypatch.setenv(name, "")  # so that what a command sets is undone
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *VARIABLES):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
-VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS")
-
-
-def refused(capsys: pytest.CaptureFixture[str], says: str, run: Callable[[], int]) -> None:
-    """`run` ends with code 2 and one line that says it; OUTCOMES counts what happens."""
-    capsys.readouterr()
-    outcome, code = "hang", None
-    try:
-        code = run()
-        outcome = "wrong accept" if code == 0 else "unclear"
-        said = capsys.readouterr()
-        assert code == 2, (code, said.err)
-        assert says in said.err and said.err.count("\n") == 1 and len(said.err) < 2000, said.err
-        assert not said.out
-        outcome = "refused well"
-    except (Exception, SystemExit):
-        outcome = outcome if code is not None else "traceback"
-        raise
-    finally:  # pytest's timeout is no Exception
-        OUTCOMES[outcome] += 1
-
-
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_dry_run_refuses_what_cannot_be(job, capsys, name):  # noqa: F811
     change, says = INPUTS[name]
@@ -345,59 +297,6 @@ def test_a_dry_run_refuses_what_cannot_be(job, capsys, name):  # noqa: F811
     before = sorted(job.folder.rglob("*"))
     refused(capsys, says, lambda: job.command("train", "--dry-run"))
     assert sorted(job.folder.rglob("*")) == before
-
-
-CANNOT = (".nan", "-1000000000000000000000000000000", "[[]]", "[{a: b}]")
-"""Values that no key takes."""
-
-
-@pytest.mark.parametrize("key", keys())
-def test_no_key_takes_what_is_no_value_of_it(tmp_path, capsys, key):
-    kind, text = keys()[key], str(keys()[key])
-    words = [] if "str" in text or "Path" in text else ['"²"', '""']
-    words += [] if kind is bool else ["true"]
-    words += [] if "dict" in text else ["{a: b}"]
-    file = tmp_path / "config.yaml"
-    file.write_text("run_dir: run\nmodel: {hf: m}\ndata: {prompts: p, verifier: addition}\n")
-    for value in (*CANNOT, *words):
-        command = ["train", str(file), f"{key}={value}", "--dry-run"]
-        refused(capsys, key, lambda command=command: main(command))
-
-
-LAUGHS = "x: &a [a, a, a, a, a, a, a, a]\n" + "".join(
-    f"x{n}: &{n} [{', '.join([f'*{n - 1 if n else chr(97)}'] * 8)}]\n" for n in range(10)
-)
-YAMLS = {
-    "laughs": (LAUGHS, "not valid YAML: its aliases stand for more than"),
-    "laughs as arguments": (f"{LAUGHS}sglang: {{args: {{y: *9}}}}", "its aliases stand for more"),
-    "no end": ("seed: &a [*a]", "its aliases stand for more than"),
-    "no end of arguments": ("sglang: {args: {x: &a {b: *a}}}", "its aliases stand for more than"),
-    "a key twice": ("seed: 1\nseed: 2", "'seed' is given twice"),
-    "a long text": (f"seed: {'x' * 10**5}", "seed: input should be a valid integer"),
-    "deep": ("seed: " + "[" * 500, "not valid YAML"),
-    "a tag": ("seed: !!python/object/apply:os.getcwd []", "not valid YAML"),
-    "a list": ("[1]", "expected a mapping of keys"),
-    "two documents": ("seed: 1\n---\nseed: 2", "not valid YAML"),
-    "a tab": ("train:\n\tsteps: 1", "not valid YAML"),
-    "a NUL": ("seed: \0", "not valid YAML"),
-    "extends itself": ("extends: config.yaml", "extends itself"),
-    "extends a folder": ("extends: .", "cannot read the configuration"),
-    "extends a number": ("extends: 3", "expected the name of a file"),
-}
-
-
-@pytest.mark.parametrize("name", YAMLS)
-def test_configuration_files_that_cannot_be_are_refused(tmp_path, capsys, name):
-    text, says = YAMLS[name]
-    (tmp_path / "config.yaml").write_text(text)
-    refused(capsys, says, lambda: main(["train", str(tmp_path / "config.yaml"), "--dry-run"]))
-
-
-@pytest.mark.parametrize("value", ["&a [*a]", "{x: &a [*a]}", "{x: 1, x: 2}"])
-def test_overrides_are_held_to_the_same(tmp_path, capsys, value):
-    (tmp_path / "config.yaml").write_text("run_dir: run\nmodel: {hf: m}\n")
-    words = ["train", str(tmp_path / "config.yaml"), f"sglang.args={value}", "--dry-run"]
-    refused(capsys, "sglang.args", lambda: main(words))
 
 
 HARMLESS = {"architectures", "transformers_version"}
@@ -412,124 +311,6 @@ def test_no_key_of_config_json_takes_what_is_no_value_of_it(job, capsys):  # noq
         job.change("config.json", **{key: value})
         says = "rope" if key == "rope_parameters" else key
         refused(capsys, says, lambda: job.command("train", "--dry-run"))
-
-
-TORCHRUN = {
-    **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
-}
-ENVIRONMENT = {
-    **{f"no {name}": ({**TORCHRUN, name: None}, name) for name in TORCHRUN if name != "RANK"},
-    **{
-        f"{name}={value!r}": ({**TORCHRUN, name: value}, name)
-        for name, values in {
-            "RANK": ("1", "-1", "x", "", "²", "1" * 5000, "0.0"),
-            "WORLD_SIZE": ("0", "-4", "x", "1000000000000"),
-            "LOCAL_RANK": ("-1", "x"),
-            "MASTER_PORT": ("x", "0", "99999", "-1"),
-            "MASTER_ADDR": ("", " ", "http://h", "a b"),
-        }.items()
-        for value in values
-    },
-    "tasks of srun without a node": (
-        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"},
-        "SLURM_NODEID is not set",
-    ),
-    "tasks of srun, no number": ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS='x'"),
-}
-
-
-@pytest.mark.parametrize("entrance", [("train", "--dry-run"), ("train",)])
-@pytest.mark.parametrize("name", ENVIRONMENT)
-def test_an_environment_that_cannot_be_is_refused(job, capsys, monkeypatch, name, entrance):  # noqa: F811
-    values, says = ENVIRONMENT[name]
-    if "of srun" in name:
-        job.overrides.append("parallel.dp=4")
-    for variable, value in values.items():
-        if value is not None:
-            monkeypatch.setenv(variable, value)
-    refused(capsys, says, lambda: job.command(*entrance))
-
-
-def saved(folder: Path, **changed: object) -> Path:
-    """A step that could be replayed, with columns changed."""
-    prompts = [Prompt(n, "1+1=", (49, 43), 2) for n in range(4)]
-    versions = (("0", 0, 2),)
-    samples = [
-        Sample(prompt, k, (49, 36), (-0.5, -1.0), "1$", "stop", versions, float(k))
-        for prompt in prompts
-        for k in range(4)
-    ]
-    write_samples(folder, 1, SavedStep(samples, [*range(4)], [0.0] * 16))
-    file = samples_file(folder, 1)
-    table = pq.read_table(file)
-    for name, value in changed.items():
-        at = table.column_names.index(name)
-        table = table.set_column(at, name, pa.array([value] * 16))
-    pq.write_table(table, file)
-    return file
-
-
-REPLAY = {
-    "NaN log-prob": {"logprobs": [float("nan"), -1.0]},
-    "positive log-prob": {"logprobs": [0.5, -1.0]},
-    "infinite log-prob": {"logprobs": [-float("inf"), -1.0]},
-    "null log-prob": {"logprobs": [None, -1.0]},
-    "too few log-probs": {"logprobs": [-1.0]},
-    "infinite reward": {"reward": float("inf")},
-    "NaN reward": {"reward": float("nan")},
-    "reward beyond fp32": {"reward": 1e300},
-    "log-prob beyond fp32": {"logprobs": [-1e30, -1.0]},
-    "advantage whose square is beyond fp32": {"advantage": 1e20},
-    "scores are a list": {"scores": "[1]"},
-    "score is text": {"scores": '{"a": "b"}'},
-    "no reward": {"reward": None},
-    "reward is text": {"reward": "good"},
-    "NaN advantage": {"advantage": float("nan")},
-    "empty prompt": {"prompt_token_ids": []},
-    "null prompt": {"prompt_token_ids": None},
-    "empty response": {"token_ids": []},
-    "negative token": {"token_ids": [-1, 3]},
-    "token beyond the vocabulary": {"token_ids": [256, 3]},
-    "token is text": {"token_ids": ["a", "b"]},
-    "label no JSON": {"label": "{"},
-    "label too deep": {"label": DEEP},
-    "scores no JSON": {"scores": "["},
-    "finish_reason": {"finish_reason": "tired"},
-    "one prompt": {"position": 0},
-    "position is text": {"position": "x"},
-    "weight_versions": {"weight_versions": [{"version": "0", "start": 1, "end": 2}]},
-    "weight version no number": {"weight_versions": [{"version": "x", "start": 0, "end": 2}]},
-    "weight version ²": {"weight_versions": [{"version": "²", "start": 0, "end": 2}]},
-    "weight_versions null": {"weight_versions": None},
-    "negative number": {"sample_index": -1},
-}
-
-
-@pytest.mark.parametrize("name", REPLAY)
-def test_replay_is_held_to_what_a_sample_can_be(job, capsys, name):  # noqa: F811
-    overrides = [f"rollout.replay={job.folder}", "train.steps=1"]
-    saved(job.folder)
-    assert job.command("train", "--dry-run", *overrides) == 0, "unchanged it is accepted"
-    saved(job.folder, **REPLAY[name])
-    refused(capsys, str(job.folder), lambda: job.command("train", "--dry-run", *overrides))
-
-
-@pytest.mark.parametrize("damage", ["columns", "empty", "cut", "text", "many", "many steps"])
-def test_replay_files_that_are_damaged_are_refused(job, capsys, damage):  # noqa: F811
-    file, steps = saved(job.folder), 10**9 if damage == "many steps" else 1
-    if damage == "columns":
-        pq.write_table(pq.read_table(file).drop_columns(["logprobs"]), file)
-    elif damage == "empty":
-        pq.write_table(pq.read_table(file).slice(0, 0), file)
-    elif damage == "cut":
-        file.write_bytes(file.read_bytes()[:-50])
-    elif damage == "many":
-        pq.write_table(pa.table({"right": pa.nulls(10**7, pa.bool_())}), file)
-    elif damage == "text":
-        file.write_text("PAR1")
-    overrides = [f"rollout.replay={job.folder}", f"train.steps={steps}"]
-    refused(capsys, str(job.folder), lambda: job.command("train", "--dry-run", *overrides))
 
 
 WORDS = [
@@ -655,55 +436,6 @@ def test_a_verifier_of_the_users_may_check_labels(job, capsys):  # noqa: F811
     )
     job.overrides.append(f"data.verifier={job.folder}/own.py:judge")
     refused(capsys, "prompts.jsonl:1: label 2 can", lambda: job.command("train", "--dry-run"))
-
-
-FOLDERS = {
-    "resume=none of a folder of one's own": (
-        lambda j: j.overrides.extend([f"run_dir={j.folder}", "resume=none"]),
-        "is no run's folder, and resume=none would rename it",
-    ),
-    "resume=none of /": (saying("run_dir=/", "resume=none"), "/ is no run's folder"),
-    "resume=none, with the prompts in it": (
-        lambda j: (
-            j.run_dir.mkdir(),
-            (j.run_dir / "lock").touch(),
-            (j.run_dir / "p").write_bytes(j.prompts.read_bytes()),
-            j.overrides.extend([f"data.prompts={j.run_dir / 'p'}", "resume=none"]),
-        ),
-        "resume=none would set aside data.prompts=",
-    ),
-    "the folder of the configuration": (
-        lambda j: j.overrides.append(f"run_dir={j.folder}"),
-        "config.yaml is no run's, and would be replaced by one",
-    ),
-    **{
-        f"a link as {name}": (
-            lambda j, name=name: (
-                (j.run_dir / "checkpoints").mkdir(parents=True),
-                (j.run_dir / name).symlink_to("../prompts.jsonl"),
-            ),
-            f"{name} is a link, where a run has a file",
-        )
-        for name in ("lock", "launch.lock", "metrics.jsonl", "eval.jsonl", "config.yaml")
-    },
-    "a link without an end as metrics.jsonl": (
-        lambda j: (j.run_dir.mkdir(), (j.run_dir / "metrics.jsonl").symlink_to("metrics.jsonl")),
-        "metrics.jsonl is a link",
-    ),
-}
-
-
-@pytest.mark.parametrize("entrance", [("train", "--dry-run"), ("train",)])
-@pytest.mark.parametrize("name", FOLDERS)
-def test_no_folder_or_file_of_anyone_elses_is_renamed_or_replaced(job, capsys, name, entrance):  # noqa: F811
-    change, says = FOLDERS[name]
-    change(job)
-    before = {file: os.lstat(file).st_mtime_ns for file in job.folder.rglob("*")}
-    refused(capsys, says, lambda: job.command(*entrance))
-    after = {file: os.lstat(file).st_mtime_ns for file in job.folder.rglob("*")}
-    assert {f: t for f, t in after.items() if not f.is_dir()} == {
-        f: t for f, t in before.items() if not f.is_dir()
-    }
 
 
 def test_a_chat_template_without_an_end_is_refused(job, capsys, monkeypatch):  # noqa: F811

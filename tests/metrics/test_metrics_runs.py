@@ -130,7 +130,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(write_run):
     ("change", "message"),
     [
         (lambda text: None, "give the folder of a run"),
-        (lambda text: "a: [", "cannot be read"),
+        (lambda text: "a: [", "not valid YAML"),
         (lambda text: text.replace("  steps: 100\n", ""), "train.steps is missing"),
         (lambda text: text.replace("seed: 0", "seed: zero"), "seed is missing or no int"),
     ],

@@ -498,7 +498,7 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_line(job, capsys):
     for config, says in (
         (job.folder / "p.parquet", "p.parquet: is no text file"),
         (broken, "broken.yaml: not valid YAML: "),
-        (job.model, "cannot read the configuration: Is a directory"),
+        (job.model, "cannot be read: Is a directory"),
         (job.folder / "absent.yaml", "No such file"),
         (Path("a\0b"), "cannot be a path"),
         (job.prompts, "unknown key 'prompt'"),

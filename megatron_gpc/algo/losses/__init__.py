@@ -89,6 +89,9 @@ def _make(name: str, arguments: dict[str, Any]) -> Any:
         return partial(found, **arguments) if arguments else found
     hint = f"; if it is the loss itself, call its first parameter `inputs`, not `{first}`"
     hint = hint if first else ""
+    for argument, value in arguments.items():
+        if name in LOSSES and isinstance(value, bool):  # pydantic takes it for 1
+            raise UserError(f"{LOSS_KEY}_arguments.{argument}: is no switch, got {value}")
     try:
         parts.check_call(LOSS_KEY, name, found, (), arguments)
         made = found(**arguments)

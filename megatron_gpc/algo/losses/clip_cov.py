@@ -14,6 +14,7 @@ import torch
 from megatron_gpc.algo.losses.clip import clip
 from megatron_gpc.algo.losses.interface import LossInputs, LossOutputs
 from megatron_gpc.config.types import FiniteFloat, NonNegativeFloat, section
+from megatron_gpc.errors import UserError
 from megatron_gpc.types import TokenStats, TokenStreams
 
 
@@ -27,6 +28,12 @@ class ClipCov:
     """omega_low: tokens are drawn among those whose covariance is at least this,"""
     high: FiniteFloat = 5.0
     """omega_high: and at most this."""
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise UserError(
+                f"train.loss_arguments.low: {self.low:g} is above high={self.high:g}; lower it"
+            )
 
     def prepare(
         self, streams: TokenStreams, scored: TokenStats, step: int, seed: int
