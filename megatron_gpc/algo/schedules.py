@@ -229,6 +229,12 @@ class CheckedSchedule:
         return plain
 
     def restore(self, state: dict[str, Any]) -> None:
+        mine = self.name in SCHEDULES and state.keys() == self._schedule.state().keys()
+        if mine and not all(one is None or is_usable(one) for one in state.values()):
+            raise UserError(
+                f"{SCHEDULE_KEY}: the checkpoint's state of {self.name} is {state!r:.200}, not "
+                "numbers; go back to the checkpoint before it"
+            )
         with self._blamed(f"restore({state})"):
             self._schedule.restore(state)
 

@@ -103,6 +103,8 @@ def read_mapping(file: Path) -> dict[str, Any]:
         if file.stat().st_size > MOST_JSON_BYTES:
             raise UserError(f"{file}: too large for YAML; put the right file there")
         text = file.read_bytes().decode()
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -8,7 +8,6 @@ a UserError that names the key and the way out.
 from __future__ import annotations
 
 import math
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,11 +32,12 @@ from megatron_gpc.rewards.judging import check_verifier
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
 from megatron_gpc.run import environment
-from megatron_gpc.run.files import check_regular
+from megatron_gpc.run.files import check_regular, is_as_written
 from megatron_gpc.run.folder import read_config
 from megatron_gpc.run.lock import PREPARING, RUNNING
 from megatron_gpc.types import Experts
 from megatron_gpc.weights import check_reference, check_weights, family_of, replayed_experts
+from megatron_gpc.weights.common_file import read_common
 from megatron_gpc.weights.folders import COMMON, is_converted, read_hf_config
 
 CHECKED_BYTES = 2**25
@@ -107,15 +107,16 @@ def _digest_so_far(run_dir: Path) -> str | None:
     """The digest of the prompts in the checkpoint that a run continues from.
 
     None: there is none, or it is too damaged to tell, which is for resuming to say.
+
+    Raises:
+        UserError: it is not damaged, and not a run's.
     """
     for folder in reversed(checkpoints(run_dir)):
         try:
-            common = torch.load(folder / COMMON, weights_only=True)
-            return common["train_state"]["sampling"].get("prompts")
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-            continue
-        except (LookupError, TypeError, AttributeError):  # it is a pickle, but not ours
-            continue
+            return read_common(folder)["train_state"]["sampling"].get("prompts")
+        except UserError:
+            if is_as_written(folder, COMMON):
+                raise
     return None
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_gpc.engines.fleet import LONG_S, Fleet, WeightsNeeded
+from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.collector import Collector
 from megatron_gpc.rollout.groups import Rollout
 from megatron_gpc.types import Sample
@@ -63,8 +64,19 @@ class Prefetch:
         """Continue where `state` was taken.
 
         Raises:
-            UserError: see Collector.restore.
+            UserError: see Collector.restore; or it is the state of something else.
         """
+        try:
+            self._restore(state)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                "the checkpoint's state of prompts and samples is not one "
+                f"({type(error).__name__}: {error!s:.200}); go back to the checkpoint before it"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         still_so, ahead = self.collector.restore(state), state["ahead"]
         if ahead is not None and not still_so:
             self.collector.source.give_back(ahead["positions"])

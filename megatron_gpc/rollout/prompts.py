@@ -262,4 +262,7 @@ class PromptSource:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
-        self.cursor, self.returned = state["cursor"], list(state["returned"])
+        positions = [state["cursor"], *state["returned"]]
+        if any(type(one) is not int or not 0 <= one < 2**53 for one in positions):
+            raise ValueError(f"positions are {positions!r:.100}")
+        self.cursor, self.returned = positions[0], positions[1:]

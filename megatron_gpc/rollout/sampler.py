@@ -148,7 +148,7 @@ class TrainingSampler(Sampler):
         """Continue where `state` was taken (empty: at the first prompt).
 
         Raises:
-            UserError: the prompts are not those of the run.
+            UserError: the prompts are not those of the run, or it is the state of something else.
         """
         if state:
             self._ahead.restore(state)

@@ -9,9 +9,11 @@ import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +187,28 @@ def disk_problem(error: OSError, folder: Path) -> str | None:
     return f"{where or folder}: {error.strerror}"
 
 
+def open_regular(file: Path) -> BufferedReader:
+    """Open it to read.
+
+    Raises:
+        OSError: it cannot be, or is no regular file: a pipe would be waited for.
+    """
+    if not file.is_dir() and not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(file))
+    return file.open("rb")
+
+
 def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_as_written(folder: Path, name: str) -> bool:
+    """Whether a checkpoint's file has the checksum that was written with it."""
+    try:
+        return f"{sha256(folder / name)}  {name}" in (folder / SUMS).read_text().splitlines()
+    except (OSError, ValueError):
+        return False
 
 
 def problems(folder: Path, share: int, shares: int) -> list[str]:
@@ -197,7 +218,8 @@ def problems(folder: Path, share: int, shares: int) -> list[str]:
         share: which one, 0 <= share < shares; all of them together see every file.
     """
     try:
-        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines()]
+        with open_regular(folder / SUMS) as stream:
+            lines = [line.split("  ", 1) for line in stream.read().decode().splitlines()]
     except FileNotFoundError:
         return [f"{SUMS} is missing"]
     except (OSError, UnicodeDecodeError) as error:

@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import open_regular
 from megatron_gpc.weights.unpickler import RestrictedUnpickler
 
 _DCP = "torch.distributed.checkpoint."
@@ -44,6 +51,49 @@ class _DescriptionUnpickler(RestrictedUnpickler):
         return super().find_class(module, name)
 
 
+def _problem(found: Any) -> str:
+    """Why readers cannot go by a description; empty if they can."""
+    if not isinstance(found, Metadata):
+        return f"a {type(found).__name__}"
+    if not isinstance(found.state_dict_metadata, dict) or not isinstance(found.storage_data, dict):
+        return "it does not say what lies where"
+    for key, tensor in found.state_dict_metadata.items():
+        if not isinstance(key, str) or not _can_be(tensor):
+            return f"{key!r:.80} cannot be"
+    for index, place in found.storage_data.items():
+        numbers = getattr(place, "offset", None), getattr(place, "length", None)
+        name = getattr(place, "relative_path", None)
+        beside = isinstance(name, str) and name and Path(name).name == name
+        if not beside or not _are_sizes(numbers):
+            return f"{index!r:.80} lies in {name!r:.80} at {numbers!r:.80}"
+    return ""
+
+
+def _can_be(tensor: Any) -> bool:
+    if not isinstance(tensor, TensorStorageMetadata):
+        return isinstance(tensor, BytesStorageMetadata)
+    size = tensor.size
+    dtype = getattr(tensor.properties, "dtype", None)
+    return (
+        isinstance(dtype, torch.dtype)
+        and _are_sizes(size)
+        and isinstance(tensor.chunks, list)
+        and all(
+            isinstance(chunk, ChunkStorageMetadata)
+            and _are_sizes(chunk.offsets)
+            and _are_sizes(chunk.sizes)
+            and len(chunk.offsets) == len(chunk.sizes) == len(size)
+            and all(a + b <= c for a, b, c in zip(chunk.offsets, chunk.sizes, size, strict=True))
+            for chunk in tensor.chunks
+        )
+    )
+
+
+def _are_sizes(found: Any) -> bool:
+    numbers = isinstance(found, tuple | list) and all(type(n) is int for n in found)
+    return numbers and all(0 <= n < 2**62 for n in found)
+
+
 def read_metadata(file: Path) -> Any:
     """What is pickled in it.
 
@@ -51,8 +101,11 @@ def read_metadata(file: Path) -> Any:
         UserError: it is absent, damaged, or has what no description has.
     """
     try:
-        with file.open("rb") as stream:
-            return _DescriptionUnpickler(stream).load()
+        with open_regular(file) as stream:
+            found = _DescriptionUnpickler(stream).load()
+        if problem := _problem(found):
+            raise ValueError(problem)
+        return found
     except FileNotFoundError:
         raise UserError(f"{file} is absent: the checkpoint is not complete") from None
     except RecursionError:

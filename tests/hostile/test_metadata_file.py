@@ -41,6 +41,16 @@ class Runs:
         return self.call
 
 
+def described_as(**changed: object) -> bytes:
+    """A description whose objects are the right ones and hold something else."""
+    whole = description()
+    (tensor,), (place,) = whole.state_dict_metadata.values(), whole.storage_data.values()
+    for name, value in changed.items():
+        owner = next(o for o in (whole, tensor, tensor.chunks[0], place) if hasattr(o, name))
+        setattr(owner, name, value)
+    return pickle.dumps(whole)
+
+
 def class_changed(module: str, name: str, attribute: str) -> bytes:
     """A pickle that sets an attribute of a class, for good."""
     slots = f"}}X\x0c\x00\x00\x00{attribute:12}K\x01s".encode()
@@ -57,6 +67,22 @@ def class_changed(module: str, name: str, attribute: str) -> bytes:
         lambda mark: class_changed("torch.distributed.checkpoint.metadata", "Metadata", "spoiled"),
         lambda mark: class_changed("pathlib", "PosixPath", "spoiled"),
         lambda mark: class_changed("torch.serialization", "_get_layout", "spoiled"),
+        *(
+            lambda mark, name=name, value=value: described_as(**{name: value})
+            for name, values in {
+                "state_dict_metadata": (None, [1], {1: 2}, {"w": 5}),
+                "storage_data": (None, [1], {"w": 5}),
+                "size": (5, torch.Size([1]), (-1, 3), ("a", 3)),
+                "properties": (None, 5),
+                "chunks": (None, [1]),
+                "offsets": (None, torch.Size([9, 9]), torch.Size([0])),
+                "relative_path": (None, 5, "../x", "/etc/passwd", ""),
+                "offset": (-1, "x", 2.0, 2**70),
+                "length": (-1, None),
+            }.items()
+            for value in values
+        ),
+        lambda mark: pickle.dumps(5),
         lambda mark: b"",
         lambda mark: b"\x80\x04",
         lambda mark: b"not a pickle",

@@ -14,6 +14,8 @@ from tiny import VOCAB, run_config, tiny_qwen2
 from tiny_models import MODELS
 from torch.distributed.checkpoint import DefaultSavePlanner, save
 
+from megatron_gpc.run.files import sha256
+
 COSINE = ["optim.decay=cosine", "optim.warmup_updates=2", "optim.min_lr=1e-5"]
 LAYOUTS = {  # processes, overrides
     "tp1": (1, []),
@@ -157,6 +159,22 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_taken(
         for refused, _ in pool(2).run(checkpoint_ranks.resumed, config):
             assert "no checkpoint is sound" in refused and "resume=none" in refused
             assert "step_000001.damaged, step_000002.damaged" in refused
+
+
+def test_a_sound_checkpoint_of_something_else_is_refused(models, pool, tmp_path):
+    config = run_config(tmp_path, models["dense"], "parallel.tp=2")
+    pool(2).run(checkpoint_ranks.save_at, config, [1])
+    folder = config.run_dir / "checkpoints" / "step_000001"
+    for name, write, says in (
+        ("metadata.json", lambda f: f.write_text('{"sharded_backend": [1]}'), "cannot load"),
+        ("common.pt", lambda f: torch.save({"optimizer": 1}, f), "common.pt is not what a run"),
+    ):
+        old = f"{sha256(folder / name)}  {name}"
+        write(folder / name)
+        sums = (folder / "SHA256SUMS").read_text()
+        (folder / "SHA256SUMS").write_text(sums.replace(old, f"{sha256(folder / name)}  {name}"))
+        for refused, _ in pool(2).run(checkpoint_ranks.resumed, config):
+            assert says in refused and str(folder) in refused
 
 
 class Runs:

@@ -26,12 +26,14 @@ from megatron_gpc.mcore.policy import Policy
 from megatron_gpc.mcore.setup import is_main, seed_generators
 from megatron_gpc.types import TrainState
 from megatron_gpc.weights import Place
+from megatron_gpc.weights.common_file import read_common
 from megatron_gpc.weights.megatron_files import MegatronReader
 from megatron_gpc.weights.metadata_file import read_metadata
 
 _LOAD_ERRORS = (
     *(OSError, RuntimeError, dist_checkpointing.core.CheckpointingException),
-    *(pickle.UnpicklingError, EOFError, ValueError),  # of common.pt
+    *(pickle.UnpicklingError, EOFError, ValueError, AssertionError, AttributeError),
+    *(ImportError, LookupError, TypeError),  # of files that are well-formed, and something else
     CheckpointException,  # a BaseException, in which torch wraps what any rank met
 )
 
@@ -60,6 +62,7 @@ def take_over(config: Config, policy: Policy, folder: Path) -> TrainState:
     Raises:
         UserError: it is not of this model, or not of this optimizer.
     """
+    common = read_common(folder)
     wanted = _sharded_state(policy, loading=True)
     keys = set(wanted["optimizer"])
     loaded = _load(
@@ -75,11 +78,11 @@ def take_over(config: Config, policy: Policy, folder: Path) -> TrainState:
     # Experts have an optimizer of their own from ep 2 on, so the folder's skeleton of this dict may
     # be another; all that counts is asked for by name.
     mine = {key: loaded["optimizer"][key] for key in keys}
-    _load_optimizer(policy.optimizer, mine, loaded["updates"])
-    policy.scheduler.step(increment=loaded["updates"])
-    state = TrainState(**loaded["train_state"])
-    if loaded["layout"] == _layout(config):
-        set_generator_states(loaded["generators"][dist.get_rank()])
+    _load_optimizer(policy.optimizer, mine, common["updates"])
+    policy.scheduler.step(increment=common["updates"])
+    state = TrainState(**common["train_state"])
+    if common["layout"] == _layout(config):
+        set_generator_states(common["generators"][dist.get_rank()])
     else:
         # Not the seed that the run started with, or its first draws would be repeated.
         seed_generators(config.seed + 1_000_003 * state.step)
