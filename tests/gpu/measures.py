@@ -478,7 +478,7 @@ def _step(config: Any, policy: Any, hf: dict[str, Any], real: bool) -> dict[str,
     from megatron_gpc.metrics.reduce import Sums
     from megatron_gpc.types import Bounds
 
-    batch = _rollout(16 if real else 4, (500, 4000) if real else (4, 12))
+    batch = _rollout(8 if real else 4, (500, 4000) if real else (4, 12))
     ones_T = torch.ones_like(batch.rollout_logp_T)
 
     def step() -> dict[str, float]:
