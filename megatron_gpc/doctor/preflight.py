@@ -27,7 +27,7 @@ from megatron_gpc.mcore.checkpoint.folder import checkpoints
 from megatron_gpc.metrics.baseline import read_baseline
 from megatron_gpc.metrics.jsonl import EVAL_NAME, FILE_NAME, read_metrics
 from megatron_gpc.metrics.pass_at_k import pass_ks
-from megatron_gpc.metrics.sinks import check_sinks
+from megatron_gpc.metrics.sinks import check_sinks, try_out_sinks
 from megatron_gpc.rewards.judging import check_verifier
 from megatron_gpc.rollout.prompt_reader import PromptReader
 from megatron_gpc.rollout.prompts import PromptSource, refuse_changed
@@ -72,6 +72,8 @@ def check_training(config: Config, say: Say, whole: bool = True) -> bool:
     if hf is not None:
         check_target(config.clip, family_of(hf).model_fields(hf).vocab_size)
     check_sinks(config.log)
+    if whole and not checkpoints(config.run_dir):  # a run that goes on does so without it
+        try_out_sinks(config)
     if config.log.baseline is not None:
         read_baseline(config.log.baseline)
     pass_ks(config.eval)

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from megatron_gpc.config import Config, parts
-from megatron_gpc.config.file import plain
 from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.metrics.console import Console
 from megatron_gpc.metrics.reach import Reach
-from megatron_gpc.metrics.sinks import SINKS_KEY, MetricSink, make_sink
+from megatron_gpc.metrics.sinks import SINKS_KEY, MetricSink, make_sink, shown
 from megatron_gpc.metrics.tables import print_table, summary_table
 from megatron_gpc.run.say import say
 from megatron_gpc.run.stop import mark
@@ -43,16 +42,13 @@ class Reporter:
 
     def __init__(self, config: Config, resume_step: int):
         self.config = config
-        shown = plain(config)
-        shown["sglang"].pop("environment")  # may hold keys, as do the next
-        shown["log"].pop("sinks_arguments")
         self._console = Console(config.train.steps, resume_step)
         self._reach = Reach()
         self._direct: list[MetricSink] = []
         self._behind: list[_Behind] = []
         for name in config.log.sinks:
             try:
-                sink = make_sink(config.log, name, config.run_dir, shown, resume_step)
+                sink = make_sink(config.log, name, config.run_dir, shown(config), resume_step)
             except (UserError, PartError) as error:
                 if resume_step == 0 or name == "jsonl":
                     self.__exit__(type(error), error, None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import signal
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 RENDER_S = 10.0
 """How long a chat template may compute for one prompt [s of CPU]."""
+RENDER_BYTES = 2**29
+"""How much memory it may take for one."""
+MOST_RENDERED = 2**24
+"""Characters of a prompt: more than any model's context holds."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -112,6 +119,11 @@ def chat_renderer(
             raise UserError(
                 f"the chat template in {_template_file(tokenizer)} makes {made} of these messages"
             )
+        if len(text) > MOST_RENDERED:
+            raise UserError(
+                f"the chat template in {_template_file(tokenizer)} makes {len(text)} characters of "
+                f"these messages; {MOST_RENDERED} are the most"
+            )
         return text
 
     return render
@@ -119,11 +131,39 @@ def chat_renderer(
 
 @contextmanager
 def rendering() -> Iterator[None]:
-    """A TimeoutError in the block once it has computed for RENDER_S; in the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Around a chat template: a TimeoutError once it has computed for RENDER_S, a MemoryError if it
+    wants RENDER_BYTES more than this process has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + RENDER_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most if soft < 0 else min(soft, most), hard))
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        with _deadline_by_signal() if main else _deadline_by_trace():
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
+
+@contextmanager
+def _deadline_by_trace() -> Iterator[None]:
+    """For a thread, which gets no signals: looked at in every line of Python."""
+    end, before = time.thread_time() + RENDER_S, sys.gettrace()
+
+    def look(*_: object) -> Any:
+        if time.thread_time() > end:
+            raise TimeoutError(f"it has not ended after {RENDER_S:g} s")
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
+def _deadline_by_signal() -> Iterator[None]:
     def late(number: int, frame: object) -> None:
         raise TimeoutError(f"it has not ended after {RENDER_S:g} s")
 

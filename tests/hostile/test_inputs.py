@@ -9,8 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
+import threading
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from damage import rewrite_tensors
@@ -59,7 +62,11 @@ NUMBERS = {
     "parallel.tp": ("1000000000",),
     "train.entropy_coef": ("1e300",),
 }
-LEAVES = "import os\nclass Own:\n    def __init__(self, *given): os._exit(0)\n"
+LEAVES = (
+    "import os\nclass Own:\n    def __init__(self, *given): os._exit(0)\n"
+    "    def write(self, step, values): pass\n"
+    "    def write_evaluation(self, step, values): pass\n    def close(self, ok): pass\n"
+)
 """A part that would end whoever tries it, with 0."""
 
 
@@ -75,7 +82,7 @@ INPUTS: dict[str, tuple[Change, str]] = {
             lambda j, override=f"{key}=FILE:Own", text=text: own_part(j, override, text),
             f"{key}: ",
         )
-        for key in ("data.verifier", "train.loss", "clip.schedule")
+        for key in ("data.verifier", "train.loss", "clip.schedule", "log.sinks")
         for where, text in {"": LEAVES, " at import": "import os\nos._exit(0)\n"}.items()
     },
     **{
@@ -124,6 +131,26 @@ INPUTS: dict[str, tuple[Change, str]] = {
         saying("sglang.args={'': null, '.': null}"),
         "sglang.args..: '' holds None also",
     ),
+    **{
+        f"a sink that fails: {says}": (
+            lambda j, text=text: own_part(
+                j,
+                "log.sinks=[jsonl, FILE:Own]",
+                f"class Own:\n    def __init__(self, run_dir, config, step):\n        {text}\n"
+                "    def write(self, step, values): pass\n"
+                "    def write_evaluation(self, step, values): pass\n"
+                "    def close(self, ok): pass\n",
+            ),
+            f"own.py:Own failed at its start: {says}",
+        )
+        for says, text in {
+            "ValueError": "raise ValueError('no')",
+            "SystemExit": "raise SystemExit(0)",
+            "KeyError": "config['sglang']['environment']",
+            "OSError": "raise OSError(28, 'No space left')",
+            "FileNotFoundError": "open(run_dir / 'absent')",
+        }.items()
+    },
     "half a character in a name": (
         saying('log.sinks_arguments={"\\ud800": {}}'),
         "has half of a character",
@@ -443,6 +470,47 @@ def test_a_chat_template_without_an_end_is_refused(job, capsys, monkeypatch):  #
     loop = "{% for i in range(99999) %}"
     job.template(f"{loop}{loop}{{% endfor %}}{{% endfor %}}")
     refused(capsys, "it has not ended after 0.3 s", lambda: job.command("train", "--dry-run"))
+
+
+HUGE = {
+    "a product": ("{{ 'a' * 10 ** 11 }}", "MemoryError"),
+    "a width": ("{{ 'a'.ljust(10 ** 11) }}", "MemoryError"),
+    "a format": ("{{ '%99999999999d' % 1 }}", "Error"),
+    "doubled": (
+        "{% set ns = namespace(x='aaaa') %}"
+        "{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "MemoryError",
+    ),
+    "a long text": ("{{ 'a' * 10 ** 8 }}", "makes 100000000 characters of these messages"),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_chat_template_that_would_fill_the_memory_is_refused(job, capsys, name):  # noqa: F811
+    text, says = HUGE[name]
+    job.template(text)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    refused(capsys, says, lambda: job.command("train", "--dry-run"))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_a_chat_template_has_its_deadline_in_a_thread_too(monkeypatch):
+    monkeypatch.setattr(tokenizer, "RENDER_S", 0.2)
+    found: list[str] = []
+
+    def render() -> None:
+        loop = "{% for i in range(99999) %}"
+        text = jinja2.Template(f"{loop}{loop}{{% endfor %}}{{% endfor %}}")
+        try:
+            with tokenizer.rendering():
+                text.render()
+        except TimeoutError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=render)
+    thread.start()
+    thread.join()
+    assert found == ["it has not ended after 0.2 s"]
 
 
 @pytest.mark.parametrize("name", ["config.json: deep", "config.json: a pipe", "weights: nan"])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_gpc.config import LogConfig, parts
-from megatron_gpc.errors import UserError
+from megatron_gpc.config import Config, LogConfig, parts
+from megatron_gpc.config.file import plain
+from megatron_gpc.errors import PartError, UserError
 from megatron_gpc.run.files import read_json, replace_text
 
 SINKS_KEY = "log.sinks"
@@ -26,6 +29,8 @@ INIT = ("wandb", "swanlab")
 EXTRAS = (*INIT, "mlflow")
 """Those that need a library of their name, which is an optional extra of this package."""
 
+START_S = 60.0
+"""How long a sink may take to start when it is tried out [s]."""
 PAGES = "pages.json"
 """In the run's folder: by which id each service knows the run."""
 
@@ -81,6 +86,41 @@ def check_sinks(log: LogConfig) -> None:
         if name in INIT:  # their arguments go there as they are
             init = importlib.import_module(name).init
             parts.check_call(SINKS_KEY, f"{name}.init", init, (), _arguments(log, name))
+
+
+def try_out_sinks(config: Config) -> None:
+    """Start the user's own sinks once, in an empty folder that is removed; they get no steps.
+
+    Raises:
+        UserError: one cannot be started, or not within START_S.
+    """
+    for name in config.log.sinks:
+        if name in SINKS:
+            continue
+        failed: list[Exception] = []
+
+        def start(folder: str, name: str = name, failed: list[Exception] = failed) -> None:
+            try:
+                make_sink(config.log, name, Path(folder), shown(config), 0)
+            except (UserError, PartError) as error:
+                failed.append(error)
+
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            thread = threading.Thread(target=start, args=(folder,), daemon=True)
+            thread.start()
+            thread.join(START_S)
+        if thread.is_alive():
+            raise UserError(f"{SINKS_KEY}: {name} has not started within {START_S:g} s")
+        if failed:
+            raise UserError(str(failed[0])) from failed[0]
+
+
+def shown(config: Config) -> dict[str, Any]:
+    """What a sink gets of a configuration: all but what may hold keys."""
+    found = plain(config)
+    found["sglang"].pop("environment")
+    found["log"].pop("sinks_arguments")
+    return found
 
 
 def make_sink(log: LogConfig, name: str, *given: Any) -> MetricSink:
