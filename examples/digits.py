@@ -13,7 +13,6 @@ the updates; it has to converge, because a policy that has not goes on losing en
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -28,6 +27,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.weights.folders import new_folder
 
 DIGITS = 16
 """Of an answer."""
@@ -59,8 +61,9 @@ def make_start(
     evaluated: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] = lambda prompts: {
         "heldout": prompts
     },
-) -> None:
-    """Be the script that makes a start: teach a policy the distribution, write it and its prompts.
+) -> int:
+    """Be the script that makes a start: teach a policy the distribution, write it and its prompts;
+    returns the exit code.
 
     Args:
         description: of the script, whose argument is the folder; that appears whole or not at all.
@@ -68,10 +71,24 @@ def make_start(
         held_out: how many of all prompts are not trained on.
         evaluated: the files of prompts that are made of those, by name.
     """
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
 
+    def work() -> int:
+        parser = Parser(description=description.splitlines()[0])
+        parser.add_argument("out", type=Path)
+        with new_folder(parser.parse_args().out) as out:
+            _write_start(out, digits, held_out, distribution, evaluated)
+        return 0
+
+    return exit_code(work)
+
+
+def _write_start(
+    out: Path,
+    digits: int,
+    held_out: int,
+    distribution: Distribution,
+    evaluated: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
+) -> None:
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(0)
     every = torch.cartesian_prod(*[torch.arange(10)] * digits)
@@ -97,17 +114,14 @@ def make_start(
     _teach(model, train, distribution, draw)
     print(f"warm-up: {UPDATES} updates in {time.monotonic() - begin:.0f} s", file=sys.stderr)
 
-    whole = out.with_name(out.name + ".part")
-    whole.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(whole)
-    _digit_tokenizer().save_pretrained(whole)
+    model.save_pretrained(out)
+    _digit_tokenizer().save_pretrained(out)
     for name, prompts in {"train": train, **evaluated(rest)}.items():
         rows = [
             {"prompt": "".join(map(str, prompt)) + "=", "label": prompt}
             for prompt in sorted(prompts.tolist())
         ]
-        (whole / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    whole.rename(out)
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _digit_tokenizer() -> PreTrainedTokenizerFast:

@@ -29,9 +29,9 @@ def distributions(prompts: torch.Tensor) -> torch.Tensor:
     return chances
 
 
-def main() -> None:
-    make_start(__doc__, digits=2, held_out=10, distribution=distributions)
+def main() -> int:
+    return make_start(__doc__, digits=2, held_out=10, distribution=distributions)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,9 +33,9 @@ def by_kind(held_out: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def main() -> None:
-    make_start(__doc__, 3, held_out=200, distribution=ranked_digits, evaluated=by_kind)
+def main() -> int:
+    return make_start(__doc__, 3, held_out=200, distribution=ranked_digits, evaluated=by_kind)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

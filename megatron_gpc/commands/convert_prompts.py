@@ -28,7 +28,7 @@ import pyarrow.parquet
 
 from megatron_gpc.errors import UserError
 from megatron_gpc.rollout.prompts import is_messages
-from megatron_gpc.run.files import check_new, replace_text
+from megatron_gpc.run.files import check_new, write_output
 
 ROWS = 4096
 """Read at a time."""
@@ -90,10 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     lines = [
         line for _, line in sorted(found for labels in kept.values() for found in labels.values())
     ]
-    try:
-        replace_text(arguments.out, "".join(f"{line}\n" for line in lines))
-    except OSError as error:
-        raise UserError(f"{arguments.out}: cannot be written: {error.strerror}") from None
+    write_output(arguments.out, "".join(f"{line}\n" for line in lines))
     print(f"{arguments.out}: {len(lines)} prompts of {number} rows")
     if torn:
         done = "dropped" if arguments.conflicts == "drop" else "kept, one prompt a label"

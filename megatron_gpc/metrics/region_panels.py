@@ -110,7 +110,7 @@ def scatter_predictions(ax: Axes, runs: Sequence[Run]) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(4))
     for name, label, colour in PREDICTIONS:
         pairs = [paired(run.series("dh_measured"), run.series(name)) for run in runs]
-        x, y = (np.concatenate(values) for values in zip(*pairs, strict=True))
+        x, y, _ = (np.concatenate(values) for values in zip(*pairs, strict=True))
         if not len(y):
             continue
         if name == "dh_predicted" and y.std() > 0:

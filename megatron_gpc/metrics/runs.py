@@ -88,16 +88,16 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def paired(one: Series, other: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Values of two metrics at the steps at which both are known."""
+def paired(one: Series, other: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values of two metrics at the steps at which both are known, and these steps."""
     one, other = one.known(), other.known()
-    _, here, there = np.intersect1d(one.steps, other.steps, return_indices=True)
-    return one.values[here], other.values[there]
+    steps, here, there = np.intersect1d(one.steps, other.steps, return_indices=True)
+    return one.values[here], other.values[there], steps
 
 
 def correlation(one: Series, other: Series) -> float:
     """Pearson's r of two metrics over steps; nan for fewer than 3 steps or a constant metric."""
-    x, y = paired(one, other)
+    x, y, _ = paired(one, other)
     if len(x) < 3 or x.std() == 0 or y.std() == 0:
         return float("nan")
     return float(np.corrcoef(x, y)[0, 1])

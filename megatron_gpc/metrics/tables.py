@@ -25,6 +25,7 @@ from megatron_gpc.metrics.runs import (
     Series,
     group_runs,
     load_run,
+    paired,
 )
 from megatron_gpc.types import Sample
 
@@ -136,10 +137,8 @@ def off_target(run: Run, limit: float = math.inf) -> Series:
     """
     opened = run.series("clip_lambda")
     at_limit = opened.steps[np.abs(opened.values) >= limit]
-    entropy, target = run.series("entropy").known(), run.series("entropy_target").known()
-    steps, here, there = np.intersect1d(entropy.steps, target.steps, return_indices=True)
-    apart = Series(steps, entropy.values[here] - target.values[there])
-    return apart.where(~np.isin(steps, at_limit))
+    entropy, target, steps = paired(run.series("entropy"), run.series("entropy_target"))
+    return Series(steps, entropy - target).where(~np.isin(steps, at_limit))
 
 
 _COMPARED: Mapping[str, Callable[[Run], float]] = {

@@ -71,6 +71,22 @@ def start(tmp_path, monkeypatch) -> Path:
     return tmp_path / "start"
 
 
+@pytest.mark.parametrize("example", ["entropy_control", "exploration"])
+def test_a_start_is_not_taught_if_it_cannot_be_written(example, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / example))  # as where a script lies is
+    main = parts.find("model.build", f"{ROOT}/examples/{example}/build.py:main", {})
+    for out, said in (
+        (tmp_path / "file", "file is not an empty folder"),
+        (tmp_path / "file" / "start", "start: cannot be written: "),
+        (None, "the following arguments are required: out"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["build.py", *([str(out)] if out else [])])
+        assert main() == 2
+        line = capsys.readouterr().err
+        assert said in line and line.count("\n") == 1
+
+
 def test_prompts_are_the_hundred_and_ten_of_them_held_out(start):
     train, held_out = (
         {json.loads(line)["prompt"] for line in (start / name).read_text().splitlines()}
