@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from common_part import common
 from hostile.outcomes import refused
 from tiny import run_config
 from unit.test_preflight import job, start  # noqa: F401 - fixtures
@@ -23,28 +22,6 @@ from megatron_gpc.run.files import SUMS, sha256
 from megatron_gpc.types import Prompt
 from megatron_gpc.weights.common_file import read_common
 from megatron_gpc.weights.folders import COMMON
-
-
-def generators() -> dict[str, Any]:
-    numpy_state = np.random.RandomState(0).get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    state = torch.Generator().get_state()
-    return {
-        "python": random.Random(0).getstate(),
-        "numpy": numpy_state,
-        "torch": state,
-        "cuda": None,
-        "tracker": {"model-parallel-rng": state},
-    }
-
-
-def common() -> dict[str, Any]:
-    return {
-        "train_state": {"step": 3, "sampling": {}, "controller": {}, "skipped": []},
-        "updates": 6,
-        "layout": {"tp": 1, "ranks": 1},
-        "generators": [generators()],
-    }
 
 
 def changed(*path: str | int, to: object) -> Callable[[], object]:

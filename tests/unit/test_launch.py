@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from commands import ROOT
+from commands import ROOT, launch
+from tiny import run_config
 
 from megatron_gpc import __version__
 from megatron_gpc.run.launch import OUTCOME_FD, run_ranks
@@ -174,3 +177,76 @@ def test_a_launcher_that_is_stopped_for_a_while_goes_on(tmp_path):
             assert process.wait(60) == 0
         finally:
             process.kill()
+
+
+HEARS = """
+import pathlib, signal, sys, time
+from megatron_gpc.run.launch import outcome
+heard = lambda *_: pathlib.Path("heard").touch()
+signal.signal(signal.SIGUSR2, heard)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+pathlib.Path("begun").touch()
+while not pathlib.Path("heard").exists():
+    time.sleep(0.01)
+sys.exit(outcome(0))
+"""
+
+
+def test_a_request_for_stacks_reaches_the_ranks_also_if_it_comes_to_a_thread(tmp_path):
+    (tmp_path / "hears.py").write_text(HEARS)
+    launcher = (
+        "import signal, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from megatron_gpc.run.launch import run_ranks\n"
+        "from megatron_gpc.run.placement import Share\n"
+        "from megatron_gpc.run.stop import held\n"
+        "def to_me():\n"
+        "    while not Path('begun').exists():\n"
+        "        time.sleep(0.01)\n"
+        "    signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)\n"
+        "    signal.raise_signal(signal.SIGUSR2)\n"
+        "    import os; os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "signal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+        "with held((signal.SIGUSR2,)):\n"
+        "    threading.Thread(target=to_me, daemon=True).start()\n"
+        "    sys.exit(run_ranks([], Share.alone(1), Path('logs'), 'hears', (signal.SIGUSR2,)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", launcher], cwd=tmp_path, env=environment, timeout=60
+    )
+    assert done.returncode == 0 and (tmp_path / "heard").exists()
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+begun = Path(sys.argv[1]).with_name("begun")
+begun.touch()
+while begun.exists():
+    time.sleep(0.01)
+sys.exit(3)
+"""
+
+
+def test_no_thread_of_a_launcher_takes_a_request_for_stacks(tmp_path):
+    """Imports start threads, and the kernel gives a signal to any that does not hold it back."""
+    (tmp_path / "build.py").write_text(WAITS)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "label": 2}\n')
+    run_config(tmp_path, tmp_path / "model")
+    words = ["train", str(tmp_path / "config.yaml"), f"model.build={tmp_path}/build.py"]
+    process = launch(words, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        for status in Path(f"/proc/{process.pid}/task").glob("*/status"):
+            blocked = re.search(r"^SigBlk:\s*(\w+)", status.read_text(), re.MULTILINE)
+            assert int(blocked[1], 16) & 1 << signal.SIGUSR2 - 1, status.read_text()
+        process.send_signal(signal.SIGUSR2)
+        (tmp_path / "begun").unlink()
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 2 and "failed (exit code 3)" in said
+    finally:
+        process.kill()

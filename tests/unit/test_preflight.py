@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from common_part import common
 from damage import cut
 from tiny import byte_tokenizer, run_config, tiny_qwen2
 from tools.tool_scripts import call
@@ -377,7 +378,7 @@ def test_prompts_other_than_those_of_the_run_so_far_are_refused_before_it_contin
     folder = job.run_dir / "checkpoints" / "step_000003"
     folder.mkdir(parents=True)
     state = TrainState(step=3, sampling={"prompts": so_far})
-    torch.save({"train_state": dataclasses.asdict(state)}, folder / "common.pt")
+    torch.save(common() | {"train_state": dataclasses.asdict(state)}, folder / "common.pt")
     assert job.command("train", "--dry-run") == 0
     job.ask("2+2=", "1+1=")
     before = sorted(job.run_dir.rglob("*"))
