@@ -35,6 +35,7 @@ def test_every_part_comes_to_its_end(tmp_path):
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"found.json", "found.txt"}
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_told_and_costs_no_other(tmp_path):
     broken = tmp_path / "site" / "megatron" / "core" / "__init__.py"
     broken.parent.mkdir(parents=True)
