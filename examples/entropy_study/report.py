@@ -186,7 +186,6 @@ def _setting(seeds: Sequence[Seed], command: str) -> str:
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
     numbers = sorted({run.seed for run in runs})
-    chosen = "the task, its settings and the claims' windows"
     seen = [str(seed) for seed in numbers if seed not in FRESH_SEEDS]
     return "\n".join(
         [
@@ -200,10 +199,11 @@ def _setting(seeds: Sequence[Seed], command: str) -> str:
             f"{every('train.mini_batches', 'train.epochs')} updates a rollout, Adam "
             f"{every('optim.lr')}, TP {every('parallel.tp')}, PP {every('parallel.pp')}. "
             + (
-                f"Seeds {', '.join(seen)} may have been in use when {chosen} were chosen."
+                f"Of seeds {', '.join(seen)} it is not known that they had no part in choosing the "
                 if seen
-                else f"No seed was used for choosing {chosen}."
-            ),
+                else "No seed was used for choosing the "
+            )
+            + "task, its settings or the claims' windows.",
             "",
             "Numbers are means over seeds ± half a 95 % interval (Student's t); differences are "
             "taken seed by seed. Windows are shares of a run. In pictures bands are one standard "
@@ -313,8 +313,10 @@ def _coins(seeds: Sequence[Seed]) -> str:
     """(f): what clipping alone does to entropy, where no reward says anything."""
     title = "## (f) Clipping alone: a coin for a reward\n\n"
     arms = {setting: [coin_arm(setting, arm) for arm in COINS] for setting in COIN_SETTINGS}
-    if not in_all(seeds, [arm for of in arms.values() for arm in of]):
+    there = in_all(seeds, [arm for of in arms.values() for arm in of])
+    if not there:
         return title + _command_for("coin")
+    steps = next(seed[there[0]].steps for seed in seeds if there[0] in seed)
     rows = [
         (
             *(setting.text, f"{setting.lr:g}"),
@@ -329,7 +331,7 @@ def _coins(seeds: Sequence[Seed]) -> str:
     return (
         title + "The main task with a coin for a reward: nothing can be learned, and what entropy "
         "does is the clip's own doing (arXiv 2509.26114: a lower bound raises entropy, an upper "
-        "one lowers it). Slope of entropy over a run's steps, in thousandths of a nat a token for "
+        f"one lowers it). Slope of entropy over {steps} steps, in thousandths of a nat a token for "
         "each update; last column: static's, in nats for each update and unit of learning rate.\n\n"
         + markdown_table(
             ["updates a rollout", "Adam", *COINS.values(), "static / learning rate"], rows

@@ -177,7 +177,7 @@ def test_the_study_says_which_seeds_and_how_many_steps_it_had(report, make, tmp_
     report("entropy_study/study.py")
     text = (tmp_path / "runs" / "report.md").read_text()
     assert "2 runs of examples/entropy_control, seeds 3, 10: 4 steps, 32 prompts x 8" in text
-    assert "16 updates a rollout, Adam 0.0005, TP 1, PP 1. Seeds 3 may have been in use" in text
+    assert "16 updates a rollout, Adam 0.0005, TP 1, PP 1. Of seeds 3 it is not known" in text
     assert "study.py train.steps=4 --seeds 10 3 --parts main --arms static\n" in text
 
 
