@@ -8,7 +8,7 @@ and SGLang if it is given:
     python tools/bench/handover.py sglang.python=/envs/sglang/bin/python sglang.args.device=cpu
 
 A copy and a hand-over alternate, so that other work on the machine disturbs both alike; medians.
-"inside requests" is how engines on other hosts get weights with sync=tensor.
+"inside requests" is how engines on other hosts get weights with sync=tensor (two tensors of them).
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(
     fleet: Fleet, folder: Path, bucket_bytes: int, model: Qwen2ForCausalLM, rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Seconds of a hand-over, and of a copy at the same time, by the way it goes."""
+) -> dict[str, tuple[float, ...]]:
+    """Bytes a second of a hand-over, and of copies at the same time, by the way it goes."""
     named = [(name, tensor.detach()) for name, tensor in model.named_parameters()]
+    size = sum(tensor.nbytes for _, tensor in named)
     copies = [torch.empty_like(tensor).copy_(tensor) for _, tensor in named]
 
     def copy() -> None:
@@ -80,17 +81,15 @@ def measure(
 
     found = {}
     ways = {"disk": DiskSync(fleet, folder), "tensor": TensorSync(fleet, bucket_bytes)}
-    for name, sync in {**ways, "tensor, inside requests": ways["tensor"]}.items():
-        inside = "requests" in name
-        for engine in fleet.engines:
-            engine.reads = "requests" if inside else "host"
+    for name, sync in ways.items():
         seconds(lambda sync=sync: push(sync))
-        both = [
-            (seconds(lambda sync=sync: push(sync)), seconds(copy))
-            for _ in range(1 if inside else rounds)
-        ]
-        handed, copied = zip(*both, strict=True)
-        found[name] = statistics.median(handed), statistics.median(copied)
+        both = [(seconds(lambda sync=sync: push(sync)), seconds(copy)) for _ in range(rounds)]
+        found[name] = tuple(size / statistics.median(taken) for taken in zip(*both, strict=True))
+    for engine in fleet.engines:
+        engine.reads = "requests"
+    del named[2:]
+    handed = sum(tensor.nbytes for _, tensor in named) / seconds(lambda: push(ways["tensor"]))
+    found["tensor, inside requests"] = handed, found["tensor"][1]
     ways["tensor"].close()
     return found
 
@@ -106,7 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(title="hand-over of weights")
-    for heading in ("engines", "sync", "seconds", "GB/s", "a copy's", "share"):
+    for heading in ("engines", "sync", "GB/s", "a copy's", "share"):
         table.add_column(heading, justify="left" if heading in ("engines", "sync") else "right")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -130,10 +129,8 @@ def main() -> None:
                 bucket_bytes = server.bucket_mb * 2**20
                 found = measure(fleet, folder, bucket_bytes, model, arguments.rounds)
             for way, (handed, copied) in found.items():
-                share = f"{copied / handed:.0%}"
-                engines = f"{server.engines} {kind}"
-                rates = (f"{size / taken / 1e9:.2f}" for taken in (handed, copied))
-                table.add_row(engines, way, f"{handed:.2f}", *rates, share)
+                rates = (f"{rate / 1e9:.2f}" for rate in (handed, copied))
+                table.add_row(f"{server.engines} {kind}", way, *rates, f"{handed / copied:.0%}")
     console = Console(width=100)
     console.print(table)
     console.print(f"{size / 2**20:.0f} MiB; {platform.machine()} CPU; torch {torch.__version__}")
