@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import NoneType
 from typing import Any, TextIO
 
 from megatron_gpc.errors import UserError
-from megatron_gpc.run.files import replace_text
+from megatron_gpc.run.files import MOST_JSON_BYTES, open_regular, replace_text
 
 FILE_NAME = "metrics.jsonl"
 EVAL_NAME = "eval.jsonl"
@@ -77,7 +78,10 @@ def read_metrics(run_dir: Path, name: str = FILE_NAME) -> list[dict[str, float]]
 def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """Every complete line, as text and as its content."""
     try:
-        text = file.read_text(encoding="utf-8")
+        with open_regular(file) as stream:
+            if os.fstat(stream.fileno()).st_size > MOST_JSON_BYTES:
+                raise UserError(f"{file}: too large for metrics; move it away")
+            text = stream.read().decode()
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the folder of a run (run_dir)") from None
     except UnicodeDecodeError:

@@ -110,7 +110,7 @@ def _first_error(run_dir: Path) -> _RankError | None:
             found.append(
                 _RankError(float(more["timestamp"]), file, words, str(more["py_callstack"]))
             )
-        except (UserError, LookupError, TypeError, ValueError, OverflowError):
+        except (OSError, UserError, LookupError, TypeError, ValueError, OverflowError):
             continue  # the rank was killed while it wrote
     newest = max(found, default=None)
     return newest and min(one for one in found if one.file.parent == newest.file.parent)

@@ -89,6 +89,8 @@ def read_prompts(
     return prompts
 
 
+MOST_CHARACTERS = 2**22
+"""Of a prompt: more than any model's context holds, and tokenizers take seconds for so many."""
 _TOKENIZED_AT_ONCE = 1024
 """Prompts; a tokenizer is quicker with many, and an interrupt waits for it."""
 
@@ -162,6 +164,10 @@ def _read_line(
                 raise UserError("the prompt is a list of messages, not text")
             text = render(text)
         text.encode()
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(
+                f"the prompt has {len(text)} characters; {MOST_CHARACTERS} are the most"
+            )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except UnicodeEncodeError as error:  # half of a surrogate pair

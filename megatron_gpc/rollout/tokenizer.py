@@ -25,8 +25,6 @@ RENDER_S = 10.0
 """How long a chat template may compute for one prompt [s of CPU]."""
 RENDER_BYTES = 2**29
 """How much memory it may take for one."""
-MOST_RENDERED = 2**24
-"""Characters of a prompt: more than any model's context holds."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -118,11 +116,6 @@ def chat_renderer(
             made = "nothing" if not text else type(text).__name__
             raise UserError(
                 f"the chat template in {_template_file(tokenizer)} makes {made} of these messages"
-            )
-        if len(text) > MOST_RENDERED:
-            raise UserError(
-                f"the chat template in {_template_file(tokenizer)} makes {len(text)} characters of "
-                f"these messages; {MOST_RENDERED} are the most"
             )
         return text
 

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_gpc.errors import UserError
+from megatron_gpc.run.files import open_regular
 
 RUNNING = "lock"
 """Held by rank 0."""
 PREPARING = "launch.lock"
 """Held by the process that prepared the folder: the launcher, or rank 0."""
+MOST_BYTES = 2**16
+"""Of what the file says; what has that name may be another's."""
 TRIES, PAUSE_S = 5, 0.05
 """`holder` looks at a lock by taking it for a moment; a run that starts then tries again."""
 
@@ -86,7 +89,8 @@ def life(run_dir: Path) -> str:
 def _holder(path: Path, name: str, default: Any) -> Any:
     """What the lock's file says of the process that took it last; the default if it does not."""
     try:
-        return type(default)(json.loads(path.read_text())[name])
+        with open_regular(path) as file:
+            return type(default)(json.loads(file.read(MOST_BYTES))[name])
     except (OSError, ValueError, TypeError, KeyError):
         return default
 
@@ -94,7 +98,7 @@ def _holder(path: Path, name: str, default: Any) -> Any:
 def _held(path: Path) -> bool | None:
     """Whether a process holds the lock; None if that cannot be told."""
     try:
-        with path.open() as file:
+        with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (BlockingIOError, FileNotFoundError) as error:
         return isinstance(error, BlockingIOError)
@@ -107,7 +111,7 @@ def _said(file: TextIO) -> str:
     """`process 7 on node3, since 14:05:01`; empty if the lock does not say."""
     file.seek(0)
     try:
-        content = json.loads(file.read())
+        content = json.loads(file.read(MOST_BYTES))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["since"]))
         return f"process {content['pid']} on {content['host']}, since {since}"
     except (ValueError, TypeError, KeyError):

@@ -10,6 +10,11 @@ from unit.test_preflight import Job
 
 DEEP = "[" * 100_000
 DEEP_OBJECT = '{"a":' * 100_000
+CONFIG = (
+    "run_dir: a\nseed: 0\nmodel: {hf: a}\ntrain: {steps: 3}\n"
+    "clip: {schedule: id, phase_split: 0.5}\n"
+)
+"""What is read of a finished run's."""
 Change = Callable[[Job], object]
 OUTCOMES: Counter[str] = Counter()
 

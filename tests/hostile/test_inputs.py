@@ -17,7 +17,7 @@ import jinja2
 import pytest
 import torch
 from damage import rewrite_tensors
-from hostile.outcomes import DEEP, DEEP_OBJECT, Change, refused, saying
+from hostile.outcomes import CONFIG, DEEP, DEEP_OBJECT, Change, refused, saying
 from tools.tool_scripts import call
 from unit.test_preflight import Job, job, start  # noqa: F401 - fixtures
 
@@ -305,6 +305,10 @@ INPUTS: dict[str, tuple[Change, str]] = {
         for key in ("dtype", "torch_dtype")
         for dtype in ("auto", "torch.bfloat16", "bf16", "half", "float64", "", 16, ["float32"])
     },
+    "prompts: a book": (
+        lambda j: j.ask("1+1=", "a" * 10**7),
+        "prompts.jsonl:2: the prompt has 10000000 characters",
+    ),
     "prompts: deep": (lambda j: j.prompts.write_text(DEEP), "prompts.jsonl:1: not JSON"),
     "prompts: a pipe": (lambda j: pipe(j.prompts), "is no regular file"),
     "a surrogate in a message": (
@@ -411,10 +415,6 @@ LINES = {
     "a list": "[1]",
     "a surrogate": '{"step": 1, "loss": "\\ud800"}',
 }
-CONFIG = (
-    "run_dir: a\nseed: 0\nmodel: {hf: a}\ntrain: {steps: 3}\n"
-    "clip: {schedule: id, phase_split: 0.5}\n"
-)
 
 
 @pytest.mark.parametrize("command", ["status", "plot"])
@@ -481,7 +481,7 @@ HUGE = {
         "{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
         "MemoryError",
     ),
-    "a long text": ("{{ 'a' * 10 ** 8 }}", "makes 100000000 characters of these messages"),
+    "a long text": ("{{ 'a' * 10 ** 8 }}", "the prompt has 100000000 characters"),
 }
 
 

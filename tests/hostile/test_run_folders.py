@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from hostile.outcomes import refused, saying
+from hostile.outcomes import CONFIG, refused, saying
 from unit.test_preflight import job, start  # noqa: F401 - fixtures
+
+from megatron_gpc.cli import main
 
 FOLDERS = {
     "resume=none of a folder of one's own": (
@@ -55,3 +57,33 @@ def test_no_folder_or_file_of_anyone_elses_is_renamed_or_replaced(job, capsys, n
     assert {f: t for f, t in after.items() if not f.is_dir()} == {
         f: t for f, t in before.items() if not f.is_dir()
     }
+
+
+ODD = {
+    "a pipe": os.mkfifo,
+    "a link to a device": lambda file: file.symlink_to("/dev/zero"),
+    "a link to itself": lambda file: file.symlink_to(file.name),
+    "a link to nothing": lambda file: file.symlink_to("nowhere"),
+    "a folder": lambda file: file.mkdir(),
+    "endless": lambda file: (file.touch(), os.truncate(file, 2**33)),
+}
+
+
+@pytest.mark.parametrize("command", ["status", "plot"])
+@pytest.mark.parametrize("name", ODD)
+def test_metrics_that_are_no_file_of_numbers_are_refused(tmp_path, capsys, name, command):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    ODD[name](tmp_path / "metrics.jsonl")
+    (tmp_path / "checkpoints").mkdir()
+    if command == "plot" or (tmp_path / "metrics.jsonl").exists():  # else there is no step yet
+        refused(capsys, "metrics.jsonl: ", lambda: main([command, str(tmp_path)]))
+
+
+@pytest.mark.parametrize("file", ["lock", "launch.lock", "eval.jsonl", "rank_0.error.json"])
+@pytest.mark.parametrize("name", ODD)
+def test_status_waits_for_nothing_in_a_runs_folder(tmp_path, capsys, name, file):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    ODD[name](tmp_path / file)
+    assert main(["status", str(tmp_path)]) == 0
+    assert "step 1 of 3" in capsys.readouterr().out
