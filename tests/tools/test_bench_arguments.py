@@ -25,6 +25,9 @@ BENCH = ROOT / "tools" / "bench"
         ("head", "--ways fast", "--ways: invalid choice: 'fast'"),
         ("checkpoint", "--hidden 100", "--hidden: expected a multiple of 128, got 100"),
         ("update", "--hidden 64", "--hidden: expected a multiple of 128, got 64"),
+        ("handover", "--hidden 320", "--hidden: expected a multiple of 256, got 320"),
+        ("handover", "--rounds 0", "--rounds: expected a whole number from 1 to"),
+        ("handover", "rollout.server.engine=2", "did you mean 'rollout.server.engines'?"),
         ("update", "--rounds -1", "--rounds: expected a whole number from 1 to"),
     ],
 )

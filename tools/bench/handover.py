@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,10 +28,13 @@ from rich.table import Table
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from megatron_gpc.cli import Parser, exit_code
+from megatron_gpc.commands.arguments import number
 from megatron_gpc.config.file import load
 from megatron_gpc.engines.fleet import Fleet
 from megatron_gpc.engines.starter import Starter
 from megatron_gpc.engines.weight_sync import DiskSync, TensorSync, WeightSync
+from megatron_gpc.errors import UserError
 
 VOCAB = 32_000
 
@@ -44,7 +48,7 @@ def make_model(folder: Path, layers: int, hidden: int) -> Qwen2ForCausalLM:
         intermediate_size=hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4),
+        num_key_value_heads=heads // 4,
         max_position_embeddings=1024,
         eos_token_id=1,
         bos_token_id=None,
@@ -94,23 +98,21 @@ def measure(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=number(int, 1), default=24)
+    parser.add_argument("--hidden", type=number(int, 1), default=1024)
+    parser.add_argument("--rounds", type=number(int, 1), default=5)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.hidden % 256:
+        raise UserError(f"--hidden: expected a multiple of 256, got {arguments.hidden}")
     torch.set_num_threads(1)
     table = Table(title="hand-over of weights")
     for heading in ("engines", "sync", "GB/s", "a copy's", "share"):
         table.add_column(heading, justify="left" if heading in ("engines", "sync") else "right")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = make_model(folder, arguments.layers, arguments.hidden)
-        size = sum(tensor.nbytes for tensor in model.parameters())
         (folder / "config.yaml").write_text(
             f"run_dir: {folder}/run\nmodel: {{hf: {folder}}}\n"
             "data: {prompts: none, verifier: addition}\n"
@@ -118,11 +120,14 @@ def main() -> None:
         kinds = ["embedded"]
         if any(given.startswith("sglang.") for given in arguments.overrides):
             kinds.append("sglang")
-        for kind in kinds:
-            config = load(
-                folder / "config.yaml",
-                [*arguments.overrides, f"rollout.server.kind={kind}", "rollout.server.sync=tensor"],
-            )
+        asked = [*arguments.overrides, "rollout.server.sync=tensor"]
+        configs = {
+            kind: load(folder / "config.yaml", [*asked, f"rollout.server.kind={kind}"])
+            for kind in kinds
+        }
+        model = make_model(folder, arguments.layers, arguments.hidden)
+        size = sum(tensor.nbytes for tensor in model.parameters())
+        for kind, config in configs.items():
             server = config.rollout.server
             with Fleet(Starter(server, config.sglang, folder, folder / kind)) as fleet:
                 fleet.await_started()
@@ -134,7 +139,8 @@ def main() -> None:
     console = Console(width=100)
     console.print(table)
     console.print(f"{size / 2**20:.0f} MiB; {platform.machine()} CPU; torch {torch.__version__}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
