@@ -36,6 +36,8 @@ from megatron_gpc.metrics.panels import (
 from megatron_gpc.metrics.region_panels import dh_panel, prediction_panel, share_panel
 from megatron_gpc.metrics.runs import PLOT_NAME, Run, SeedGroup, Series, group_runs, load_run
 
+MOST_LINES = 40
+"""Runs that a panel draws one by one; of more it draws each group's mean and spread alone."""
 EVAL_TITLES = {
     "eval_reward": "held-out reward",
     "eval_distinct_right": "distinct right answers a prompt",
@@ -267,8 +269,9 @@ def _between(lower: Series) -> float:
 def _overlay_panel(ax: Axes, groups: Sequence[SeedGroup], name: str, title: str) -> None:
     ax.set_title(title)
     ax.set_xlabel("step")
+    apart = sum(len(group.runs) for group in groups) <= MOST_LINES
     for group, colour in zip(groups, itertools.cycle(GROUP_COLOURS), strict=False):
-        for run in group.runs:
+        for run in group.runs if apart else ():
             line(
                 ax, run.series(name).smooth(), color=colour, alpha=0.35, linewidth=0.9, markersize=3
             )
