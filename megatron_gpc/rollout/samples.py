@@ -106,8 +106,9 @@ def write_samples(run_dir: Path, step: int, saved: SavedStep) -> Path:
     ]
     file = samples_file(run_dir, step)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as part:
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd")
+    # Python opens it: an error of pyarrow's own does not name the file.
+    with replacing(file) as part, part.open("wb") as stream:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), stream, compression="zstd")
     return file
 
 
