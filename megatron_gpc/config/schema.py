@@ -149,7 +149,8 @@ class ServerConfig:
     policy trains, and the policy's optimizer state and gradients wait in CPU memory while they
     generate."""
     bucket_mb: SmallInt = 256
-    """Most that is gathered and sent at once with `tensor` and `distributed` [MiB]."""
+    """Most that is gathered and sent at once with `tensor` and `distributed` [MiB]; in the host's
+    memory 64 at most."""
     probe_tokens: NonNegativeInt = 256
     """Tokens that every engine samples after an update, to be held against the trainer's log-probs;
     0: none."""
@@ -258,8 +259,8 @@ class TrainConfig:
     differ in their last bits, so that their routers differ now and then, and log-probs jump where
     they do.  Needs a mixture of experts, and engines that tell (docs/rollouts.md)."""
     experts: Literal["auto", "grouped", "each"] = "auto"
-    """How a rank computes the experts that it has of a layer: with two matrix products for `each`,
-    one after another, or with two for all (`grouped`).  `auto`: grouped on a GPU."""
+    """How a rank computes the experts that it has of a layer.  `each`: one after another, with two
+    matrix products an expert; `grouped`: with two for all of them; `auto`: grouped on a GPU."""
     advantage: Literal["std", "mean"] = "std"
     """Reward minus the group's mean, divided by the group's standard deviation (GRPO) or not
     (`mean`, Dr. GRPO)."""

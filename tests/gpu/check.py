@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -115,9 +116,11 @@ def run_part(name: str, folder: Path, limit_s: float) -> dict[str, Any]:
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             code, error = 1, f"not done after {limit_s:.0f} s; "
+        finally:  # it has a session of its own, which Ctrl-C does not reach
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.wait()
     seconds = round(time.monotonic() - begin, 1)
     if code or not result.exists():
         last = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -142,11 +145,18 @@ def flat(found: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+def _seconds(said: str) -> float:
+    seconds = float(said)
+    if not 5 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"expected 5 seconds or more, got {said}")
+    return seconds
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds for all of it")
+    parser.add_argument("--budget", type=_seconds, default=480.0, help="seconds for all of it")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -156,7 +166,13 @@ def main() -> int:
         found = PARTS[arguments.only]()
         arguments.result.write_text(json.dumps(found, default=str))
         return 0
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if str(arguments.out) in PARTS:
+        parser.error(f"{arguments.out} is a part: name a folder first, then parts")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "found.json").touch()
+    except OSError as error:
+        parser.error(f"{arguments.out}: cannot be written: {error.strerror}; name another folder")
     end = time.monotonic() + arguments.budget
     table = Table("part", "", "found", title="tests/gpu/check.sh")
     results: dict[str, Any] = {}
@@ -183,4 +199,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; found.json has what was found before")

@@ -10,6 +10,7 @@
 # WHEELS   folder of wheels for what that interpreter lacks; for a machine without a network
 # BUDGET_S seconds for all of it (default: 480)
 set -euo pipefail
+[[ ${1:-} != -* ]] || { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 [[ -x $PYTHON ]] || PYTHON=python3

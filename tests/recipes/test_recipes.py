@@ -16,7 +16,7 @@ from tiny import byte_tokenizer, hollow_weights
 from megatron_gpc.cli import main
 from megatron_gpc.config.file import load
 from megatron_gpc.config.layout import world_size
-from megatron_gpc.doctor.memory import GIB, estimate
+from megatron_gpc.doctor.memory import GIB, estimate, lines
 from megatron_gpc.errors import UserError
 from megatron_gpc.weights.folders import read_hf_config
 
@@ -62,6 +62,8 @@ def test_trainer_and_engine_fit_a_gpu_with_room_to_spare(name):
     assert found.parameters / 1e9 == pytest.approx(PARAMETERS[name], rel=0.01)
     fraction = config.sglang.args["mem_fraction_static"]
     assert found.trainer + fraction * 79.6 * GIB < 0.9 * 79.6 * GIB
+    said = "\n".join(lines(found, 79.6, fraction))
+    assert said in (ROOT / "examples" / name / "README.md").read_text()
     cache = (fraction * 79.6 * GIB - found.engine_weights) / found.kv_token
     assert cache > 8 * config.rollout.max_response_tokens, "at least a group at full length"
 

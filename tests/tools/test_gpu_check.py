@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from commands import ROOT
@@ -46,3 +50,30 @@ def test_a_part_that_fails_is_told_and_costs_no_other(tmp_path):
     found = json.loads((tmp_path / "found" / "found.json").read_text())
     assert "not for this machine" in found["small steps"]["error"]
     assert found["machine"]["found"]["gpu"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_part_too(tmp_path):
+    command = [sys.executable, ROOT / "tests" / "gpu" / "check.py", "--out", tmp_path, "head"]
+    search = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+    running = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": search}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(of_part := processes_of(tmp_path)) < 2:
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert "stopped; found.json has" in said and "Traceback" not in said
+    assert not processes_of(tmp_path), of_part
+
+
+def processes_of(folder) -> list[str]:
+    """Command lines that name the folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(folder) in (line := file.read_bytes()):
+                found.append(line.replace(b"\0", b" ").decode())
+    return found

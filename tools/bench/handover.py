@@ -101,7 +101,7 @@ def measure(
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=number(int, 1), default=24)
-    parser.add_argument("--hidden", type=number(int, 1), default=1024)
+    parser.add_argument("--hidden", type=number(int, 1), default=1024, help="a multiple of 256")
     parser.add_argument("--rounds", type=number(int, 1), default=5)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_intermixed_args()

@@ -296,7 +296,7 @@ def main() -> int:
         Console(width=110).print(table)
     for text in wrong:
         print(text, file=sys.stderr)
-    return int(bool(wrong))
+    return int(bool(wrong) or any("error" in result for result in results.values()))
 
 
 if __name__ == "__main__":
