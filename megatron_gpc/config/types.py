@@ -161,9 +161,8 @@ _NUMBER = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?")
 
 def _number(value: object) -> float:
     """A number, or one as text; nan if it is none."""
-    if isinstance(value, str) and not _NUMBER.fullmatch(
-        value
-    ):  # float() takes _ and others' digits
+    # float() also takes underscores, and the digits of other scripts
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
         return math.nan
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return math.nan

@@ -15,15 +15,20 @@ import pytest
 from commands import ROOT
 
 
-def check(folder, *parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(folder, *parts: str, **environment: str) -> subprocess.Popen[str]:
     command = [ROOT / "tests" / "gpu" / "check.sh", folder]
     if parts:
         command = [sys.executable, ROOT / "tests" / "gpu" / "check.py", "--out", folder, *parts]
     search = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
     given = {"PYTHON": sys.executable, "PYTHONPATH": search, **environment}
-    return subprocess.run(
-        command, env={**os.environ, **given}, capture_output=True, text=True, timeout=300
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env={**os.environ, **given}, text=True, **pipes)
+
+
+def check(folder, *parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    process = start(folder, *parts, **environment)
+    said = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 @pytest.mark.slow
@@ -54,11 +59,7 @@ def test_a_part_that_fails_is_told_and_costs_no_other(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_part_too(tmp_path):
-    command = [sys.executable, ROOT / "tests" / "gpu" / "check.py", "--out", tmp_path, "head"]
-    search = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
-    running = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": search}, stderr=subprocess.PIPE, text=True
-    )
+    running = start(tmp_path, "head")
     deadline = time.monotonic() + 120
     while len(of_part := processes_of(tmp_path)) < 2:
         assert time.monotonic() < deadline and running.poll() is None

@@ -140,6 +140,21 @@ def test_the_main_rank_has_the_last_word_where_the_disk_has_no_room_for_an_error
     assert capfd.readouterr().err.splitlines() == ["megatron-gpc: no space", *others]
 
 
+LAUNCHER = """
+import signal, sys
+from pathlib import Path
+from megatron_gpc.run.launch import run_ranks
+from megatron_gpc.run.placement import Share
+"""
+
+
+def start_launcher(folder: Path, code: str) -> subprocess.Popen[bytes]:
+    """A launcher in a process of its own, whose ranks' modules lie in the folder."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    command = [sys.executable, "-c", LAUNCHER + code]
+    return subprocess.Popen(command, cwd=folder, env=environment)
+
+
 SLEEPS = """
 import pathlib, sys, time
 from megatron_gpc.run.launch import outcome
@@ -153,17 +168,10 @@ def test_a_launcher_that_is_stopped_for_a_while_goes_on(tmp_path):
     """As Ctrl-Z and `fg` do; no rank hears of a signal that nobody sent."""
     (tmp_path / "sleeps.py").write_text(SLEEPS)
     launcher = (
-        "import signal, sys\n"
-        "from pathlib import Path\n"
-        "from megatron_gpc.run.launch import run_ranks\n"
-        "from megatron_gpc.run.placement import Share\n"
         "heard = (signal.SIGUSR1, signal.SIGINT)\n"
         "sys.exit(run_ranks([], Share.alone(1), Path('logs'), 'sleeps', heard))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    with subprocess.Popen(
-        [sys.executable, "-c", launcher], cwd=tmp_path, env=environment
-    ) as process:
+    with start_launcher(tmp_path, launcher) as process:
         try:
             deadline = time.monotonic() + 60
             while not (tmp_path / "begun").exists():
@@ -195,10 +203,7 @@ sys.exit(outcome(0))
 def test_a_request_for_stacks_reaches_the_ranks_also_if_it_comes_to_a_thread(tmp_path):
     (tmp_path / "hears.py").write_text(HEARS)
     launcher = (
-        "import signal, sys, threading, time\n"
-        "from pathlib import Path\n"
-        "from megatron_gpc.run.launch import run_ranks\n"
-        "from megatron_gpc.run.placement import Share\n"
+        "import threading, time\n"
         "from megatron_gpc.run.stop import held\n"
         "def to_me():\n"
         "    while not Path('begun').exists():\n"
@@ -211,11 +216,11 @@ def test_a_request_for_stacks_reaches_the_ranks_also_if_it_comes_to_a_thread(tmp
         "    threading.Thread(target=to_me, daemon=True).start()\n"
         "    sys.exit(run_ranks([], Share.alone(1), Path('logs'), 'hears', (signal.SIGUSR2,)))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    done = subprocess.run(
-        [sys.executable, "-c", launcher], cwd=tmp_path, env=environment, timeout=60
-    )
-    assert done.returncode == 0 and (tmp_path / "heard").exists()
+    with start_launcher(tmp_path, launcher) as process:
+        try:
+            assert process.wait(60) == 0 and (tmp_path / "heard").exists()
+        finally:
+            process.kill()
 
 
 WAITS = """
